@@ -1,0 +1,218 @@
+"""What an mmMamba model is: one decoder stack, fed by a patch embedding and a token embedding.
+
+`layer_types` is the one list that tells the models apart: all `full_attention` is the teacher (HoVLE), all
+`linear_attention` the linear student, a mixture the hybrid student (arXiv 2502.13145, section 3).
+"""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+
+LAYER_TYPES = ("full_attention", "linear_attention")
+SSM_IMPLEMENTATIONS = ("auto", "torch")
+
+
+def _positive(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name}={getattr(config, name)} is not a positive number; give a value above 0.")
+
+
+@strict
+class MmMambaVisionConfig(PreTrainedConfig):
+    """How a picture tile becomes rows of the decoder's input.
+
+    Args:
+        image_size: Side of a square tile, in pixels.
+        patch_size: Side of a square patch, in pixels; must divide `image_size`.
+        num_channels: Colour channels of a tile.
+        use_pixel_shuffle: Whether 2x2 neighbouring patches are concatenated and projected to one row
+            (upstream's `pixel_shuffle_loc="pre"`), which divides the number of rows by four.
+        initializer_range: Standard deviation of the initial weights.
+    """
+
+    model_type = "mmmamba_vision"
+    base_config_key = "vision_config"
+
+    image_size: int = 448
+    patch_size: int = 14
+    num_channels: int = 3
+    use_pixel_shuffle: bool = True
+    initializer_range: float = 0.02
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Number of decoder positions that one tile takes."""
+        return self.patches_per_side**2 // (4 if self.use_pixel_shuffle else 1)
+
+    def validate_architecture(self):
+        """Refuses sizes that no model can have. Raises ValueError."""
+        _positive(self, "image_size", "patch_size", "num_channels")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; choose sizes where "
+                "patches fill the tile."
+            )
+        if self.use_pixel_shuffle and self.patches_per_side % 2:
+            raise ValueError(
+                f"use_pixel_shuffle needs an even number of patches per side, but image_size={self.image_size} and "
+                f"patch_size={self.patch_size} give {self.patches_per_side}; change one or set use_pixel_shuffle=False."
+            )
+
+
+@strict
+class MmMambaTextConfig(PreTrainedConfig):
+    """The decoder stack: holistic embedding layers followed by language layers.
+
+    Args:
+        vocab_size: Rows of the token embedding and of the output head.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the SwiGLU MLP.
+        num_hidden_layers: All decoder layers, embedding layers included.
+        num_embedding_layers: How many of them, counted from the input, form the holistic embedding.
+        layer_types: `"full_attention"` or `"linear_attention"` (Mamba-2) per layer; all attention if not given.
+        num_attention_heads: Query heads of both mixers.
+        num_key_value_heads: Key/value heads of both mixers (grouped-query attention).
+        head_dim: Size of a head; also the state size of the Mamba-2 mixer. `hidden_size / num_attention_heads` if
+            not given.
+        rope_parameters: RoPE of the language layers.
+        embedding_rope_parameters: RoPE of the embedding layers.
+        rms_norm_eps: Epsilon of the RMS norms of the language layers.
+        embedding_rms_norm_eps: The same for the embedding layers; `rms_norm_eps` if not given.
+        normalize_embedding_output: Whether rows are divided by their L2 norm between the two stacks.
+        conv_kernel: Taps of the mixer's causal convolution.
+        ssm_chunk_size: Steps that the chunked scan treats with one matrix product.
+        ssm_norm_eps: Epsilon of the mixer's gated norm.
+        ssm_implementation: Which kernels run the state-space maths; `"auto"` takes the best for the device.
+    """
+
+    model_type = "mmmamba_text"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 92553
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 32
+    num_embedding_layers: int = 8
+    layer_types: list[str] | None = None
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 8
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    embedding_rms_norm_eps: float | None = None
+    rope_parameters: dict | None = None
+    embedding_rope_parameters: dict | None = None
+    normalize_embedding_output: bool = False
+    attention_dropout: float = 0.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    conv_kernel: int = 2
+    ssm_chunk_size: int = 128
+    ssm_norm_eps: float = 1e-5
+    ssm_implementation: str = "auto"
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = 2
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 1_000_000.0}
+        if self.embedding_rope_parameters is None:
+            self.embedding_rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
+        if self.embedding_rms_norm_eps is None:
+            self.embedding_rms_norm_eps = self.rms_norm_eps
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Refuses sizes that no model can have. Raises ValueError."""
+        _positive(
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "conv_kernel", "ssm_chunk_size",
+        )  # fmt: skip
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of num_key_value_heads="
+                f"{self.num_key_value_heads}; every key/value head must serve the same number of query heads."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary position embedding needs an even head size.")
+        if not 0 <= self.num_embedding_layers <= self.num_hidden_layers:
+            raise ValueError(
+                f"num_embedding_layers={self.num_embedding_layers} must lie between 0 and num_hidden_layers="
+                f"{self.num_hidden_layers}, which counts them too."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is no activation that Transformers knows; use 'silu'.")
+        if self.ssm_implementation not in SSM_IMPLEMENTATIONS:
+            raise ValueError(
+                f"ssm_implementation={self.ssm_implementation!r} is unknown; choose one of {SSM_IMPLEMENTATIONS}."
+            )
+
+    def validate_layer_type(self):
+        """Refuses layer types this network does not have. Raises ValueError."""
+        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"layer_types holds {unknown}; the known layer types are {list(LAYER_TYPES)}.")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries but num_hidden_layers={self.num_hidden_layers}; "
+                "give one entry per layer."
+            )
+
+
+@strict
+class MmMambaConfig(PreTrainedConfig):
+    """A whole model: `text_config` (the decoder) and `vision_config` (the patch embedding).
+
+    Args:
+        text_config: `MmMambaTextConfig`, or its fields as a dict.
+        vision_config: `MmMambaVisionConfig`, or its fields as a dict.
+        image_token_id: Id of `<IMG_CONTEXT>`; such positions are overwritten by picture rows.
+    """
+
+    model_type = "mmmamba"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": MmMambaTextConfig, "vision_config": MmMambaVisionConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 92546
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = MmMambaTextConfig(**(self.text_config or {}))
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = MmMambaVisionConfig(**(self.vision_config or {}))
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Refuses an image token outside the vocabulary. Raises ValueError."""
+        if not 0 <= self.image_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"image_token_id={self.image_token_id} is outside the vocabulary of {self.text_config.vocab_size} tokens."
+            )
+
+
+for _config in (MmMambaTextConfig, MmMambaVisionConfig, MmMambaConfig):
+    _config.register_for_auto_class()
+
+
+__all__ = ["MmMambaConfig", "MmMambaTextConfig", "MmMambaVisionConfig"]
