@@ -12,7 +12,6 @@ from transformers.activations import ACT2FN
 
 
 LAYER_TYPES = ("full_attention", "linear_attention")
-SSM_IMPLEMENTATIONS = ("auto", "torch")
 
 
 def _positive(config: PreTrainedConfig, *names: str) -> None:
@@ -63,7 +62,7 @@ class MmMambaVisionConfig(PreTrainedConfig):
         if self.use_pixel_shuffle and self.patches_per_side % 2:
             raise ValueError(
                 f"use_pixel_shuffle needs an even number of patches per side, but image_size={self.image_size} and "
-                f"patch_size={self.patch_size} give {self.patches_per_side}; change one or set use_pixel_shuffle=False."
+                f"patch_size={self.patch_size} give {self.patches_per_side}; change one or turn use_pixel_shuffle off."
             )
 
 
@@ -90,7 +89,6 @@ class MmMambaTextConfig(PreTrainedConfig):
         conv_kernel: Taps of the mixer's causal convolution.
         ssm_chunk_size: Steps that the chunked scan treats with one matrix product.
         ssm_norm_eps: Epsilon of the mixer's gated norm.
-        ssm_implementation: Which kernels run the state-space maths; `"auto"` takes the best for the device.
     """
 
     model_type = "mmmamba_text"
@@ -120,7 +118,6 @@ class MmMambaTextConfig(PreTrainedConfig):
     conv_kernel: int = 2
     ssm_chunk_size: int = 128
     ssm_norm_eps: float = 1e-5
-    ssm_implementation: str = "auto"
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = 2
@@ -144,7 +141,7 @@ class MmMambaTextConfig(PreTrainedConfig):
         """Refuses sizes that no model can have. Raises ValueError."""
         _positive(
             self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "conv_kernel", "ssm_chunk_size",
+            "num_key_value_heads", "head_dim", "ssm_chunk_size",
         )  # fmt: skip
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -158,12 +155,10 @@ class MmMambaTextConfig(PreTrainedConfig):
                 f"num_embedding_layers={self.num_embedding_layers} must lie between 0 and num_hidden_layers="
                 f"{self.num_hidden_layers}, which counts them too."
             )
+        if self.conv_kernel < 2:
+            raise ValueError(f"conv_kernel={self.conv_kernel} is below 2, the fewest taps that reach a previous token.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is no activation that Transformers knows; use 'silu'.")
-        if self.ssm_implementation not in SSM_IMPLEMENTATIONS:
-            raise ValueError(
-                f"ssm_implementation={self.ssm_implementation!r} is unknown; choose one of {SSM_IMPLEMENTATIONS}."
-            )
 
     def validate_layer_type(self):
         """Refuses layer types this network does not have. Raises ValueError."""
@@ -207,7 +202,8 @@ class MmMambaConfig(PreTrainedConfig):
         """Refuses an image token outside the vocabulary. Raises ValueError."""
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
-                f"image_token_id={self.image_token_id} is outside the vocabulary of {self.text_config.vocab_size} tokens."
+                f"image_token_id={self.image_token_id} lies outside the vocabulary of {self.text_config.vocab_size} "
+                "tokens; give the id of <IMG_CONTEXT>."
             )
 
 

@@ -1,0 +1,514 @@
+"""The mmMamba network.
+
+- Pictures and text enter one causal decoder; there is no separate vision encoder.
+- A layer's mixer is softmax attention or Mamba-2, as `layer_types` says; teacher and students are the same class.
+- Attention, MLP, RMSNorm and rotary embedding are Llama's; only Mamba-2 layers are new, and they see no positions.
+- The first `num_embedding_layers` layers (the holistic embedding) have their own rotary base and norm epsilon.
+
+Read top to bottom: cache, patch embedding, mixer, decoder layer, model, model with head, chat.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
+from .processing_mmmamba import encode_conversation
+from .ssm_mmmamba import causal_conv, gated_rmsnorm, ssd_scan, ssd_step
+
+
+class _CountsTokens:
+    """Gives a cache a length that does not depend on attention layers, which an all-linear model lacks."""
+
+    seen_tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0):
+        """Tokens read so far; from the attention layers where there are any (they may be cropped by others)."""
+        return super().get_seq_length(layer_idx) if self.has_attention else self.seen_tokens
+
+    @property
+    def has_attention(self) -> bool:
+        return not all(self.is_linear)
+
+    def reset(self):
+        super().reset()
+        self.seen_tokens = 0
+
+
+class MmMambaCache(_CountsTokens, DynamicCache):
+    """Keys and values for attention layers (growing), convolution and recurrent state for Mamba-2 layers (fixed)."""
+
+
+class MmMambaStaticCache(_CountsTokens, StaticCache):
+    """The same with key/value tensors of fixed size."""
+
+
+class MmMambaVisionEmbeddings(nn.Module):
+    """Tiles to decoder rows: a strided convolution, a position table, optionally a 2x2 pixel shuffle with an MLP."""
+
+    def __init__(self, config: MmMambaVisionConfig, hidden_size: int):
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Parameter(torch.zeros(1, config.patches_per_side**2, hidden_size))
+        if config.use_pixel_shuffle:
+            self.projector = nn.Sequential(
+                nn.Linear(4 * hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+            )
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """The position table for a grid of patches, (1, hidden, rows, columns); resized if the grid is not the usual."""
+        side = self.config.patches_per_side
+        table = self.position_embedding.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        if (rows, columns) == (side, side):
+            return table
+        resized = F.interpolate(table.float(), size=(rows, columns), mode="bicubic", align_corners=False)
+        return resized.to(table.dtype)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Args: pixel_values (tiles, channels, height, width). Returns (tiles, rows per tile, hidden)."""
+        patches = self.patch_embedding(pixel_values)  # (tiles, hidden, rows, columns)
+        patches = patches + self.positions(*patches.shape[2:])
+        if not self.config.use_pixel_shuffle:
+            return patches.flatten(2).transpose(1, 2)
+        rows, columns = patches.shape[2:]
+        if rows % 2 or columns % 2:
+            raise ValueError(
+                f"A tile of {rows} x {columns} patches cannot be shuffled 2x2; give pixel_values whose height and "
+                f"width are multiples of {2 * self.config.patch_size} pixels."
+            )
+        blocks = patches.unflatten(3, (columns // 2, 2)).unflatten(2, (rows // 2, 2))
+        blocks = blocks.permute(0, 2, 4, 3, 5, 1)  # (tiles, rows/2, columns/2, 2, 2, hidden)
+        return self.projector(blocks.flatten(3).flatten(1, 2))
+
+
+class MmMambaMixer(nn.Module):
+    """The Mamba-2 mixer with grouped keys and values (arXiv 2502.13145, section 3)."""
+
+    def __init__(self, config: MmMambaTextConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.chunk_size = config.ssm_chunk_size
+        self.norm_eps = config.ssm_norm_eps
+
+        inner, shared = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        self.splits = [2 * shared + inner, inner, self.num_heads]  # v|k|q, gate, dt
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=False)
+        self.conv1d = nn.Conv1d(
+            self.splits[0], self.splits[0], config.conv_kernel, groups=self.splits[0], padding=config.conv_kernel - 1
+        )
+        self.A_log = nn.Parameter(torch.ones(self.num_heads))
+        self.dt_bias = nn.Parameter(torch.ones(self.num_heads))
+        self.norm = LlamaRMSNorm(self.head_dim, eps=self.norm_eps)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def heads(self, hidden_states: Tensor, padding: "Padding | None" = None, cache: Cache | None = None) -> Tensor:
+        """The mixer before its output projection: (batch, length, hidden) to (batch, length, heads, head_dim)."""
+        vkq, gate, dt = self.in_proj(hidden_states).split(self.splits, dim=-1)
+        acc = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(acc) + self.dt_bias.to(acc))
+        A = -self.A_log.to(acc).exp()
+
+        conv_state = recurrent_state = None
+        if cache is not None and cache.has_previous_state(self.layer_idx):
+            conv_state = cache.layers[self.layer_idx].conv_states[0]
+            recurrent_state = cache.layers[self.layer_idx].recurrent_states[0]
+        if padding is not None:
+            vkq, dt = padding.to_front(vkq), padding.to_front(dt) * padding.valid[..., None]
+
+        vkq, conv_state = causal_conv(
+            vkq, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, padding.lengths if padding else None
+        )
+        shared = self.num_key_value_heads * self.head_dim
+        v, k, q = (x.unflatten(-1, (-1, self.head_dim)) for x in vkq.split([shared, shared, self.splits[1]], dim=-1))
+        if hidden_states.shape[1] == 1 and recurrent_state is not None:
+            y, recurrent_state = ssd_step(v[:, 0], k[:, 0], q[:, 0], dt[:, 0], A, recurrent_state)
+            y = y[:, None]
+        else:
+            y, recurrent_state = ssd_scan(v, k, q, dt, A, recurrent_state, self.chunk_size)
+
+        if cache is not None:
+            cache.update_conv_state(conv_state, self.layer_idx)
+            cache.update_recurrent_state(recurrent_state, self.layer_idx)
+        if padding is not None:
+            y = padding.to_place(y)
+        return gated_rmsnorm(y, gate.unflatten(-1, (-1, self.head_dim)), self.norm.weight, self.norm_eps)
+
+    def forward(self, hidden_states: Tensor, padding: "Padding | None" = None, cache: Cache | None = None) -> Tensor:
+        """Args: hidden_states (batch, length, hidden). Returns the same shape."""
+        return self.out_proj(self.heads(hidden_states, padding, cache).flatten(2))
+
+
+class Padding:
+    """Where the padding of a batch is, so that recurrent layers can step over it.
+
+    Valid steps move to the front of their row before the recurrence and back after it: a state then never sees
+    padding, wherever it stands, and ends at the row's last valid step.
+
+    Args:
+        mask: (batch, length), 1 where a step is valid.
+    """
+
+    def __init__(self, mask: Tensor):
+        mask = mask.bool()
+        self.order = mask.long().argsort(dim=1, descending=True, stable=True)  # (batch, length)
+        self.inverse = self.order.argsort(dim=1)
+        self.lengths = mask.sum(1)
+        self.valid = mask.gather(1, self.order)
+
+    def to_front(self, x: Tensor) -> Tensor:
+        """Args: x (batch, length, channels)."""
+        return x.gather(1, self.order[..., None].expand_as(x))
+
+    def to_place(self, x: Tensor) -> Tensor:
+        """Args: x (batch, length, heads, head_dim). Undoes `to_front`."""
+        return x.gather(1, self.inverse[..., None, None].expand_as(x))
+
+
+class MmMambaDecoderLayer(GradientCheckpointingLayer):
+    """`x + mixer(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: MmMambaTextConfig, layer_idx: int):
+        super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        if self.layer_type == "full_attention":
+            self.self_attn = LlamaAttention(config, layer_idx)
+        else:
+            self.mamba = MmMambaMixer(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        in_embedding = layer_idx < config.num_embedding_layers
+        eps = config.embedding_rms_norm_eps if in_embedding else config.rms_norm_eps
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: "Tensor | Padding | None" = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Args: hidden_states (batch, length, hidden); attention_mask as the layer's type needs it."""
+        normed = self.input_layernorm(hidden_states)
+        if self.layer_type == "full_attention":
+            mixed, _ = self.self_attn(
+                normed,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        else:
+            mixed = self.mamba(normed, attention_mask, past_key_values)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class MmMambaPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and what the network supports."""
+
+    config_class = MmMambaConfig
+    config: MmMambaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MmMambaDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": MmMambaDecoderLayer, "attentions": LlamaAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MmMambaMixer):
+            # As seeding does: the convolution passes its input through, and steps are log-uniform in [1e-3, 1e-1].
+            init.zeros_(module.conv1d.weight)
+            module_weight = torch.zeros_like(module.conv1d.weight)
+            module_weight[..., -1] = 1.0
+            init.copy_(module.conv1d.weight, module_weight)
+            init.zeros_(module.conv1d.bias)
+            init.ones_(module.A_log)
+            steps = torch.empty_like(module.dt_bias, dtype=torch.float32).uniform_(-3, -1)
+            steps = torch.pow(10.0, steps)
+            init.copy_(module.dt_bias, (steps + torch.log(-torch.expm1(-steps))).to(module.dt_bias.dtype))
+        elif isinstance(module, MmMambaVisionEmbeddings):
+            init.normal_(module.position_embedding, std=module.config.initializer_range)
+
+
+class MmMambaModel(MmMambaPreTrainedModel):
+    """The decoder without its head: picture rows and token rows in, hidden states out."""
+
+    def __init__(self, config: MmMambaConfig):
+        super().__init__(config)
+        text = config.text_config
+        self.vision_embeddings = MmMambaVisionEmbeddings(config.vision_config, text.hidden_size)
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.layers = nn.ModuleList([MmMambaDecoderLayer(text, i) for i in range(text.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        embedding = copy.deepcopy(text)
+        embedding.rope_parameters = text.embedding_rope_parameters
+        self.embedding_rotary_emb = LlamaRotaryEmbedding(embedding)
+        self.rotary_emb = LlamaRotaryEmbedding(text)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Rows that stand for pictures in the decoder's input.
+
+        Args:
+            pixel_values: (tiles, channels, height, width), normalised.
+
+        Returns:
+            An output whose `pooler_output` is (tiles, rows per tile, hidden).
+        """
+        weight = self.vision_embeddings.patch_embedding.weight
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; give all tiles as one tensor of shape "
+                "(tiles, channels, height, width)."
+            )
+        rows = self.vision_embeddings(pixel_values.to(weight.device, weight.dtype))
+        return BaseModelOutputWithPooling(last_hidden_state=rows, pooler_output=rows)
+
+    def embed(self, input_ids: Tensor, image_rows: Tensor | None) -> Tensor:
+        """Token rows with picture rows in the places of `<IMG_CONTEXT>`, in order over the flattened batch.
+
+        Args:
+            input_ids: (batch, length).
+            image_rows: (..., hidden), or None.
+
+        Raises:
+            ValueError: if the places and the rows differ in number.
+        """
+        rows = self.embed_tokens(input_ids)
+        if image_rows is None:
+            return rows
+        image_rows = image_rows.reshape(-1, rows.shape[-1]).to(rows.device, rows.dtype)
+        places = input_ids == self.config.image_token_id
+        if int(places.sum()) != len(image_rows):
+            raise ValueError(
+                f"The prompt has {int(places.sum())} image tokens but the pictures give {len(image_rows)} rows; use "
+                "the processor, or repeat <IMG_CONTEXT> once per row of every tile."
+            )
+        return rows.masked_scatter(places[..., None], image_rows)
+
+    def masks(self, config, inputs_embeds, attention_mask, past_key_values, position_ids) -> dict:
+        """What each kind of layer needs of a 2D mask: the attention mask, and where padding is for Mamba-2."""
+        masks = {"full_attention": None, "linear_attention": None}
+        if "full_attention" in config.layer_types:
+            masks["full_attention"] = create_causal_mask(
+                config=config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        if attention_mask is not None and attention_mask.ndim == 2:
+            recent = attention_mask[:, -inputs_embeds.shape[1] :]
+            if not recent.all():
+                masks["linear_attention"] = Padding(recent)
+        return masks
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Runs the stack.
+
+        Args:
+            input_ids: (batch, length).
+            pixel_values: (tiles, channels, height, width), for the image tokens among `input_ids` in order.
+            attention_mask: (batch, past + length), 1 for valid tokens; padding may stand anywhere.
+            position_ids: (batch, length); counted over valid tokens if not given.
+            past_key_values: What was read before; continued in place.
+            inputs_embeds: (batch, length, hidden) instead of `input_ids`.
+            use_cache: Whether to make and return a cache.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
+
+        Raises:
+            ValueError: if inputs contradict each other.
+        """
+        config = self.config.text_config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if pixel_values is not None:
+            if mm_encoder_outputs:
+                raise ValueError("Give either pixel_values or mm_encoder_outputs, which hold the same pictures.")
+            mm_encoder_outputs = {"image": self.get_image_features(pixel_values)}
+        image_rows = mm_encoder_outputs["image"].pooler_output if mm_encoder_outputs else None
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, image_rows)
+        elif image_rows is not None:
+            raise ValueError("Pictures need input_ids, which say where their rows belong; leave inputs_embeds out.")
+
+        if use_cache and past_key_values is None:
+            past_key_values = MmMambaCache(config=config)
+        length = inputs_embeds.shape[1]
+        if position_ids is None:
+            position_ids = self.positions(attention_mask, past_key_values, inputs_embeds)
+
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = self.masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        rotary = {
+            True: self.embedding_rotary_emb(inputs_embeds, position_ids),
+            False: self.rotary_emb(inputs_embeds, position_ids),
+        }
+        hidden_states = inputs_embeds
+        for index, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer.layer_type],
+                position_embeddings=rotary[index < config.num_embedding_layers],
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            if index + 1 == config.num_embedding_layers and config.normalize_embedding_output:
+                hidden_states = F.normalize(hidden_states, dim=-1)
+        if isinstance(past_key_values, _CountsTokens):
+            past_key_values.seen_tokens += length
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+    def positions(self, attention_mask, past_key_values: Cache | None, inputs_embeds: Tensor) -> Tensor:
+        """Positions counted over valid tokens, (batch or 1, length); padding gets position 1 as in upstream."""
+        length = inputs_embeds.shape[1]
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            counted = attention_mask.long().cumsum(1) - 1
+            return counted.masked_fill(attention_mask == 0, 1)[:, -length:]
+        past = 0
+        if past_key_values is not None and "full_attention" in self.config.text_config.layer_types:
+            past = past_key_values.get_seq_length()
+        return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
+
+
+@dataclass
+class MmMambaCausalLMOutputWithPast(ModelOutput):
+    """Output of `MmMambaForConditionalGeneration`.
+
+    Args:
+        loss: Cross entropy of the next token, a scalar, when `labels` are given.
+        logits: (batch, kept positions, vocabulary).
+        past_key_values: The cache.
+        hidden_states: Each layer's output, (batch, length, hidden), when asked for.
+        attentions: Weights of the attention layers, when asked for and computed eagerly.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
+    """The decoder with its output head, `generate` and `chat`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MmMambaConfig):
+        super().__init__(config)
+        self.model = MmMambaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See `MmMambaModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs,
+    ) -> MmMambaCausalLMOutputWithPast:
+        """Next-token logits, and the loss when `labels` are given.
+
+        Args:
+            labels: (batch, length), -100 where no loss is wanted; shifted here.
+            logits_to_keep: Compute logits of the last so many positions (0: all), or of these positions.
+
+        The other arguments are those of `MmMambaModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+        return MmMambaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        # generate() names the cache of any class called "…Mamba…" `cache_params`, and its stock caches have no length
+        # when every layer is linear: so make the stock cache, then rename it and let it count tokens.
+        if (given := model_kwargs.pop("past_key_values", None)) is not None:
+            model_kwargs["cache_params"] = given
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.pop("cache_params", None)
+        if cache is not None:
+            counting = {DynamicCache: MmMambaCache, StaticCache: MmMambaStaticCache}
+            cache.__class__ = counting.get(type(cache), type(cache))
+            model_kwargs["past_key_values"] = cache
+
+
+__all__ = ["MmMambaCache", "MmMambaForConditionalGeneration", "MmMambaModel", "MmMambaPreTrainedModel"]
