@@ -26,7 +26,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
-from .processing_mmmamba import encode_conversation
 from .ssm_mmmamba import causal_conv, gated_rmsnorm, ssd_scan, ssd_step
 
 
@@ -240,19 +239,22 @@ class MmMambaPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _can_record_outputs = {"hidden_states": MmMambaDecoderLayer, "attentions": LlamaAttention}  # noqa: RUF012
 
+    def __init__(self, config: MmMambaConfig):
+        super().__init__(config)
+        # The layers read the decoder's own config; a choice made for the whole model is meant for it.
+        config.text_config._attn_implementation = self.config._attn_implementation
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, MmMambaMixer):
             # As seeding does: the convolution passes its input through, and steps are log-uniform in [1e-3, 1e-1].
-            init.zeros_(module.conv1d.weight)
-            module_weight = torch.zeros_like(module.conv1d.weight)
-            module_weight[..., -1] = 1.0
-            init.copy_(module.conv1d.weight, module_weight)
+            identity = torch.zeros_like(module.conv1d.weight)
+            identity[..., -1] = 1
+            init.copy_(module.conv1d.weight, identity)
             init.zeros_(module.conv1d.bias)
             init.ones_(module.A_log)
-            steps = torch.empty_like(module.dt_bias, dtype=torch.float32).uniform_(-3, -1)
-            steps = torch.pow(10.0, steps)
+            steps = 10 ** torch.empty_like(module.dt_bias, dtype=torch.float32).uniform_(-3, -1)
             init.copy_(module.dt_bias, (steps + torch.log(-torch.expm1(-steps))).to(module.dt_bias.dtype))
         elif isinstance(module, MmMambaVisionEmbeddings):
             init.normal_(module.position_embedding, std=module.config.initializer_range)
