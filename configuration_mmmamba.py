@@ -156,7 +156,9 @@ class MmMambaTextConfig(PreTrainedConfig):
                 f"{self.num_hidden_layers}, which counts them too."
             )
         if self.conv_kernel < 2:
-            raise ValueError(f"conv_kernel={self.conv_kernel} is below 2, the fewest taps that reach a previous token.")
+            raise ValueError(
+                f"conv_kernel={self.conv_kernel} is below 2, the fewest taps that reach a previous token."
+            )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is no activation that Transformers knows; use 'silu'.")
 

@@ -403,9 +403,7 @@ class MmMambaModel(MmMambaPreTrainedModel):
                 hidden_states = F.normalize(hidden_states, dim=-1)
         if isinstance(past_key_values, _CountsTokens):
             past_key_values.seen_tokens += length
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def positions(self, attention_mask, past_key_values: Cache | None, inputs_embeds: Tensor) -> Tensor:
         """Positions counted over valid tokens, (batch or 1, length); padding gets position 1 as in upstream."""

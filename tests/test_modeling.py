@@ -1,0 +1,202 @@
+"""One network in its three kinds: whatever the padding, the pieces and the batch, the numbers are those of a plain run."""
+
+import copy
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tiny_models import IMAGE_TOKEN, tiny_config, tiny_model
+
+from mmmamba.modeling_mmmamba import MmMambaCache, MmMambaForConditionalGeneration
+
+
+TILE_TOKENS = 4
+
+
+def prompt(*parts, seed=0):
+    """Token ids (1, length) from lengths of text and "tile"."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = []
+    for part in parts:
+        ids += (
+            [IMAGE_TOKEN] * TILE_TOKENS
+            if part == "tile"
+            else torch.randint(3, 80, (part,), generator=generator).tolist()
+        )
+    return torch.tensor([ids])
+
+
+def tiles(count, seed=0):
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def close(actual, expected, **kwargs):
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8, **kwargs)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 11, 29])
+def test_pieces_of_any_size_give_the_plain_logits(model, size):
+    ids, pictures = prompt(5, "tile", "tile", 16), tiles(2)
+    expected = model(ids, pixel_values=pictures).logits
+    embeds = model.model.embed(ids, model.get_image_features(pictures).pooler_output)
+    cache, pieces = MmMambaCache(config=model.config.text_config), []
+    for piece in embeds.split(size, dim=1):
+        pieces.append(model(inputs_embeds=piece, past_key_values=cache, use_cache=True).logits)
+    close(torch.cat(pieces, 1), expected)
+    assert cache.get_seq_length() == ids.shape[1]
+
+
+def test_pictures_may_come_in_a_later_piece(model):
+    ids, pictures = prompt(5, "tile", 6, "tile", 3), tiles(2)
+    expected = model(ids, pixel_values=pictures).logits
+    cache = model(ids[:, :9], pixel_values=pictures[:1], use_cache=True).past_key_values
+    later = model(ids[:, 9:], pixel_values=pictures[1:], past_key_values=cache).logits
+    close(later, expected[:, 9:])
+
+
+def test_a_second_turn_of_many_tokens_continues_the_first(model):
+    ids = prompt(40)
+    cache = model(ids[:, :17], use_cache=True).past_key_values
+    close(model(ids[:, 17:], past_key_values=cache).logits, model(ids).logits[:, 17:])
+
+
+def padded(rows, side):
+    longest = max(row.shape[1] for row in rows)
+    ids = torch.full((len(rows), longest), 2)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = longest - row.shape[1] if side == "left" else 0
+        ids[i, start : start + row.shape[1]] = row[0]
+        mask[i, start : start + row.shape[1]] = 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_padding_changes_nothing(model, side, size):
+    rows = [prompt(4, "tile", 9, seed=1), prompt(2, seed=2), prompt("tile", 7, "tile", 3, seed=3)]
+    pictures = tiles(3)
+    alone = [
+        model(rows[0], pixel_values=pictures[:1]).logits,
+        model(rows[1]).logits,
+        model(rows[2], pixel_values=pictures[1:]).logits,
+    ]
+    ids, mask = padded(rows, side)
+    embeds = model.model.embed(ids, model.get_image_features(pictures).pooler_output)
+    cache, pieces = MmMambaCache(config=model.config.text_config), []
+    for end in range(size, ids.shape[1] + size, size):
+        end = min(end, ids.shape[1])
+        piece = embeds[:, cache.get_seq_length() : end]
+        pieces.append(model(inputs_embeds=piece, attention_mask=mask[:, :end], past_key_values=cache).logits)
+    logits = torch.cat(pieces, 1)
+    for i, expected in enumerate(alone):
+        close(logits[i, mask[i].bool()], expected[0])
+
+    # What comes next must continue each row's own last valid step.
+    following = prompt(5, seed=9)
+    mask = torch.cat([mask, torch.ones(3, 5, dtype=torch.long)], 1)
+    continued = model(following.expand(3, -1), attention_mask=mask, past_key_values=cache).logits
+    for i, (row, picture) in enumerate(zip(rows, (pictures[:1], None, pictures[1:]), strict=True)):
+        whole = model(torch.cat([row, following], 1), pixel_values=picture).logits
+        close(continued[i], whole[0, -5:])
+
+
+def test_positions_follow_the_mask_when_not_given(model):
+    ids, mask = padded([prompt(9, seed=1), prompt(4, seed=2)], "left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    given = model(ids, attention_mask=mask, position_ids=positions).logits
+    close(model(ids, attention_mask=mask).logits[mask.bool()], given[mask.bool()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["teacher", "linear", "hybrid"])
+def test_weights_may_be_of_any_dtype_and_states_stay_fp32(kind, dtype):
+    exact = tiny_model(kind)
+    ids, pictures = prompt(3, "tile", 20), tiles(1)
+    expected = exact(ids, pixel_values=pictures).logits
+    outputs = copy.deepcopy(exact).to(dtype)(ids, pixel_values=pictures, use_cache=True)
+    assert outputs.logits.dtype == dtype
+    # A handful of roundings (projection, mixer, MLP, residual) in each of four layers.
+    assert (outputs.logits.double() - expected).norm() / expected.norm() < 4 * 4 * torch.finfo(dtype).eps
+    for layer in outputs.past_key_values.layers:
+        if hasattr(layer, "recurrent_states"):
+            assert layer.recurrent_states[0].dtype == torch.float32
+
+
+def test_logits_to_keep_and_loss(model):
+    ids, labels = prompt(12), prompt(12)
+    labels[:, :5] = -100
+    full = model(ids, labels=labels)
+    close(model(ids, logits_to_keep=3).logits, full.logits[:, -3:])
+    close(model(ids, logits_to_keep=torch.tensor([2, 7])).logits, full.logits[:, [2, 7]])
+    expected = torch.nn.functional.cross_entropy(full.logits[0, 4:-1], labels[0, 5:])
+    torch.testing.assert_close(full.loss, expected.float())  # the library's loss is computed in fp32
+
+
+def test_hidden_states_are_those_of_every_layer(model):
+    outputs = model(prompt(6), output_hidden_states=True)
+    assert len(outputs.hidden_states) == len(model.model.layers) + 1
+    close(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "linear", "hybrid"])
+def test_gradient_checkpointing_gives_the_same_gradients(kind):
+    model = tiny_model(kind).train().requires_grad_(True)
+    ids = prompt(3, "tile", 10)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(ids, pixel_values=tiles(1), labels=ids).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(gradient is not None for gradient in gradients[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_later_tokens_do_not_change_earlier_logits(model):
+    first, second = prompt(10, seed=1), prompt(10, seed=2)
+    second[:, :6] = first[:, :6]
+    close(model(second).logits[:, :6], model(first).logits[:, :6])
+
+
+def test_a_saved_model_loads_again(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = MmMambaForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.dtype == torch.float64
+    close(again(prompt(8)).logits, model(prompt(8)).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": prompt("tile"), "pixel_values": tiles(2)}, "4 image tokens but the pictures give 8 rows"),
+        ({"input_ids": prompt(5), "pixel_values": tiles(1)}, "0 image tokens but the pictures give 4 rows"),
+        ({"input_ids": prompt("tile"), "pixel_values": tiles(1)[0]}, "shape (3, 16, 16)"),
+        ({"input_ids": prompt("tile"), "pixel_values": tiles(1)[..., :12]}, "cannot be shuffled"),
+    ],
+)
+def test_contradicting_inputs_are_refused_in_words(model, arguments, words):
+    with pytest.raises(ValueError) as error:
+        model(**arguments)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ({"layer_types": ["full_attention"] * 3 + ["mamba2"]}, "mamba2"),
+        ({"layer_types": ["full_attention"]}, "1 entries but num_hidden_layers=4"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"hidden_act": "sulu"}, "sulu"),
+        ({"num_embedding_layers": 9}, "num_embedding_layers=9"),
+        ({"conv_kernel": 1}, "conv_kernel=1"),
+    ],
+)
+def test_a_wrong_config_is_refused_when_it_is_made(text, words):
+    with pytest.raises(StrictDataclassError) as error:
+        tiny_config("linear", **text)
+    assert words in str(error.value)

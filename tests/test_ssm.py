@@ -1,0 +1,143 @@
+"""The state-space maths against a step-by-step fp64 recurrence written from the equations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmmamba.ssm_mmmamba import causal_conv, gated_rmsnorm, ssd_scan, ssd_step
+
+
+def random_inputs(length, heads=4, kv_heads=2, head_dim=6, state_size=10, batch=2, dtype=torch.float64):
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
+
+    generator = torch.Generator().manual_seed(length)
+    v, k = draw(batch, length, kv_heads, head_dim), draw(batch, length, kv_heads, state_size)
+    q = draw(batch, length, heads, state_size)
+    dt = F.softplus(draw(batch, length, heads).to(torch.promote_types(dtype, torch.float32)))
+    A = -torch.rand(heads, generator=generator).to(dt.dtype) * 2
+    state = draw(batch, heads, head_dim, state_size).to(dt.dtype)
+    return v, k, q, dt, A, state
+
+
+def recurrence(v, k, q, dt, A, state):
+    """S_t = exp(A dt_t) S_{t-1} + dt_t v_t k_t^T, y_t = S_t q_t, one step and one head at a time."""
+    v, k, q, dt, A = (x.double() for x in (v, k, q, dt, A))
+    batch, length, heads = dt.shape
+    group = heads // v.shape[2]
+    S = torch.zeros(batch, heads, v.shape[-1], k.shape[-1]).double() if state is None else state.double().clone()
+    y = torch.zeros(batch, length, heads, v.shape[-1]).double()
+    for b in range(batch):
+        for h in range(heads):
+            for t in range(length):
+                written = dt[b, t, h] * torch.outer(v[b, t, h // group], k[b, t, h // group])
+                S[b, h] = torch.exp(A[h] * dt[b, t, h]) * S[b, h] + written
+                y[b, t, h] = S[b, h] @ q[b, t, h]
+    return y, S
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 63])
+@pytest.mark.parametrize("chunk_size", [1, 5, 16, 128])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_scan_equals_the_recurrence(length, chunk_size, with_state):
+    *inputs, state = random_inputs(length)
+    state = state if with_state else None
+    y, last = ssd_scan(*inputs, state, chunk_size)
+    expected_y, expected_last = recurrence(*inputs, state)
+    torch.testing.assert_close(y, expected_y, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(last, expected_last, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 2), (6, 1)])
+def test_query_heads_share_keys_and_values_of_their_group(heads, kv_heads):
+    *inputs, state = random_inputs(11, heads, kv_heads)
+    torch.testing.assert_close(ssd_scan(*inputs, state, 4)[0], recurrence(*inputs, state)[0])
+
+
+def test_step_equals_the_recurrence():
+    v, k, q, dt, A, state = random_inputs(9)
+    ys = []
+    last = state
+    for t in range(9):
+        y, last = ssd_step(v[:, t], k[:, t], q[:, t], dt[:, t], A, last)
+        ys.append(y)
+    expected_y, expected_last = recurrence(v, k, q, dt, A, state)
+    torch.testing.assert_close(torch.stack(ys, 1), expected_y)
+    torch.testing.assert_close(last, expected_last)
+
+
+def test_scan_in_two_parts_equals_the_whole():
+    v, k, q, dt, A, state = random_inputs(37)
+    y, last = ssd_scan(v, k, q, dt, A, state, 8)
+    first, middle = ssd_scan(v[:, :13], k[:, :13], q[:, :13], dt[:, :13], A, state, 8)
+    second, end = ssd_scan(v[:, 13:], k[:, 13:], q[:, 13:], dt[:, 13:], A, middle, 8)
+    torch.testing.assert_close(torch.cat([first, second], 1), y)
+    torch.testing.assert_close(end, last)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_gradients_of_the_scan_are_those_of_the_recurrence(with_state):
+    inputs = [x.requires_grad_() for x in random_inputs(13)]
+    if not with_state:
+        inputs[-1] = None
+    leaves = [x for x in inputs if x is not None]
+    y, last = ssd_scan(*inputs, 5)
+    upstream = torch.randn_like(y), torch.randn_like(last)
+    gradients = torch.autograd.grad([y, last], leaves, upstream)
+    # The same recurrence, kept differentiable.
+    v, k, q, dt, A, state = inputs
+    S = torch.zeros_like(last) if state is None else state
+    group, ys = q.shape[2] // k.shape[2], []
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    for t in range(13):
+        written = (dt[:, t, :, None] * v[:, t])[..., None] * k[:, t, :, None, :]
+        S = (A * dt[:, t]).exp()[..., None, None] * S + written
+        ys.append((S @ q[:, t, :, :, None]).squeeze(-1))
+    expected = torch.autograd.grad([torch.stack(ys, 1), S], leaves, upstream)
+    for gradient, truth in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, truth, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_low_precision_stays_near_fp64(dtype, error):
+    *inputs, state = random_inputs(200, dtype=dtype)
+    y, last = ssd_scan(*inputs, state, 64)
+    expected_y, expected_last = recurrence(*inputs, state)
+    assert last.dtype == torch.float32
+    assert (y.double() - expected_y).norm() / expected_y.norm() < error
+    assert (last.double() - expected_last).norm() / expected_last.norm() < error
+
+
+def test_strong_decay_over_a_long_sequence_does_not_overflow():
+    v, k, q, dt, A, _ = random_inputs(300, dtype=torch.float32)
+    y, last = ssd_scan(v, k, q, dt * 50, A * 50, None, 128)
+    assert y.isfinite().all() and last.isfinite().all()
+
+
+@pytest.mark.parametrize("taps", [2, 4])
+def test_conv_equals_torch_and_splits_anywhere(taps):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 9, 5, generator=generator).double()
+    weight, bias = torch.randn(5, taps).double(), torch.randn(5).double()
+    expected = F.silu(F.conv1d(F.pad(x.transpose(1, 2), (taps - 1, 0)), weight[:, None], bias, groups=5))
+    for cut in range(10):
+        pieces, state = [], None
+        for piece in (x[:, :cut], x[:, cut : cut + 1], x[:, cut + 1 :]):
+            out, state = causal_conv(piece, weight, bias, state)
+            pieces.append(out)
+        torch.testing.assert_close(torch.cat(pieces, 1), expected.transpose(1, 2))
+        torch.testing.assert_close(state, x[:, -(taps - 1) :].transpose(1, 2))
+
+
+def test_conv_state_ends_at_the_last_valid_step():
+    x = torch.arange(12.0).view(2, 6, 1)
+    _, state = causal_conv(x, torch.ones(1, 3), torch.zeros(1), None, torch.tensor([4, 0]))
+    assert state.tolist() == [[[2.0, 3.0]], [[0.0, 0.0]]]
+
+
+def test_norm_comes_before_the_gate():
+    generator = torch.Generator().manual_seed(0)
+    y, gate = (torch.randn(3, 4, 8, generator=generator).double() for _ in range(2))
+    weight = torch.rand(8).double()
+    expected = F.rms_norm(y, (8,), weight, 1e-5) * gate * torch.sigmoid(gate)
+    torch.testing.assert_close(gated_rmsnorm(y, gate, weight, 1e-5), expected)
