@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask
@@ -71,7 +71,7 @@ class MmMambaVisionEmbeddings(nn.Module):
             )
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """The position table for a grid of patches, (1, hidden, rows, columns); resized if the grid is not the usual."""
+        """The position table for a grid of patches, (1, hidden, rows, columns); resized if the grid is unusual."""
         side = self.config.patches_per_side
         table = self.position_embedding.unflatten(1, (side, side)).permute(0, 3, 1, 2)
         if (rows, columns) == (side, side):

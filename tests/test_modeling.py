@@ -1,4 +1,4 @@
-"""One network in its three kinds: whatever the padding, the pieces and the batch, the numbers are those of a plain run."""
+"""Whatever the kind of model, the padding, the pieces and the batch: the numbers are those of a plain run."""
 
 import copy
 
@@ -116,8 +116,8 @@ def test_weights_may_be_of_any_dtype_and_states_stay_fp32(kind, dtype):
     expected = exact(ids, pixel_values=pictures).logits
     outputs = copy.deepcopy(exact).to(dtype)(ids, pixel_values=pictures, use_cache=True)
     assert outputs.logits.dtype == dtype
-    # A handful of roundings (projection, mixer, MLP, residual) in each of four layers.
-    assert (outputs.logits.double() - expected).norm() / expected.norm() < 4 * 4 * torch.finfo(dtype).eps
+    # Some eight roundings in each of four layers; the per-head norm of small states amplifies some of them.
+    assert (outputs.logits.double() - expected).norm() / expected.norm() < 8 * 4 * torch.finfo(dtype).eps
     for layer in outputs.past_key_values.layers:
         if hasattr(layer, "recurrent_states"):
             assert layer.recurrent_states[0].dtype == torch.float32
