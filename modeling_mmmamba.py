@@ -9,17 +9,16 @@ Read top to bottom: cache, patch embedding, mixer, decoder layer, model, model w
 """
 
 import copy
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -417,25 +416,6 @@ class MmMambaModel(MmMambaPreTrainedModel):
         return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
 
 
-@dataclass
-class MmMambaCausalLMOutputWithPast(ModelOutput):
-    """Output of `MmMambaForConditionalGeneration`.
-
-    Args:
-        loss: Cross entropy of the next token, a scalar, when `labels` are given.
-        logits: (batch, kept positions, vocabulary).
-        past_key_values: The cache.
-        hidden_states: Each layer's output, (batch, length, hidden), when asked for.
-        attentions: Weights of the attention layers, when asked for and computed eagerly.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
 class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
     """The decoder with its output head, `generate` and `chat`."""
 
@@ -465,7 +445,7 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict | None = None,
         **kwargs,
-    ) -> MmMambaCausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast:
         """Next-token logits, and the loss when `labels` are given.
 
         Args:
@@ -490,7 +470,7 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
-        return MmMambaCausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -509,6 +489,151 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
             counting = {DynamicCache: MmMambaCache, StaticCache: MmMambaStaticCache}
             cache.__class__ = counting.get(type(cache), type(cache))
             model_kwargs["past_key_values"] = cache
+
+    def chat(
+        self,
+        tokenizer,
+        pixel_values: Tensor | None,
+        question: str,
+        generation_config: dict | GenerationConfig,
+        history: list[tuple[str, str]] | None = None,
+        return_history: bool = False,
+        num_patches_list: list[int] | None = None,
+        verbose: bool = False,
+        *,
+        system_message: str | None = None,
+        streamer=None,
+    ) -> str | tuple[str, list[tuple[str, str]]]:
+        """Answers a question about pictures, or about nothing but text.
+
+        Args:
+            tokenizer: The package's tokenizer.
+            pixel_values: (tiles, channels, height, width), the tiles of all pictures of the conversation in order; or
+                None.
+            question: What to ask. `<image>` stands for a picture; a lone picture may go without.
+            generation_config: Arguments of `generate`, such as `{"max_new_tokens": 64, "do_sample": True}`; left as
+                it is.
+            history: Earlier (question, answer) pairs, as an earlier call returned them.
+            return_history: Whether to return the history with this turn added, too.
+            num_patches_list: Tiles of each picture; all tiles are one picture if not given.
+            verbose: Print question and answer.
+            system_message: Replaces the template's own.
+            streamer: A Transformers streamer, which gets the answer as it grows.
+
+        Returns:
+            The answer, or the answer and the history.
+
+        Raises:
+            ValueError: if the question is empty, or `<image>`, `num_patches_list` and the tiles disagree.
+        """
+        if num_patches_list is None:
+            num_patches_list = [] if pixel_values is None else [len(pixel_values)]
+        if history is None and pixel_values is not None and "<image>" not in question:
+            question = "<image>\n" + question
+        row = self._conversation_ids(tokenizer, question, history, num_patches_list, system_message)
+        (answer,) = self._answers(tokenizer, [row], num_patches_list, pixel_values, generation_config, streamer)
+        if verbose:
+            print(f"{question}\n{answer}")
+        return (answer, [*(history or []), (question, answer)]) if return_history else answer
+
+    def batch_chat(
+        self,
+        tokenizer,
+        pixel_values: Tensor | None,
+        questions: list[str],
+        generation_config: dict | GenerationConfig,
+        num_patches_list: list[int] | list[list[int]] | None = None,
+        history: list[list[tuple[str, str]]] | None = None,
+        return_history: bool = False,
+        *,
+        system_message: str | None = None,
+    ) -> list[str] | tuple[list[str], list[list[tuple[str, str]]]]:
+        """Answers several questions at once, each as `chat` would alone.
+
+        Args:
+            pixel_values: (tiles, channels, height, width), the tiles of all questions in order; or None.
+            questions: What to ask.
+            num_patches_list: For each question the tiles of its picture (0: no picture) or a list of them, one entry
+                per picture. One tile each if not given.
+            history: For each question its earlier (question, answer) pairs.
+
+        The other arguments, and what is raised, are those of `chat`.
+
+        Returns:
+            The answers, or the answers and the histories.
+        """
+        if num_patches_list is None:
+            num_patches_list = [0 if pixel_values is None else 1] * len(questions)
+        if len(num_patches_list) != len(questions):
+            raise ValueError(
+                f"num_patches_list has {len(num_patches_list)} entries for {len(questions)} questions; give one per "
+                "question, 0 where there is no picture."
+            )
+        pictures = [([n] if n else []) if isinstance(n, int) else list(n) for n in num_patches_list]
+        histories = history if history is not None else [None] * len(questions)
+        if len(histories) != len(questions):
+            raise ValueError(f"history has {len(histories)} entries for {len(questions)} questions; give one each.")
+        questions = [
+            "<image>\n" + question if earlier is None and tiles and "<image>" not in question else question
+            for question, earlier, tiles in zip(questions, histories, pictures, strict=True)
+        ]
+        rows = [
+            self._conversation_ids(tokenizer, *conversation, system_message)
+            for conversation in zip(questions, histories, pictures, strict=True)
+        ]
+        tiles = [count for counts in pictures for count in counts]
+        answers = self._answers(tokenizer, rows, tiles, pixel_values, generation_config)
+        if not return_history:
+            return answers
+        turns = zip(histories, questions, answers, strict=True)
+        return answers, [[*(earlier or []), (question, answer)] for earlier, question, answer in turns]
+
+    def _conversation_ids(self, tokenizer, question, history, num_patches_list, system_message) -> list[int]:
+        return encode_conversation(
+            tokenizer,
+            question,
+            history,
+            num_patches_list,
+            self.config.vision_config.tokens_per_tile,
+            system_message=system_message,
+        )
+
+    def _answers(self, tokenizer, rows, num_patches_list, pixel_values, generation_config, streamer=None) -> list[str]:
+        """Generates from left-padded rows of ids and decodes up to the end of the turn."""
+        tiles = 0 if pixel_values is None else len(pixel_values)
+        if sum(num_patches_list) != tiles:
+            raise ValueError(
+                f"num_patches_list counts {sum(num_patches_list)} tiles but pixel_values has {tiles}; give the number "
+                "of tiles of each picture, thumbnail included."
+            )
+        as_object = isinstance(generation_config, GenerationConfig)
+        options = {"generation_config": generation_config} if as_object else dict(generation_config)
+        defaults = options.get("generation_config", self.generation_config)
+        streamer = options.pop("streamer", streamer)
+        options.setdefault("max_new_tokens", defaults.max_new_tokens or 1024)
+        # A turn ends with <|im_end|>; a generation config that came without the tokenizer may not know it.
+        ends = options.pop("eos_token_id", defaults.eos_token_id)
+        ends = set(ends if isinstance(ends, (list, tuple)) else [ends])
+        ends = sorted((ends | {tokenizer.convert_tokens_to_ids("<|im_end|>")}) - {None, tokenizer.unk_token_id})
+
+        longest = max(map(len, rows))
+        pad = tokenizer.pad_token_id
+        input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self.device)
+        attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        output = self.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask.to(self.device),
+            pixel_values=pixel_values,
+            eos_token_id=ends,
+            pad_token_id=pad,
+            streamer=streamer,
+            **options,
+        )
+        answers = []
+        for row in output[:, longest:].tolist():
+            end = next((i for i, token in enumerate(row) if token in ends), len(row))
+            answers.append(tokenizer.decode(row[:end], skip_special_tokens=True).strip())
+        return answers
 
 
 __all__ = ["MmMambaCache", "MmMambaForConditionalGeneration", "MmMambaModel", "MmMambaPreTrainedModel"]

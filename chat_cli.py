@@ -1,0 +1,162 @@
+"""`mmmamba chat`: look at a picture with a model, ask, read the answer as it comes."""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from transformers import TextStreamer
+
+from .image_processing_mmmamba import MmMambaImageProcessorPil
+from .modeling_mmmamba import MmMambaForConditionalGeneration
+from .tokenization_mmmamba import MmMambaTokenizer
+
+
+DEMO = Path(__file__).parent / "examples" / "shapes" / "hybrid"
+DEMO_CONVERSATION = 11  # of the held-out stream: a picture that allows several kinds of question
+
+
+class Streamer(TextStreamer):
+    """Writes the answer to the terminal as it grows; nothing of the prompt, no special tokens."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `mmmamba chat`."""
+    parser.add_argument("question", nargs="?", help="ask this and stop; without it, ask as long as you like")
+    parser.add_argument("--model", type=Path, default=DEMO, help="folder of a model (default: the shapes hybrid)")
+    parser.add_argument(
+        "--image", type=Path, action="append", default=[], help="a picture; may be given several times"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (default: 256)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs `mmmamba chat`. Raises ValueError for a folder or a picture that cannot be used."""
+    if not (args.model / "config.json").is_file():
+        raise ValueError(f"--model {args.model} is no model folder: it has no config.json.")
+    pictures = [open_picture(path) for path in args.image]
+    chat = Chat(args.model, args.device, args.max_new_tokens)
+    if args.question is not None:
+        chat.look_at(pictures)
+        chat.ask(args.question)
+        return
+    if not pictures and args.model == DEMO:
+        demonstrate(chat)
+    else:
+        for path, picture in zip(args.image, pictures, strict=True):
+            show(picture, path)
+        chat.look_at(pictures)
+    talk(chat)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture from a file. Raises ValueError if it is missing, truncated or no picture."""
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except FileNotFoundError:
+        raise ValueError(f"--image {path} does not exist; give the path of a picture.") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"--image {path} cannot be read as a picture ({error}); give a whole image file.") from None
+    return picture
+
+
+class Chat:
+    """A model, the pictures it looks at, and what was said about them."""
+
+    def __init__(self, folder: Path, device: str, max_new_tokens: int):
+        # Many processors have no instructions for half precision; fp32 runs well on all.
+        dtype = torch.float32 if device == "cpu" else "auto"
+        self.model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+        self.tokenizer = MmMambaTokenizer.from_pretrained(folder)
+        self.image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
+        self.options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        self.look_at([])
+
+    def look_at(self, pictures: list[Image.Image]) -> None:
+        """Forgets what was said and turns to these pictures."""
+        self.history, self.tiles, self.counts = None, None, []
+        if pictures:
+            inputs = self.image_processor(pictures, return_tensors="pt")
+            self.tiles, self.counts = inputs["pixel_values"], inputs["num_patches"].tolist()
+
+    def ask(self, question: str, remember: bool = True) -> str:
+        """Streams the answer to the terminal and returns it."""
+        if self.history is None and self.counts and "<image>" not in question:
+            question = "<image>\n" * len(self.counts) + question
+        answer, history = self.model.chat(
+            self.tokenizer,
+            self.tiles,
+            question,
+            self.options,
+            history=self.history,
+            return_history=True,
+            num_patches_list=self.counts,
+            streamer=Streamer(self.tokenizer),
+        )
+        if remember:
+            self.history = history
+        return answer
+
+
+def demonstrate(chat: Chat) -> None:
+    """Shows a picture that the model was never trained on and asks three questions whose answers are known."""
+    from .examples.shapes.world import conversation
+
+    pictures, turns = conversation("test", 0, DEMO_CONVERSATION)
+    picture = pictures[0].draw()
+    path = Path(tempfile.mkdtemp(prefix="mmmamba-")) / "picture.png"
+    picture.resize((picture.width * 4, picture.height * 4), Image.Resampling.NEAREST).save(path)
+    print("A small mmMamba (hybrid: Mamba-2 and attention layers) looks at a picture it was never trained on.\n")
+    show(picture, path)
+    chat.look_at([picture])
+    for question, truth in turns[:3]:
+        print(f"> {question}", flush=True)
+        chat.ask(question, remember=False)
+        print(f"  (right: {truth})\n")
+
+
+def talk(chat: Chat) -> None:
+    """Answers what the user types until they stop."""
+    if not sys.stdin.isatty():
+        return
+    print("Your turn. An empty line or Ctrl-D ends the talk; /image FILE turns to another picture.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not line:
+            return
+        try:
+            if line.startswith("/image "):
+                path = Path(line.removeprefix("/image ").strip())
+                picture = open_picture(path)
+                show(picture, path)
+                chat.look_at([picture])
+            else:
+                chat.ask(line)
+        except ValueError as error:
+            print(f"error: {error}")
+
+
+def show(picture: Image.Image, path: Path) -> None:
+    """Says where a picture is and draws it small if the terminal has colours: two pixels to a character."""
+    print(f"{path} ({picture.width} x {picture.height} pixels)")
+    if not sys.stdout.isatty():
+        return
+    width = min(picture.width, shutil.get_terminal_size().columns - 2, 72)
+    height = max(2, round(picture.height * width / picture.width / 2) * 2)
+    pixels = picture.convert("RGB").resize((width, height)).load()
+    for y in range(0, height, 2):
+        cells = ("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*pixels[x, y], *pixels[x, y + 1]) for x in range(width))
+        print("".join(cells) + "\x1b[0m")
+    print()
