@@ -1,0 +1,8 @@
+"""`python -m mmmamba`."""
+
+import sys
+
+from mmmamba.cli import main
+
+
+sys.exit(main())

@@ -1,0 +1,364 @@
+"""Upstream checkpoint folders (HoVLE, released mmMamba) into this package's layout, one tensor at a time."""
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from tqdm import tqdm
+
+from mmmamba.configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
+from mmmamba.conversion.layouts import (
+    UNUSED_ROWS,
+    Rule,
+    is_student_layer,
+    reason_unused,
+    upstream_layer,
+    upstream_rules,
+)
+from mmmamba.conversion.publish import expected_specs, whole_folder, write_model_folder
+from mmmamba.conversion.shards import ShardReader, ShardWriter, is_finite, listed, read_json
+
+
+# model_type of the whole, of its embedding stack, of its language stack.
+HOVLE = ("internvl_chat", "holistic_embedding", "internlm2")
+RELEASED = ("mmMamba_chat", "mmMamba_embedding", "mmMamba")
+LAYER_TYPES = {"mha": "full_attention", "mamba2": "linear_attention"}
+# Upstream switches that change the network and that neither published model turns on.
+_UNSUPPORTED = {
+    "embedding_config": ("attention_bias", "mlp_bias", "use_ls"),
+    "llm_config": ("bias", "attention_bias", "tie_word_embeddings"),
+}
+_SHARED_SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_act")
+
+
+class Upstream(NamedTuple):
+    """What an upstream config.json says.
+
+    Attributes:
+        config: The model in this package's terms.
+        template: Name of the conversation template.
+        special_tokens: Token to id, for the rows appended to the text table.
+        tiling: `min_tiles`, `max_tiles` and `use_thumbnail` of the picture tiling.
+        kind: Name of the layout, for people.
+        base_model: The model's name on the Hub, if the config tells.
+    """
+
+    config: MmMambaConfig
+    template: str
+    special_tokens: dict[str, int]
+    tiling: dict[str, Any]
+    kind: str
+    base_model: str | None
+
+
+class Report(NamedTuple):
+    """What a conversion did.
+
+    Attributes:
+        config: The written model's configuration.
+        tensors: Number of tensors written.
+        left_out: Upstream tensor to the reason why it was not needed.
+        notes: What the folder lacks and how to add it.
+    """
+
+    config: MmMambaConfig
+    tensors: int
+    left_out: dict[str, str]
+    notes: list[str]
+
+
+class _Section:
+    """One dictionary of the upstream config; a missing entry is an error that names it."""
+
+    def __init__(self, name: str, values: dict):
+        self.name, self.values = name, values
+
+    def __getitem__(self, key: str):
+        if key not in self.values:
+            raise ValueError(f"config.json lacks {self.path(key)}, which the conversion needs; add it.")
+        return self.values[key]
+
+    def get(self, key: str, default=None):
+        return self.values.get(key, default)
+
+    def path(self, key: str) -> str:
+        return f"{self.name}.{key}" if self.name else key
+
+    def section(self, key: str) -> "_Section":
+        if not isinstance(self[key], dict):
+            raise ValueError(f"config.json: {self.path(key)} must be an object, not {self[key]!r}.")
+        return _Section(self.path(key), self[key])
+
+
+def read_upstream_config(values: dict) -> Upstream:
+    """Maps an upstream config.json.
+
+    Args:
+        values: The parsed file.
+
+    Raises:
+        ValueError: if it is neither HoVLE's nor the released mmMamba's, or asks for something this network lacks.
+    """
+    whole = _Section("", values)
+    kind = values.get("model_type")
+    if kind == MmMambaConfig.model_type:
+        raise ValueError("SRC is in this package's layout already; load it as it is.")
+    kinds = {layout[0]: layout for layout in (HOVLE, RELEASED)}
+    if kind not in kinds:
+        raise ValueError(
+            f"config.json has model_type={kind!r}; expected {HOVLE[0]!r} (HoVLE) or {RELEASED[0]!r} (mmMamba)."
+        )
+    embedding, llm = whole.section("embedding_config"), whole.section("llm_config")
+    for section, expected in zip((embedding, llm), kinds[kind][1:], strict=True):
+        if section["model_type"] != expected:
+            raise ValueError(
+                f"config.json has {section.path('model_type')}={section['model_type']!r}; only {expected!r} can be "
+                f"converted with model_type={kind!r}."
+            )
+    for section in (embedding, llm):
+        for key in _UNSUPPORTED[section.name]:
+            if section.get(key):
+                raise ValueError(f"config.json sets {section.path(key)}, which this network does not have.")
+    for key in _SHARED_SIZES:
+        if embedding[key] != llm[key]:
+            raise ValueError(
+                f"config.json gives embedding_config.{key}={embedding[key]!r} but llm_config.{key}={llm[key]!r}; "
+                "both stacks are one decoder here, so they must be equal."
+            )
+    special_tokens = embedding.get("special_token_maps") or {}
+    vocab_size = embedding["llm_vocab_size"] + len(special_tokens)
+    if vocab_size != llm["vocab_size"]:
+        raise ValueError(
+            f"config.json gives {embedding['llm_vocab_size']} text tokens and {len(special_tokens)} special tokens "
+            f"but llm_config.vocab_size={llm['vocab_size']}; the output head must have one row per token."
+        )
+    if sorted(special_tokens.values()) != list(range(embedding["llm_vocab_size"], vocab_size)):
+        raise ValueError(
+            f"config.json numbers special_token_maps as {sorted(special_tokens.values())}; expected the ids that "
+            f"follow the text table, {embedding['llm_vocab_size']} to {vocab_size - 1}."
+        )
+
+    layer_types = []
+    for section in (embedding, llm):
+        kinds_here = section.get("layers_block_type") or ["mha"] * section["num_hidden_layers"]
+        if unknown := sorted(set(kinds_here) - set(LAYER_TYPES)):
+            raise ValueError(
+                f"config.json: {section.path('layers_block_type')} holds {unknown}; known are {list(LAYER_TYPES)}."
+            )
+        if len(kinds_here) != section["num_hidden_layers"]:
+            raise ValueError(
+                f"config.json: {section.path('layers_block_type')} has {len(kinds_here)} entries but "
+                f"num_hidden_layers={section['num_hidden_layers']}."
+            )
+        layer_types += [LAYER_TYPES[name] for name in kinds_here]
+
+    text = MmMambaTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=llm["hidden_size"],
+        intermediate_size=llm["intermediate_size"],
+        num_hidden_layers=len(layer_types),
+        num_embedding_layers=embedding["num_hidden_layers"],
+        layer_types=layer_types,
+        num_attention_heads=llm["num_attention_heads"],
+        num_key_value_heads=llm["num_key_value_heads"],
+        hidden_act=llm["hidden_act"],
+        max_position_embeddings=llm["max_position_embeddings"],
+        initializer_range=llm.get("initializer_range", 0.02),
+        rms_norm_eps=llm["rms_norm_eps"],
+        embedding_rms_norm_eps=embedding["rms_norm_eps"],
+        rope_parameters=_rope(llm, llm["max_position_embeddings"]),
+        embedding_rope_parameters=_rope(embedding, llm["max_position_embeddings"]),
+        normalize_embedding_output=bool(whole.get("normalize_encoder_output")),
+        pad_token_id=llm.get("pad_token_id", 2),
+        bos_token_id=llm.get("bos_token_id", 1),
+        eos_token_id=llm.get("eos_token_id", 2),
+    )
+    config = MmMambaConfig(
+        text_config=text, vision_config=_vision(whole, embedding), image_token_id=embedding["img_context_token_id"]
+    )
+    tiling = {
+        "min_tiles": whole.get("min_dynamic_patch", 1),
+        "max_tiles": whole.get("max_dynamic_patch", 12) if whole.get("dynamic_image_size", True) else 1,
+        "use_thumbnail": bool(whole.get("use_thumbnail", True)),
+    }
+    name = whole.get("_name_or_path") or ""
+    return Upstream(
+        config,
+        template=whole.get("template") or "internlm2-chat",
+        special_tokens=special_tokens,
+        tiling=tiling,
+        kind="HoVLE's" if kind == HOVLE[0] else "the released mmMamba's",
+        # Training scripts leave paths of their own machine here; a name on the Hub has exactly one slash.
+        base_model=name if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) else None,
+    )
+
+
+def _rope(section: _Section, max_position_embeddings: int) -> dict:
+    parameters = {"rope_type": "default", "rope_theta": float(section["rope_theta"])}
+    scaling = section.get("rope_scaling")
+    if not scaling:
+        return parameters
+    kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor")
+    if kind not in ("dynamic", "linear") or not isinstance(factor, int | float):
+        raise ValueError(
+            f"config.json has {section.path('rope_scaling')}={scaling!r}; only 'dynamic' and 'linear' with a number "
+            "as factor are known upstream."
+        )
+    if kind == "dynamic" and section["max_position_embeddings"] != max_position_embeddings:
+        raise ValueError(
+            f"config.json scales {section.name} dynamically from {section['max_position_embeddings']} positions but "
+            f"the language layers from {max_position_embeddings}; one length serves both here, so make them equal."
+        )
+    return parameters | {"rope_type": kind, "factor": float(factor)}
+
+
+def _vision(whole: _Section, embedding: _Section) -> MmMambaVisionConfig:
+    shuffled = bool(embedding.get("use_pixel_shuffle_proj"))
+    if shuffled and embedding.get("pixel_shuffle_loc", "pre") != "pre":
+        raise ValueError(
+            f"This is HoVLE-HD (pixel_shuffle_loc={embedding.get('pixel_shuffle_loc')!r}): its pictures are shuffled "
+            "after the embedding layers, which is not supported; convert a model with pixel_shuffle_loc='pre'."
+        )
+    ratio = whole.get("downsample_ratio", embedding.get("downsample_ratio", 0.5))
+    if not math.isclose(ratio, 0.5 if shuffled else 1.0):
+        raise ValueError(
+            f"config.json has downsample_ratio={ratio} with use_pixel_shuffle_proj={shuffled}; a tile has "
+            f"{'0.5' if shuffled else '1.0'} here, so that its rows fit its place in the prompt."
+        )
+    size = whole.get("force_image_size") or embedding["image_size"]
+    if size != embedding["image_size"]:
+        raise ValueError(
+            f"config.json has force_image_size={size} but a position table for {embedding['image_size']} pixels; "
+            "tiles of another size than the table's cannot be converted."
+        )
+    return MmMambaVisionConfig(
+        image_size=size,
+        patch_size=embedding["patch_size"],
+        num_channels=embedding.get("num_channels", 3),
+        use_pixel_shuffle=shuffled,
+    )
+
+
+def _apply_student_layers(config: MmMambaConfig, names) -> MmMambaConfig:
+    """A teacher's config that came with a training student's weights: those layers are Mamba-2 all the same."""
+    text = config.text_config
+    for index in range(text.num_hidden_layers):
+        if is_student_layer(upstream_layer(index, text.num_embedding_layers), names):
+            text.layer_types[index] = "linear_attention"
+    return config
+
+
+def check_tensors(found: dict[str, Tensor], rules: list[Rule], config: MmMambaConfig) -> dict[str, str]:
+    """Accounts for every tensor of a checkpoint.
+
+    Args:
+        found: Name to a tensor on the meta device, as stored.
+        rules: The table that will read them.
+        config: The model.
+
+    Returns:
+        Name to reason of the tensors that are left out.
+
+    Raises:
+        ValueError: listing the tensors that are missing, unknown or of the wrong shape.
+    """
+    ours = expected_specs(config)
+    expected = {}
+    for rule in rules:
+        shaped = rule.operation.write([ours[name] for name in rule.targets], config.text_config)
+        expected |= {name: tuple(spec.shape) for name, spec in zip(rule.sources, shaped, strict=True)}
+    missing = sorted(set(expected) - set(found))
+    left_out = {name: reason_unused(name) for name in sorted(set(found) - set(expected))}
+    unknown = [name for name, reason in left_out.items() if reason is None]
+    misshapen = [
+        f"{name} {tuple(found[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name].shape) != shape
+    ]
+    problems = [
+        f"{what}: {listed(names)}"
+        for what, names in (("missing", missing), ("unknown", unknown), ("wrong shape", misshapen))
+        if names
+    ]
+    if problems:
+        advice = "check that config.json belongs to these weights and that the download is complete"
+        if missing and any(".attention.g_proj." in name for name in found):
+            advice = (
+                "this is a training checkpoint, which holds only what was trained; merge it into its teacher's "
+                "tensors first"
+            )
+        raise ValueError(f"The weights do not fit config.json ({'; '.join(problems)}); {advice}.")
+    return left_out
+
+
+def convert(
+    source: str | Path, destination: str | Path, max_shard_size: int | str = "5GB", progress: bool = False
+) -> Report:
+    """Converts an upstream checkpoint folder into a complete model folder of this package.
+
+    Tensors keep their dtype. Memory holds one tensor at a time. The destination appears whole, or not at all.
+
+    Args:
+        source: Folder with config.json and safetensors; a tokenizer is taken along if it is there.
+        destination: Folder to make; must not exist.
+        max_shard_size: Largest size of a weights file.
+        progress: Whether to draw a progress bar.
+
+    Raises:
+        ValueError: if the source is not understood, or tensors are missing, unknown, wrong-shaped, NaN or infinite.
+        FileExistsError: if the destination exists.
+    """
+    source, destination = Path(source), Path(destination)
+    if not source.is_dir():
+        raise ValueError(f"{source} is not a folder; give the folder of a downloaded checkpoint.")
+    with whole_folder(destination) as folder:
+        upstream = read_upstream_config(read_json(source / "config.json"))
+        reader = ShardReader(source)
+        config = _apply_student_layers(upstream.config, reader.specs)
+        rules = upstream_rules(
+            config.text_config,
+            reader.specs,
+            special_rows=len(upstream.special_tokens),
+            projector=config.vision_config.use_pixel_shuffle,
+        )
+        left_out = check_tensors(reader.specs, rules, config)
+        left_out |= {f"{name} (row 0)": reason for name, reason in UNUSED_ROWS.items()}
+
+        planned = {}
+        for rule in rules:
+            parts = rule.operation.read([reader.specs[name] for name in rule.sources], config.text_config)
+            planned |= zip(rule.targets, parts, strict=True)
+        bytes_of = Counter()
+        for spec in planned.values():
+            bytes_of[spec.dtype] += spec.numel() * spec.element_size()
+        config.dtype = bytes_of.most_common(1)[0][0]
+
+        broken = []
+        bar = tqdm(total=len(planned), desc="Converting", unit=" tensors", disable=not progress)
+        with bar, ShardWriter(folder, planned, max_shard_size) as writer:
+            for rule in rules:
+                tensors = [reader[name] for name in rule.sources]
+                broken += [name for name, x in zip(rule.sources, tensors, strict=True) if not is_finite(x)]
+                parts = rule.operation.read(tensors, config.text_config)
+                for name, part in zip(rule.targets, parts, strict=True):
+                    writer.write(name, part)
+                    bar.update()
+        if broken:
+            raise ValueError(f"NaN or infinite values in {listed(broken)}; the checkpoint is damaged.")
+        processor, notes = _processor(source, upstream)
+        write_model_folder(
+            folder,
+            config,
+            name=destination.name,
+            processor=processor,
+            base_model=upstream.base_model,
+            origin=f"Converted from {upstream.base_model or 'a checkpoint'} in {upstream.kind} layout.",
+        )
+    return Report(config, len(planned), left_out, notes)
+
+
+def _processor(source: Path, upstream: Upstream):
+    return None, ["no processor yet"]

@@ -1,0 +1,258 @@
+"""Seeds Mamba-2 mixers from attention weights (arXiv 2502.13145, section 3.2).
+
+Queries, keys, values and the output projection are inherited; what attention does not have starts so that the mixer is
+as close to linear attention as it can be: the convolution passes its input on, steps depend on nothing but their bias,
+and the decay is e^(-e·step).
+"""
+
+import copy
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mmmamba.configuration_mmmamba import MmMambaConfig
+from mmmamba.conversion.publish import expected_specs, whole_folder, write_model_folder
+from mmmamba.conversion.shards import ShardReader, ShardWriter, is_finite, listed, read_json
+
+
+STRATEGIES = ("head-interleaved", "tail-interleaved", "head-stacked", "tail-stacked")
+GATE_GAIN = 2**-2.5
+STEP_RANGE = (1e-3, 1e-1)
+_ATTENTION = tuple(f"self_attn.{name}_proj.weight" for name in "qkvo")
+
+
+def attention_layers(num_layers: int, num_attention: int, strategy: str) -> list[int]:
+    """Which layers stay attention (arXiv 2502.13145, section 3.4).
+
+    Args:
+        num_layers: Decoder layers, embedding layers included.
+        num_attention: How many of them stay attention.
+        strategy: `head` counts from the input, `tail` from the output; `interleaved` puts one attention layer into
+            each of `num_attention` equal blocks (at the block's near end), `stacked` puts all of them together.
+
+    Raises:
+        ValueError: for an unknown strategy or an impossible number.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}.")
+    if not 0 <= num_attention <= num_layers:
+        raise ValueError(f"num_attention={num_attention} must lie between 0 and the model's {num_layers} layers.")
+    if strategy.endswith("stacked"):
+        head = range(num_attention)
+    else:
+        head = [block * num_layers // num_attention for block in range(num_attention)]
+    if strategy.startswith("tail"):
+        return sorted(num_layers - 1 - index for index in head)
+    return list(head)
+
+
+def seed_mixer(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, num_heads: int, conv_kernel: int = 2, seed: int = 0, layer: int = 0
+) -> dict[str, Tensor]:
+    """The parameters of one Mamba-2 mixer, from one attention layer.
+
+    Args:
+        q: (heads · head_dim, hidden), the query projection.
+        k: (key/value heads · head_dim, hidden).
+        v: (key/value heads · head_dim, hidden).
+        o: (hidden, heads · head_dim).
+        num_heads: Query heads.
+        conv_kernel: Taps of the mixer's convolution.
+        seed: The draw of gate and steps depends on this and on `layer` alone.
+        layer: Index of the layer.
+
+    Returns:
+        `in_proj.weight` (rows v, k, q, gate, dt), `conv1d.{weight,bias}`, `A_log`, `dt_bias`, `norm.weight` and
+        `out_proj.weight`, in the dtype of `q`.
+    """
+    # Drawn on the CPU in single precision, so that device and dtype do not change the draw.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
+    inner, hidden = q.shape
+    gate = torch.empty(inner, hidden, device="cpu")
+    torch.nn.init.xavier_uniform_(gate, gain=GATE_GAIN, generator=generator)
+    low, high = (math.log(step) for step in STEP_RANGE)
+    steps = torch.exp(low + (high - low) * torch.rand(num_heads, generator=generator))
+    dt_bias = steps + torch.log(-torch.expm1(-steps))  # the inverse of softplus
+
+    channels = len(v) + len(k) + len(q)
+    identity = q.new_zeros(channels, 1, conv_kernel)
+    identity[..., -1] = 1
+    return {
+        "in_proj.weight": torch.cat([v, k, q, gate.to(q), q.new_zeros(num_heads, hidden)]),
+        "conv1d.weight": identity,
+        "conv1d.bias": q.new_zeros(channels),
+        "A_log": q.new_ones(num_heads),
+        "dt_bias": dt_bias.to(q),
+        "norm.weight": q.new_ones(inner // num_heads),
+        "out_proj.weight": o,
+    }
+
+
+def seeded_config(config: MmMambaConfig, attention: Collection[int]) -> MmMambaConfig:
+    """A copy of the teacher's configuration where all layers but `attention` are Mamba-2.
+
+    Raises:
+        ValueError: if the teacher has Mamba-2 layers already, or a layer does not exist.
+    """
+    kinds = config.text_config.layer_types
+    if linear := [index for index, kind in enumerate(kinds) if kind != "full_attention"]:
+        raise ValueError(
+            f"The teacher's layers {listed([str(i) for i in linear])} are Mamba-2 already; seed from a model whose "
+            "layers are all attention."
+        )
+    if absent := sorted(index for index in attention if not 0 <= index < len(kinds)):
+        raise ValueError(f"There is no layer {', '.join(map(str, absent))}; the teacher's are 0 to {len(kinds) - 1}.")
+    student = copy.deepcopy(config)
+    student.text_config.layer_types = [
+        "full_attention" if index in attention else "linear_attention" for index in range(len(kinds))
+    ]
+    return student
+
+
+def seed_state_dict(
+    tensors: Mapping[str, Tensor], config: MmMambaConfig, attention: Collection[int], seed: int = 0
+) -> tuple[dict[str, Tensor], MmMambaConfig]:
+    """A student's state dict and configuration, from a teacher's.
+
+    Args:
+        tensors: The teacher's state dict; what is inherited is shared, not copied.
+        config: The teacher's configuration.
+        attention: Layers that stay attention; empty for the linear model.
+        seed: Seed of the new parameters.
+
+    Raises:
+        ValueError: as `seeded_config`.
+    """
+    student = seeded_config(config, attention)
+    replaced = _replaced(student)
+    seeded = {name: tensor for name, tensor in tensors.items() if name not in replaced}
+    for layer in _seeded_layers(student):
+        seeded |= _seed_layer(tensors, student, layer, seed)
+    return seeded, student
+
+
+def seed_folder(
+    teacher: str | Path,
+    destination: str | Path,
+    attention: Collection[int] = (),
+    strategy: str | None = None,
+    num_attention: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> MmMambaConfig:
+    """Makes a student's model folder from a teacher's, one tensor at a time.
+
+    Args:
+        teacher: A model folder of this package, all attention.
+        destination: Folder to make; must not exist.
+        attention: Layers that stay attention; none makes the linear model.
+        strategy: Place `num_attention` of them by `attention_layers` instead.
+        num_attention: How many layers stay attention, with `strategy`.
+        seed: Seed of the new parameters.
+        progress: Whether to draw a progress bar.
+
+    Returns:
+        The student's configuration.
+
+    Raises:
+        ValueError: if the teacher is no model folder of this package, is damaged, or has Mamba-2 layers.
+        FileExistsError: if the destination exists.
+    """
+    teacher, destination = Path(teacher), Path(destination)
+    if not teacher.is_dir():
+        raise ValueError(f"{teacher} is not a folder; give a teacher's model folder.")
+    with whole_folder(destination) as folder:
+        model_type = read_json(teacher / "config.json").get("model_type")
+        if model_type != MmMambaConfig.model_type:
+            raise ValueError(
+                f"{teacher} has model_type={model_type!r}, which is not this package's layout; run `mmmamba convert` "
+                "on it first."
+            )
+        config = MmMambaConfig.from_pretrained(teacher)
+        if strategy is not None:
+            attention = attention_layers(config.text_config.num_hidden_layers, num_attention, strategy)
+        student = seeded_config(config, attention)
+        reader = ShardReader(teacher)
+        _check(reader, config)
+
+        planned, _ = seed_state_dict(reader.specs, config, attention)
+        replaced = _replaced(student)
+        broken = []
+        bar = tqdm(total=len(planned), desc="Seeding", unit=" tensors", disable=not progress)
+        with bar, ShardWriter(folder, planned) as writer:
+
+            def read(name: str) -> Tensor:
+                tensor = reader[name]
+                if not is_finite(tensor):
+                    broken.append(name)
+                return tensor
+
+            for name in reader.specs:
+                if name not in replaced:
+                    writer.write(name, read(name))
+                    bar.update()
+            for layer in _seeded_layers(student):
+                sources = {name: read(name) for name in _sources(layer)}
+                for name, tensor in _seed_layer(sources, student, layer, seed).items():
+                    writer.write(name, tensor)
+                    bar.update()
+        if broken:
+            raise ValueError(f"NaN or infinite values in {listed(broken)}; the teacher is damaged.")
+        write_model_folder(
+            folder,
+            student,
+            name=destination.name,
+            companions=teacher,
+            origin=f"Its Mamba-2 mixers were seeded from {teacher.name} (seed {seed}) and are not trained yet.",
+        )
+    return student
+
+
+def _check(reader: ShardReader, config: MmMambaConfig) -> None:
+    expected = expected_specs(config)
+    found = reader.specs
+    misshapen = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(spec.shape)}"
+        for name, spec in expected.items()
+        if name in found and found[name].shape != spec.shape
+    ]
+    differences = (
+        ("missing", sorted(set(expected) - set(found))),
+        ("unknown", sorted(set(found) - set(expected))),
+        ("wrong shape", misshapen),
+    )
+    if problems := [f"{what}: {listed(names)}" for what, names in differences if names]:
+        raise ValueError(
+            f"The weights of {reader.folder} do not fit its config.json ({'; '.join(problems)}); check that they "
+            "belong together."
+        )
+
+
+def _sources(layer: int) -> list[str]:
+    return [f"model.layers.{layer}.{name}" for name in _ATTENTION]
+
+
+def _seeded_layers(student: MmMambaConfig) -> list[int]:
+    kinds = student.text_config.layer_types
+    return [index for index, kind in enumerate(kinds) if kind == "linear_attention"]
+
+
+def _replaced(student: MmMambaConfig) -> set[str]:
+    """The teacher's tensors that seeding replaces."""
+    return {name for layer in _seeded_layers(student) for name in _sources(layer)}
+
+
+def _seed_layer(tensors: Mapping[str, Tensor], student: MmMambaConfig, layer: int, seed: int) -> dict[str, Tensor]:
+    text = student.text_config
+    mixer = seed_mixer(
+        *(tensors[name] for name in _sources(layer)),
+        num_heads=text.num_attention_heads,
+        conv_kernel=text.conv_kernel,
+        seed=seed,
+        layer=layer,
+    )
+    return {f"model.layers.{layer}.mamba.{name}": tensor for name, tensor in mixer.items()}
