@@ -115,12 +115,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = _parser(argv).parse_args(argv)
         return args.run(args) or 0
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        # A strict config wraps the sentence that says what is wrong.
+        cause = error.__cause__ if type(error).__name__.startswith("StrictDataclass") else error
+        if not isinstance(cause, ValueError | TypeError | OSError | ImportError):
+            raise
+        print(f"error: {cause}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

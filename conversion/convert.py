@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -155,30 +156,33 @@ def read_upstream_config(values: dict) -> Upstream:
             )
         layer_types += [LAYER_TYPES[name] for name in kinds_here]
 
-    text = MmMambaTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=llm["hidden_size"],
-        intermediate_size=llm["intermediate_size"],
-        num_hidden_layers=len(layer_types),
-        num_embedding_layers=embedding["num_hidden_layers"],
-        layer_types=layer_types,
-        num_attention_heads=llm["num_attention_heads"],
-        num_key_value_heads=llm["num_key_value_heads"],
-        hidden_act=llm["hidden_act"],
-        max_position_embeddings=llm["max_position_embeddings"],
-        initializer_range=llm.get("initializer_range", 0.02),
-        rms_norm_eps=llm["rms_norm_eps"],
-        embedding_rms_norm_eps=embedding["rms_norm_eps"],
-        rope_parameters=_rope(llm, llm["max_position_embeddings"]),
-        embedding_rope_parameters=_rope(embedding, llm["max_position_embeddings"]),
-        normalize_embedding_output=bool(whole.get("normalize_encoder_output")),
-        pad_token_id=llm.get("pad_token_id", 2),
-        bos_token_id=llm.get("bos_token_id", 1),
-        eos_token_id=llm.get("eos_token_id", 2),
-    )
-    config = MmMambaConfig(
-        text_config=text, vision_config=_vision(whole, embedding), image_token_id=embedding["img_context_token_id"]
-    )
+    try:
+        text = MmMambaTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=llm["hidden_size"],
+            intermediate_size=llm["intermediate_size"],
+            num_hidden_layers=len(layer_types),
+            num_embedding_layers=embedding["num_hidden_layers"],
+            layer_types=layer_types,
+            num_attention_heads=llm["num_attention_heads"],
+            num_key_value_heads=llm["num_key_value_heads"],
+            hidden_act=llm["hidden_act"],
+            max_position_embeddings=llm["max_position_embeddings"],
+            initializer_range=llm.get("initializer_range", 0.02),
+            rms_norm_eps=llm["rms_norm_eps"],
+            embedding_rms_norm_eps=embedding["rms_norm_eps"],
+            rope_parameters=_rope(llm, llm["max_position_embeddings"]),
+            embedding_rope_parameters=_rope(embedding, llm["max_position_embeddings"]),
+            normalize_embedding_output=bool(whole.get("normalize_encoder_output")),
+            pad_token_id=llm.get("pad_token_id", 2),
+            bos_token_id=llm.get("bos_token_id", 1),
+            eos_token_id=llm.get("eos_token_id", 2),
+        )
+        config = MmMambaConfig(
+            text_config=text, vision_config=_vision(whole, embedding), image_token_id=embedding["img_context_token_id"]
+        )
+    except StrictDataclassError as error:
+        raise ValueError(f"config.json does not describe a model: {error.__cause__ or error}") from error
     tiling = {
         "min_tiles": whole.get("min_dynamic_patch", 1),
         "max_tiles": whole.get("max_dynamic_patch", 12) if whole.get("dynamic_image_size", True) else 1,

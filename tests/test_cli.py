@@ -1,0 +1,86 @@
+"""The command line: one sentence for what goes wrong, a folder for what goes right."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from golden_checkpoints import checkpoint
+
+from mmmamba.cli import COMMANDS, main
+
+
+def failed(capsys, *argv):
+    """Runs a command that must fail; returns (exit code, its one line on stderr)."""
+    try:
+        code = main([str(argument) for argument in argv])
+    except SystemExit as stop:
+        code = stop.code
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1, message
+    return code, message
+
+
+def test_help_names_every_command_without_importing_torch():
+    program = (
+        "import sys; from mmmamba.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert all(name in shown for name in COMMANDS)
+
+
+def test_python_dash_m_runs_the_same_command():
+    shown = subprocess.run([sys.executable, "-m", "mmmamba", "seed", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "--num-attention" in shown.stdout
+
+
+def test_convert_then_seed(tmp_path, capsys):
+    source = checkpoint(tmp_path / "src", "hovle_tiny")
+    assert main(["convert", str(source), str(tmp_path / "teacher")]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: embedding_model.vision_embeddings.class_embedding" in printed and "114 tensors" in printed
+    for arguments, attention in (
+        (["--linear"], []),
+        (["--attention-layers", "0,4,8"], [0, 4, 8]),
+        (["--num-attention", "3"], [0, 4, 8]),
+        (["--num-attention", "2", "--strategy", "tail-stacked"], [10, 11]),
+    ):
+        folder = tmp_path / "-".join(["student", *arguments])
+        assert main(["seed", str(tmp_path / "teacher"), str(folder), *arguments, "--seed", "1"]) == 0
+        kinds = json.loads((folder / "config.json").read_text())["text_config"]["layer_types"]
+        assert [index for index, kind in enumerate(kinds) if kind == "full_attention"] == attention
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "required"),
+        (["fly"], "fly"),
+        (["convert", "here"], "DST"),
+        (["seed", "a", "b"], "--linear"),
+        (["seed", "a", "b", "--linear", "--num-attention", "3"], "not allowed"),
+        (["seed", "a", "b", "--attention-layers", "0,x"], "0,x"),
+        (["seed", "a", "b", "--num-attention", "3", "--strategy", "middle"], "middle"),
+    ],
+)
+def test_wrong_command_lines_exit_with_two(arguments, word, capsys):
+    code, message = failed(capsys, *arguments)
+    assert code == 2 and word in message
+
+
+def test_failures_exit_with_one_and_one_sentence(tmp_path, capsys):
+    source = checkpoint(tmp_path / "src", "hovle_tiny")
+    assert failed(capsys, "convert", tmp_path / "none", tmp_path / "out")[0] == 1
+    assert failed(capsys, "convert", source, source) == (
+        1,
+        f"error: {source} exists; name a folder that does not, or remove this one.\n",
+    )
+    assert "mmmamba convert" in failed(capsys, "seed", source, tmp_path / "out", "--linear")[1]
+    assert (
+        "--strategy" in failed(capsys, "seed", source, tmp_path / "out", "--linear", "--strategy", "head-stacked")[1]
+    )
+    (source / "config.json").write_text('{"model_type": "mmmamba", "text_config": {"hidden_size": "wide"}}')
+    assert "hidden_size" in failed(capsys, "seed", source, tmp_path / "out", "--linear")[1]
+    (source / "config.json").write_text("{")
+    assert "not readable JSON" in failed(capsys, "convert", source, tmp_path / "out")[1]
+    assert not (tmp_path / "out").exists()
