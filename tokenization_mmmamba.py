@@ -1,0 +1,76 @@
+"""The SentencePiece tokenizer of InternLM2, with the tokens that mark turns and pictures.
+
+Special tokens are split off first; every piece of text between them is encoded on its own and so gets SentencePiece's
+dummy prefix again. Checked against upstream's tokenizer on the fixture `tokenizer`.
+"""
+
+from pathlib import Path
+
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+
+CONTROL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|action_start|>", "<|action_end|>", "<|interpreter|>", "<|plugin|>"]
+PICTURE_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
+
+
+class MmMambaTokenizer(SentencePieceBackend):
+    """Text to ids and back.
+
+    Args:
+        vocab_file: Path of a SentencePiece BPE model, `tokenizer.model`.
+        unk_token, bos_token, eos_token, pad_token: Pieces of that model.
+        add_bos_token: Whether a text starts with `bos_token`.
+        add_eos_token: Whether a text ends with `eos_token`.
+        extra_special_tokens: Tokens after those of the model, in the order of their ids; those of turns and pictures
+            if not given.
+
+    Raises:
+        ValueError: if `vocab_file` is missing.
+    """
+
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+    padding_side = "left"
+
+    def __init__(
+        self,
+        vocab_file: str | None = None,
+        unk_token: str = "<unk>",
+        bos_token: str = "<s>",
+        eos_token: str = "</s>",
+        pad_token: str = "</s>",
+        add_bos_token: bool = True,
+        add_eos_token: bool = False,
+        extra_special_tokens: list[str] | None = None,
+        **kwargs,
+    ):
+        if vocab_file is None or not Path(vocab_file).is_file():
+            raise ValueError(f"vocab_file={vocab_file!r} is no file; put the SentencePiece `tokenizer.model` there.")
+        if extra_special_tokens is None:
+            extra_special_tokens = CONTROL_TOKENS + PICTURE_TOKENS
+        kwargs.setdefault("clean_up_tokenization_spaces", True)  # as upstream's decode does: "one ." becomes "one."
+        super().__init__(
+            vocab_file=vocab_file,
+            unk_token=unk_token,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            pad_token=pad_token,
+            add_bos_token=add_bos_token,
+            add_eos_token=add_eos_token,
+            extra_special_tokens=extra_special_tokens,
+            **kwargs,
+        )
+        self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
+
+    def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None):
+        """Adds beginning and end tokens as `add_bos_token` and `add_eos_token` say."""
+        ids = ([self.bos_token_id] if self.add_bos_token else []) + token_ids_0 + (token_ids_1 or [])
+        return ids + ([self.eos_token_id] if self.add_eos_token else [])
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Joins pieces, bytes included, to text; the dummy prefix is dropped."""
+        return self.sp_model.decode(tokens)
+
+
+MmMambaTokenizer.register_for_auto_class()
+
+__all__ = ["MmMambaTokenizer"]
