@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from tqdm import tqdm
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from mmmamba.configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
 from mmmamba.conversion.layouts import (
@@ -19,8 +20,11 @@ from mmmamba.conversion.layouts import (
     upstream_layer,
     upstream_rules,
 )
-from mmmamba.conversion.publish import expected_specs, whole_folder, write_model_folder
+from mmmamba.conversion.publish import PACKAGE, expected_specs, whole_folder, write_model_folder
 from mmmamba.conversion.shards import ShardReader, ShardWriter, is_finite, listed, read_json
+from mmmamba.image_processing_mmmamba import MmMambaImageProcessor
+from mmmamba.processing_mmmamba import MmMambaProcessor
+from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 
 
 # model_type of the whole, of its embedding stack, of its language stack.
@@ -42,7 +46,7 @@ class Upstream(NamedTuple):
         config: The model in this package's terms.
         template: Name of the conversation template.
         special_tokens: Token to id, for the rows appended to the text table.
-        tiling: `min_tiles`, `max_tiles` and `use_thumbnail` of the picture tiling.
+        tiling: `min_patches`, `max_patches` and `use_thumbnail` of the picture tiling.
         kind: Name of the layout, for people.
         base_model: The model's name on the Hub, if the config tells.
     """
@@ -184,8 +188,8 @@ def read_upstream_config(values: dict) -> Upstream:
     except StrictDataclassError as error:
         raise ValueError(f"config.json does not describe a model: {error.__cause__ or error}") from error
     tiling = {
-        "min_tiles": whole.get("min_dynamic_patch", 1),
-        "max_tiles": whole.get("max_dynamic_patch", 12) if whole.get("dynamic_image_size", True) else 1,
+        "min_patches": whole.get("min_dynamic_patch", 1),
+        "max_patches": whole.get("max_dynamic_patch", 12) if whole.get("dynamic_image_size", True) else 1,
         "use_thumbnail": bool(whole.get("use_thumbnail", True)),
     }
     name = whole.get("_name_or_path") or ""
@@ -320,6 +324,8 @@ def convert(
         raise ValueError(f"{source} is not a folder; give the folder of a downloaded checkpoint.")
     with whole_folder(destination) as folder:
         upstream = read_upstream_config(read_json(source / "config.json"))
+        (folder / "chat_template.jinja").write_text(chat_template(upstream.template), encoding="utf-8")
+        processor, notes = _processor(source, upstream)
         reader = ShardReader(source)
         config = _apply_student_layers(upstream.config, reader.specs)
         rules = upstream_rules(
@@ -352,7 +358,6 @@ def convert(
                     bar.update()
         if broken:
             raise ValueError(f"NaN or infinite values in {listed(broken)}; the checkpoint is damaged.")
-        processor, notes = _processor(source, upstream)
         write_model_folder(
             folder,
             config,
@@ -364,5 +369,44 @@ def convert(
     return Report(config, len(planned), left_out, notes)
 
 
-def _processor(source: Path, upstream: Upstream):
-    return None, ["no processor yet"]
+def chat_template(name: str) -> str:
+    """The Jinja text of a conversation template of upstream. Raises ValueError for an unknown name."""
+    # Hermes-2 is another name of the same text.
+    files = dict.fromkeys(("internlm2-chat", "Hermes-2"), PACKAGE / "chat_template.jinja")
+    files |= {file.stem: file for file in (Path(__file__).parent / "chat_templates").glob("*.jinja")}
+    if name not in files:
+        raise ValueError(f"config.json has template={name!r}; the known templates are {', '.join(sorted(files))}.")
+    return files[name].read_text(encoding="utf-8")
+
+
+def _processor(source: Path, upstream: Upstream) -> tuple[ProcessorMixin | BaseImageProcessor, list[str]]:
+    """The processor of a converted model, or its image processor if there is no tokenizer, and a note about that."""
+    size = upstream.config.vision_config.image_size
+    image_processor = MmMambaImageProcessor(size={"height": size, "width": size}, **upstream.tiling)
+    if not (source / "tokenizer.model").is_file():
+        return image_processor, [
+            f"{source} has no tokenizer.model, so the model has neither tokenizer nor processor and does not know "
+            "where an answer ends; put the tokenizer's files there and convert again to have them."
+        ]
+    tokenizer = MmMambaTokenizer.from_pretrained(source)
+    _check_tokenizer(tokenizer, upstream)
+    tokenizer.chat_template = chat_template(upstream.template)
+    tokens_per_tile = upstream.config.vision_config.tokens_per_tile
+    return MmMambaProcessor(image_processor, tokenizer, tokens_per_tile, tokenizer.chat_template), []
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, upstream: Upstream) -> None:
+    expected = upstream.special_tokens | {"<IMG_CONTEXT>": upstream.config.image_token_id}
+    for token, index in expected.items():
+        found = tokenizer.get_vocab().get(token)
+        if found != index:
+            raise ValueError(
+                f"The tokenizer gives {token} the id {found} but config.json says {index}; take the tokenizer that "
+                "belongs to this checkpoint."
+            )
+    vocab_size = upstream.config.text_config.vocab_size
+    if (highest := max(tokenizer.get_vocab().values())) >= vocab_size:
+        raise ValueError(
+            f"The tokenizer has ids up to {highest} but the model only {vocab_size} rows; take the tokenizer that "
+            "belongs to this checkpoint."
+        )

@@ -48,7 +48,6 @@ inputs = processor.apply_chat_template(
     tokenize=True,
     return_dict=True,
     return_tensors="pt",
-    sanitize_control_tokens=True,
 )
 answer = model.generate(**inputs.to(model.device), max_new_tokens=64)[:, inputs["input_ids"].shape[1] :]
 print(processor.batch_decode(answer, skip_special_tokens=True)[0])
@@ -153,6 +152,8 @@ def write_model_folder(
     generation.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
+        # processor_config.json holds the image processor too, but tools that need that alone look for its own file.
+        getattr(processor, "image_processor", processor).save_pretrained(folder)
     if companions is not None:
         for file in COMPANIONS:
             if (companions / file).is_file():

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from golden_checkpoints import GOLDEN, change_weights, checkpoint, training_layers
+from golden_checkpoints import GOLDEN, add_tokenizer, change_weights, checkpoint, training_layers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
@@ -155,8 +156,8 @@ def test_a_whole_training_student_converts_to_the_converted_models_logits(tmp_pa
 
     inputs = load_file(GOLDEN / "seeding" / "stage1_at_seed.safetensors")
     expected = load_file(GOLDEN / "convert" / "case.safetensors")["converted_model.prefill_logits"]
-    # In double precision, so that the bound measures upstream's rounding alone: the norm over a head amplifies it by up
-    # to 300, and it is larger here than in the released model's fixtures. Mistakes of meaning show as 1e-2 or more.
+    # In double precision, so that the bound measures upstream's rounding alone: the norm over a head amplifies it by
+    # up to 300, so it is larger here than in the released model's fixtures. Mistakes of meaning show as 1e-2 or more.
     model = MmMambaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()
     with torch.no_grad():
         ours = model(input_ids=inputs["in.input_ids"], pixel_values=inputs["in.pixel_values"].double()).logits
@@ -305,9 +306,9 @@ def test_shards_hold_what_was_written(tmp_path):
         for key in reversed(tensors):
             writer.write(key, tensors[key])
     reader = ShardReader(tmp_path)
-    assert all(
-        torch.equal(reader[key], tensor) and reader[key].dtype == tensor.dtype for key, tensor in tensors.items()
-    )
+    assert set(reader.specs) == set(tensors)
+    for key, tensor in tensors.items():
+        torch.testing.assert_close(reader[key], tensor, atol=0, rtol=0)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     with pytest.raises(ValueError, match="never written"), ShardWriter(tmp_path, tensors) as writer:
         writer.write("a", tensors["a"])
@@ -332,3 +333,53 @@ assert not any(name == "mmmamba" or name.startswith("mmmamba.") for name in sys.
     assert config.auto_map["AutoConfig"] == "configuration_mmmamba.MmMambaConfig"
     card = (moved / "README.md").read_text()
     assert "pipeline_tag: image-text-to-text" in card and "license: mit" in card
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    """A converted folder whose source had everything."""
+    folder = tmp_path_factory.mktemp("complete")
+    source = checkpoint(folder / "src", "hovle_tiny_pixshuf_pre")
+    add_tokenizer(source)
+    report = convert(source, folder / "model")
+    assert report.notes == []
+    return folder / "model"
+
+
+def test_a_complete_source_gives_a_complete_folder(complete):
+    assert {file.name for file in complete.iterdir()} >= {
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
+        "processor_config.json", "chat_template.jinja", "tokenizer.model", "tokenizer_config.json",
+        "configuration_mmmamba.py", "modeling_mmmamba.py", "ssm_mmmamba.py", "image_processing_mmmamba.py",
+        "processing_mmmamba.py", "tokenization_mmmamba.py",
+    }  # fmt: skip
+    assert json.loads((complete / "generation_config.json").read_text())["eos_token_id"] == 1198  # <|im_end|>
+    assert "upstream's own" not in (complete / "chat_template.jinja").read_text()
+
+
+def test_the_cards_example_runs_as_printed(complete, tmp_path):
+    code = (complete / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert 'path = "model"' in code
+    code = code.replace('path = "model"', f"path = {str(complete)!r}").replace("max_new_tokens=64", "max_new_tokens=3")
+    Image.new("RGB", (90, 50), "red").save(tmp_path / "picture.png")
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
+
+
+def test_tiling_follows_the_source(complete):
+    values = json.loads((complete / "preprocessor_config.json").read_text())
+    assert values["size"] == {"height": 56, "width": 56} and values["max_patches"] == 6 and values["use_thumbnail"]
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    source = checkpoint(tmp_path / "src", "hovle_tiny")
+    add_tokenizer(source)
+    edit_config(source, embedding_config__img_context_token_id=1201)
+    refused(source, tmp_path, "<IMG_CONTEXT>", "1202", "1201")
+
+
+def test_without_a_tokenizer_the_note_says_what_is_missing(tmp_path):
+    report = convert(checkpoint(tmp_path / "src", "hovle_tiny"), tmp_path / "out")
+    assert len(report.notes) == 1 and "tokenizer.model" in report.notes[0]
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
