@@ -11,7 +11,13 @@ import numpy as np
 from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict, load_image
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    PILImageResampling,
+    SizeDict,
+    load_image,
+)
 from transformers.processing_utils import ImagesKwargs
 
 
@@ -24,7 +30,7 @@ def grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     """
     if not 1 <= min_tiles <= max_tiles:
         raise ValueError(
-            f"min_patches={min_tiles} and max_patches={max_tiles} allow no grid; choose 1 <= min_patches <= max_patches."
+            f"min_patches={min_tiles} and max_patches={max_tiles} allow no grid; give 1 <= min_patches <= max_patches."
         )
     # Ties keep the order of upstream's set of pairs, which follows from how Python hashes pairs of small integers.
     pairs = {

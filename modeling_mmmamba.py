@@ -25,6 +25,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
+from .processing_mmmamba import encode_conversation
 from .ssm_mmmamba import causal_conv, gated_rmsnorm, ssd_scan, ssd_step
 
 
@@ -243,6 +244,29 @@ class MmMambaPreTrainedModel(PreTrainedModel):
         # The layers read the decoder's own config; a choice made for the whole model is meant for it.
         config.text_config._attn_implementation = self.config._attn_implementation
 
+    @staticmethod
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+    ) -> dict[str, Tensor | None]:
+        """What each type of layer needs of a (batch, past + length) mask; `generate` calls this for fixed caches.
+
+        Unlike Transformers' own function it keeps the padding mask of a single step, which may be padding when a
+        prompt is read one token at a time.
+        """
+        config = config.get_text_config()
+        masks = {"full_attention": None, "linear_attention": None}
+        if "full_attention" in config.layer_types:
+            masks["full_attention"] = create_causal_mask(
+                config=config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        if attention_mask is not None and attention_mask.ndim == 2:
+            masks["linear_attention"] = attention_mask[:, -inputs_embeds.shape[1] :]
+        return masks
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -316,23 +340,6 @@ class MmMambaModel(MmMambaPreTrainedModel):
             )
         return rows.masked_scatter(places[..., None], image_rows)
 
-    def masks(self, config, inputs_embeds, attention_mask, past_key_values, position_ids) -> dict:
-        """What each kind of layer needs of a 2D mask: the attention mask, and where padding is for Mamba-2."""
-        masks = {"full_attention": None, "linear_attention": None}
-        if "full_attention" in config.layer_types:
-            masks["full_attention"] = create_causal_mask(
-                config=config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-        if attention_mask is not None and attention_mask.ndim == 2:
-            recent = attention_mask[:, -inputs_embeds.shape[1] :]
-            if not recent.all():
-                masks["linear_attention"] = Padding(recent)
-        return masks
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -383,7 +390,12 @@ class MmMambaModel(MmMambaPreTrainedModel):
 
         masks = attention_mask
         if not isinstance(masks, dict):
-            masks = self.masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+            masks = self.create_masks_for_generate(
+                config, inputs_embeds, attention_mask, past_key_values, position_ids
+            )
+        valid = masks["linear_attention"]
+        padding = Padding(valid) if valid is not None and not valid.all() else None
+        masks = {"full_attention": masks["full_attention"], "linear_attention": padding}
         rotary = {
             True: self.embedding_rotary_emb(inputs_embeds, position_ids),
             False: self.rotary_emb(inputs_embeds, position_ids),
@@ -477,6 +489,14 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in Transformers; the folder then loads through each of the auto classes that this class serves."""
+        name = f"modeling_mmmamba.{type(self).__name__}"
+        self.config.auto_map = dict.fromkeys(
+            ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"), name
+        )
+        super().save_pretrained(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # generate() names the cache of any class called "…Mamba…" `cache_params`, and its stock caches have no length
@@ -623,10 +643,10 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
         output = self.generate(
             input_ids=input_ids,
             attention_mask=attention_mask.to(self.device),
-            pixel_values=pixel_values,
             eos_token_id=ends,
             pad_token_id=pad,
             streamer=streamer,
+            **({} if pixel_values is None else {"pixel_values": pixel_values}),
             **options,
         )
         answers = []
@@ -635,5 +655,8 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
             answers.append(tokenizer.decode(row[:end], skip_special_tokens=True).strip())
         return answers
 
+
+for _model in (MmMambaModel, MmMambaForConditionalGeneration):
+    _model.register_for_auto_class("AutoModel")
 
 __all__ = ["MmMambaCache", "MmMambaForConditionalGeneration", "MmMambaModel", "MmMambaPreTrainedModel"]

@@ -12,6 +12,10 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 CONTROL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|action_start|>", "<|action_end|>", "<|interpreter|>", "<|plugin|>"]
 PICTURE_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
 
+# A character that Unicode reserves for inside use: put into a control token, it keeps the token from being recognised,
+# and it is dropped before text is encoded.
+PLAIN_TEXT_MARK = "\ufdd0"
+
 
 class MmMambaTokenizer(SentencePieceBackend):
     """Text to ids and back.
@@ -60,6 +64,9 @@ class MmMambaTokenizer(SentencePieceBackend):
             **kwargs,
         )
         self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
+
+    def _tokenize(self, text: str, **kwargs) -> list[str]:
+        return super()._tokenize(text.replace(PLAIN_TEXT_MARK, ""), **kwargs)
 
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None):
         """Adds beginning and end tokens as `add_bos_token` and `add_eos_token` say."""

@@ -14,7 +14,7 @@ LAYER_TYPES = {
 IMAGE_TOKEN = 90
 
 
-def tiny_config(kind: str, **text) -> MmMambaConfig:
+def tiny_config(kind: str, image_token_id: int = IMAGE_TOKEN, **text) -> MmMambaConfig:
     text_config = {
         "vocab_size": 99,
         "hidden_size": 32,
@@ -28,7 +28,7 @@ def tiny_config(kind: str, **text) -> MmMambaConfig:
         "initializer_range": 0.2,
     }
     vision_config = {"image_size": 16, "patch_size": 4, "use_pixel_shuffle": True, "initializer_range": 0.2}
-    return MmMambaConfig(text_config=text_config | text, vision_config=vision_config, image_token_id=IMAGE_TOKEN)
+    return MmMambaConfig(text_config=text_config | text, vision_config=vision_config, image_token_id=image_token_id)
 
 
 def tiny_model(kind: str, **text) -> MmMambaForConditionalGeneration:

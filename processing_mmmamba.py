@@ -1,0 +1,189 @@
+"""Pictures and text to model inputs, and the prompt of a conversation.
+
+`<image>` stands for a picture in a prompt; it becomes `<img>`, one `<IMG_CONTEXT>` per row that the picture's tiles
+give to the decoder, `</img>`. What a user types can never do that by accident or on purpose: control tokens and
+placeholders in messages are encoded as the plain text they are (see `as_text`).
+"""
+
+import copy
+import re
+
+from transformers import BatchFeature
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.utils import logging
+
+from .image_processing_mmmamba import MmMambaImageProcessorKwargs
+from .tokenization_mmmamba import PLAIN_TEXT_MARK, MmMambaTokenizer
+
+
+logger = logging.get_logger(__name__)
+
+PLACEHOLDER = "<image>"
+
+
+def as_text(text: str, tokenizer: MmMambaTokenizer) -> str:
+    """Marks control tokens and placeholders in `text`, so that the tokenizer encodes them as plain text."""
+    control = [*tokenizer.get_added_vocab(), PLACEHOLDER]
+    pattern = "|".join(re.escape(token) for token in sorted(control, key=len, reverse=True))
+    return re.sub(pattern, lambda match: match[0][0] + PLAIN_TEXT_MARK + match[0][1:], text)
+
+
+def expand_placeholders(prompts: list[str], num_patches_list: list[int], tokens_per_tile: int) -> list[str]:
+    """Replaces each `<image>`, in order over the prompts, by its picture's image tokens.
+
+    Args:
+        prompts: Rendered prompts.
+        num_patches_list: Tiles of each picture, thumbnail included.
+        tokens_per_tile: Decoder rows of a tile.
+
+    Raises:
+        ValueError: if placeholders and pictures differ in number.
+    """
+    places = sum(prompt.count(PLACEHOLDER) for prompt in prompts)
+    if places != len(num_patches_list):
+        raise ValueError(
+            f"The prompt has {places} {PLACEHOLDER} placeholders but there are {len(num_patches_list)} pictures; "
+            f"write one {PLACEHOLDER} per picture."
+        )
+    counts = iter(num_patches_list)
+    return [
+        re.sub(PLACEHOLDER, lambda _: "<img>" + "<IMG_CONTEXT>" * (tokens_per_tile * next(counts)) + "</img>", prompt)
+        for prompt in prompts
+    ]
+
+
+def encode_conversation(
+    tokenizer: MmMambaTokenizer,
+    question: str,
+    history: list[tuple[str, str]] | None,
+    num_patches_list: list[int],
+    tokens_per_tile: int,
+    system_message: str | None = None,
+) -> list[int]:
+    """Ids of a conversation up to where the answer begins.
+
+    Args:
+        tokenizer: Brings the chat template.
+        question: The last question; `<image>` stands for a picture here and in the history.
+        history: Earlier (question, answer) pairs.
+        num_patches_list: Tiles of each picture, in the order of the placeholders.
+        tokens_per_tile: Decoder rows of a tile.
+        system_message: Replaces the template's own.
+
+    Raises:
+        ValueError: if the question is empty, or placeholders and pictures differ in number.
+    """
+    if not question.strip():
+        raise ValueError("The question is empty; ask something.")
+    messages = [] if system_message is None else [{"role": "system", "content": system_message}]
+    for asked, answered in [*(history or []), (question, None)]:
+        messages.append({"role": "user", "content": asked})
+        if answered is not None:
+            messages.append({"role": "assistant", "content": answered})
+    for message in messages:
+        # Control tokens become text; placeholders keep their meaning, as in upstream's chat().
+        parts = message["content"].split(PLACEHOLDER)
+        message["content"] = PLACEHOLDER.join(as_text(part, tokenizer) for part in parts)
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    (prompt,) = expand_placeholders([prompt], num_patches_list, tokens_per_tile)
+    return tokenizer(prompt)["input_ids"]
+
+
+class MmMambaProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: MmMambaImageProcessorKwargs
+    _defaults = {"text_kwargs": {"padding": False}}  # noqa: RUF012
+
+
+class MmMambaProcessor(ProcessorMixin):
+    """Image processor and tokenizer in one.
+
+    Args:
+        image_processor: Cuts pictures into tiles.
+        tokenizer: Encodes text.
+        tokens_per_tile: Decoder rows of a tile, as the model's `vision_config.tokens_per_tile`.
+        chat_template: Jinja template that renders messages; the tokenizer's if not given.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        tokens_per_tile: int = 256,
+        chat_template: str | None = None,
+        **kwargs,
+    ):
+        self.tokens_per_tile = tokens_per_tile
+        self.image_token = "<IMG_CONTEXT>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+        """Model inputs from prompts and pictures.
+
+        Args:
+            images: One picture or a list of them (PIL, array, path or URL), nested per prompt if you like.
+            text: One prompt or a list of them, with one `<image>` per picture. Control tokens in it count.
+
+        Returns:
+            `input_ids` and `attention_mask` (batch, length), and `pixel_values` (tiles, 3, size, size) if there are
+            pictures.
+
+        Raises:
+            ValueError: if placeholders and pictures differ in number, in all or in one prompt.
+        """
+        if text is None:
+            raise ValueError(f"text is missing; give a prompt with one {PLACEHOLDER} per picture.")
+        options = self._merge_kwargs(
+            MmMambaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        return_tensors = options["text_kwargs"].pop("return_tensors", None)
+        prompts = [text] if isinstance(text, str) else list(text)
+        pictures = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+        if any(isinstance(row, (list, tuple)) for row in pictures):
+            for prompt, row in zip(prompts, pictures, strict=True):
+                if prompt.count(PLACEHOLDER) != len(row):
+                    raise ValueError(
+                        f"A prompt has {prompt.count(PLACEHOLDER)} {PLACEHOLDER} placeholders but {len(row)} "
+                        f"pictures: {prompt[:80]!r}; write one {PLACEHOLDER} per picture."
+                    )
+            pictures = [picture for row in pictures for picture in row]
+        vision, counts = {}, []
+        if pictures:
+            vision = self.image_processor(images=pictures, **options["images_kwargs"])
+            counts = [int(count) for count in vision.pop("num_patches")]
+        prompts = expand_placeholders(prompts, counts, self.tokens_per_tile)
+        encoded = self.tokenizer(prompts, **options["text_kwargs"])
+        return BatchFeature({**encoded, **vision}, tensor_type=return_tensors)
+
+    def apply_chat_template(
+        self, conversation, chat_template: str | None = None, *, sanitize_control_tokens: bool = True, **kwargs
+    ):
+        """Renders messages, and encodes them and their pictures with `tokenize=True`.
+
+        Typed control tokens and placeholders are plain text when encoded, unless `sanitize_control_tokens=False`.
+        Other arguments and what is returned: see Transformers' `ProcessorMixin.apply_chat_template`.
+        """
+        if sanitize_control_tokens and kwargs.get("tokenize"):
+            conversation = copy.deepcopy(conversation)
+            for messages in conversation if isinstance(conversation[0], (list, tuple)) else [conversation]:
+                for message in messages:
+                    self._mark(message)
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    def _mark(self, message: dict) -> None:
+        if isinstance(message["content"], str):
+            message["content"] = as_text(message["content"], self.tokenizer)
+            return
+        for part in message["content"]:
+            if part["type"] == "text":
+                part["text"] = as_text(part["text"], self.tokenizer)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What the model takes of the processor's output."""
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+
+MmMambaProcessor.register_for_auto_class()
+
+__all__ = ["MmMambaProcessor", "encode_conversation"]
