@@ -28,10 +28,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     from mmmamba.conversion.convert import convert
+    from mmmamba.conversion.shards import listed
 
     report = convert(args.source, args.destination, progress=True)
-    for name, reason in report.left_out.items():
-        print(f"left out: {name} ({reason})")
+    for reason in dict.fromkeys(report.left_out.values()):
+        names = [name for name in report.left_out if report.left_out[name] == reason]
+        print(f"left out: {listed(names, most=3)} ({reason})")
     for note in report.notes:
         print(f"note: {note}")
     print(f"{report.tensors} tensors written to {args.destination}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
+from mmmamba.conversion.shards import read_json, write_json
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 
@@ -20,6 +21,12 @@ AUTO_MAP = {"AutoConfig": "configuration_mmmamba.MmMambaConfig"} | dict.fromkeys
     ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"),
     "modeling_mmmamba.MmMambaForConditionalGeneration",
 )
+IMAGE_PROCESSORS = {
+    "torchvision": "image_processing_mmmamba.MmMambaImageProcessor",
+    "pil": "image_processing_mmmamba.MmMambaImageProcessorPil",
+}
+# Where the conversation templates end a turn; the first that template and vocabulary have.
+TURN_ENDS = ("<|im_end|>", "<|end|>", "[UNUSED_TOKEN_1]")
 # Files of a model folder that depend on neither weights nor mixers.
 COMPANIONS = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.jinja",
@@ -154,6 +161,7 @@ def write_model_folder(
         processor.save_pretrained(folder)
         # processor_config.json holds the image processor too, but tools that need that alone look for its own file.
         getattr(processor, "image_processor", processor).save_pretrained(folder)
+        _offer_both_backends(folder)
     if companions is not None:
         for file in COMPANIONS:
             if (companions / file).is_file():
@@ -164,10 +172,20 @@ def write_model_folder(
     (folder / "README.md").write_text(model_card(name, config, base_model, origin), encoding="utf-8")
 
 
+def _offer_both_backends(folder: Path) -> None:
+    """Lets AutoImageProcessor choose by `backend`; saving names only the class that was saved."""
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / file).is_file():
+            values = read_json(folder / file)
+            values.get("image_processor", values)["auto_map"]["AutoImageProcessor"] = IMAGE_PROCESSORS
+            write_json(folder / file, values)
+
+
 def _use_ids_of(tokenizer: PreTrainedTokenizerBase, config: MmMambaConfig, generation: GenerationConfig) -> None:
-    """Ends answers where the conversation template ends a turn, if the vocabulary has that token."""
-    end = tokenizer.get_vocab().get("<|im_end|>")
+    """Ends answers where the chat template ends a turn, and pads as the tokenizer does."""
+    vocabulary, template = tokenizer.get_vocab(), tokenizer.chat_template or ""
+    ends = [vocabulary[token] for token in TURN_ENDS if token in template and token in vocabulary]
     for target in (config.text_config, generation):
         target.pad_token_id = tokenizer.pad_token_id
-        if end is not None:
-            target.eos_token_id = end
+        if ends:
+            target.eos_token_id = ends[0]

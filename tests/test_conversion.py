@@ -366,6 +366,19 @@ def test_the_cards_example_runs_as_printed(complete, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
 
 
+def test_auto_classes_find_tokenizer_and_both_image_processors(complete, tmp_path):
+    program = f"""
+from transformers import AutoImageProcessor, AutoTokenizer
+for backend in ("torchvision", "pil"):
+    processor = AutoImageProcessor.from_pretrained({str(complete)!r}, trust_remote_code=True, backend=backend)
+    assert backend in [base.__name__.lower().removesuffix("backend") for base in type(processor).__mro__], backend
+tokenizer = AutoTokenizer.from_pretrained({str(complete)!r}, trust_remote_code=True, use_fast=False)
+assert tokenizer.convert_tokens_to_ids(["<|im_end|>", "<IMG_CONTEXT>"]) == [1198, 1202]
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=tmp_path)
+
+
 def test_tiling_follows_the_source(complete):
     values = json.loads((complete / "preprocessor_config.json").read_text())
     assert values["size"] == {"height": 56, "width": 56} and values["max_patches"] == 6 and values["use_thumbnail"]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from golden_checkpoints import GOLDEN, change_weights, checkpoint, training_layers
+from golden_checkpoints import GOLDEN, add_tokenizer, change_weights, checkpoint, training_layers
 from safetensors.torch import load_file
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
@@ -129,6 +129,18 @@ def test_seeding_a_folder_equals_seeding_in_memory(teacher, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]["layer_types"] == (
         config.text_config.layer_types
     )
+
+
+def test_a_student_keeps_its_teachers_tokenizer_and_processor(tmp_path):
+    source = checkpoint(tmp_path / "src", "hovle_tiny")
+    add_tokenizer(source)
+    convert(source, tmp_path / "teacher")
+    seed_folder(tmp_path / "teacher", tmp_path / "student", [0])
+    names = {file.name for file in (tmp_path / "teacher").iterdir()}
+    assert {file.name for file in (tmp_path / "student").iterdir()} == names
+    for name in names - {"config.json", "model.safetensors", "README.md"}:
+        assert (tmp_path / "student" / name).read_bytes() == (tmp_path / "teacher" / name).read_bytes()
+    assert "not trained yet" in (tmp_path / "student" / "README.md").read_text()
 
 
 def test_what_cannot_be_seeded_is_refused_and_leaves_nothing(teacher, tmp_path):
