@@ -90,7 +90,7 @@ class Chat:
     def ask(self, question: str, remember: bool = True) -> str:
         """Streams the answer to the terminal and returns it."""
         if self.history is None and self.counts and "<image>" not in question:
-            question = "<image>\n" * len(self.counts) + question
+            question = "<image>" * len(self.counts) + "\n" + question
         answer, history = self.model.chat(
             self.tokenizer,
             self.tiles,
