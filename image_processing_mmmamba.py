@@ -4,13 +4,14 @@ Two classes share the tiling: one computes with Pillow and numpy (pixels equal t
 (faster; its bicubic filter differs from Pillow's by at most three of 255 levels).
 """
 
+import os
 import warnings
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
-from transformers.image_processing_utils import BatchFeature
+from transformers.image_processing_utils import BatchFeature, get_size_dict
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -71,12 +72,13 @@ def rgb(picture: Image.Image) -> Image.Image:
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
             levels = np.asarray(picture, dtype=np.float64)
             # 32-bit integers and floats hold 16-bit or 8-bit levels, depending on who wrote them.
-            levels = levels / 257 if levels.max(initial=0) > 255 else levels
+            if picture.mode.startswith("I;16") or levels.max(initial=0) > 255:
+                levels = levels / 257
             picture = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # palette transparency is dropped on purpose
             return picture.convert("RGB")
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         name = getattr(picture, "filename", "") or "a picture"
         raise ValueError(f"{name} cannot be decoded ({error}); give a whole, undamaged image file.") from None
 
@@ -118,14 +120,19 @@ class _Tiling:
         """Opens paths and URLs. Raises ValueError for one that is missing or no picture."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        if not isinstance(image_url_or_urls, str):
+        if not isinstance(image_url_or_urls, (str, os.PathLike)):
             return image_url_or_urls
+        source = os.fspath(image_url_or_urls)
         try:
-            return load_image(image_url_or_urls)
-        except (OSError, ValueError) as error:
-            shown = image_url_or_urls if len(image_url_or_urls) < 200 else image_url_or_urls[:60] + "…"
+            if not os.path.isfile(source):
+                return load_image(source)  # a URL or base64
+            picture = Image.open(source)  # load_image would clip 16-bit levels at 255
+            picture.load()
+            return ImageOps.exif_transpose(picture)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            shown = source if len(source) < 200 else source[:60] + "…"
             reason = str(error).split(", or base64")[0].split(". Failed with")[0]
-            raise ValueError(f"{shown} cannot be opened as a picture ({reason}); give an image file.") from None
+            raise ValueError(f"{shown} cannot be opened as a picture ({reason}); give a whole image file.") from None
 
     def process_image(self, image, **kwargs):
         if isinstance(image, Image.Image):
@@ -170,8 +177,7 @@ class _Tiling:
         """How many tiles a picture of this size in pixels gives, thumbnail included."""
         options = {name: getattr(self, name) for name in ("min_patches", "max_patches", "use_thumbnail", "size")}
         options |= images_kwargs or {}
-        size = options["size"]
-        side = size["height"] if isinstance(size, dict) else size.height
+        side = get_size_dict(options["size"])["height"]
         columns, rows = choose_grid(width, height, side, options["min_patches"], options["max_patches"])
         return columns * rows + (options["use_thumbnail"] and columns * rows > 1)
 

@@ -5,27 +5,27 @@ give to the decoder, `</img>`. What a user types can never do that by accident o
 placeholders in messages are encoded as the plain text they are (see `as_text`).
 """
 
-import copy
 import re
 
 from transformers import BatchFeature
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
-from transformers.utils import logging
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .image_processing_mmmamba import MmMambaImageProcessorKwargs
-from .tokenization_mmmamba import PLAIN_TEXT_MARK, MmMambaTokenizer
+from .tokenization_mmmamba import PLAIN_TEXT_MARK, RESERVED_PIECE, MmMambaTokenizer
 
-
-logger = logging.get_logger(__name__)
 
 PLACEHOLDER = "<image>"
+NOT_TEXT = {"role", "type", "image", "url", "path", "base64"}  # of a message, never part of what it says
 
 
 def as_text(text: str, tokenizer: MmMambaTokenizer) -> str:
-    """Marks control tokens and placeholders in `text`, so that the tokenizer encodes them as plain text."""
-    control = [*tokenizer.get_added_vocab(), PLACEHOLDER]
-    pattern = "|".join(re.escape(token) for token in sorted(control, key=len, reverse=True))
-    return re.sub(pattern, lambda match: match[0][0] + PLAIN_TEXT_MARK + match[0][1:], text)
+    """Marks `text` so that the tokenizer encodes control tokens and placeholders in it as plain text."""
+    control = sorted([*tokenizer.get_added_vocab(), PLACEHOLDER], key=len, reverse=True)
+    pattern = "|".join([*map(re.escape, control), RESERVED_PIECE.pattern])
+    text = text.replace(PLAIN_TEXT_MARK, "")
+    text = re.sub(pattern, lambda match: match[0][0] + PLAIN_TEXT_MARK + match[0][1:], text)
+    # Marks at both ends keep two texts from joining to a control token.
+    return PLAIN_TEXT_MARK + text + PLAIN_TEXT_MARK if text else text
 
 
 def expand_placeholders(prompts: list[str], num_patches_list: list[int], tokens_per_tile: int) -> list[str]:
@@ -163,20 +163,30 @@ class MmMambaProcessor(ProcessorMixin):
         Typed control tokens and placeholders are plain text when encoded, unless `sanitize_control_tokens=False`.
         Other arguments and what is returned: see Transformers' `ProcessorMixin.apply_chat_template`.
         """
+        if not conversation:
+            raise ValueError("The conversation has no messages; give at least one.")
         if sanitize_control_tokens and kwargs.get("tokenize"):
-            conversation = copy.deepcopy(conversation)
-            for messages in conversation if isinstance(conversation[0], (list, tuple)) else [conversation]:
-                for message in messages:
-                    self._mark(message)
+            conversation = self._marked(conversation)
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
-    def _mark(self, message: dict) -> None:
-        if isinstance(message["content"], str):
-            message["content"] = as_text(message["content"], self.tokenizer)
-            return
-        for part in message["content"]:
-            if part["type"] == "text":
-                part["text"] = as_text(part["text"], self.tokenizer)
+    def _marked(self, messages):
+        """A copy of (lists of) messages whose texts are marked by `as_text`; pictures are shared, not copied."""
+        if isinstance(messages, str):
+            return as_text(messages, self.tokenizer)
+        if isinstance(messages, (list, tuple)):
+            return [self._marked(message) for message in messages]
+        if isinstance(messages, dict):
+            return {key: value if key in NOT_TEXT else self._marked(value) for key, value in messages.items()}
+        return messages
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """Tokens and tiles of pictures with these (height, width) in pixels, for servers that plan ahead."""
+        if image_sizes is None:
+            return MultiModalData()
+        tiles = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[2 + self.tokens_per_tile * count for count in tiles], num_image_patches=tiles
+        )
 
     @property
     def model_input_names(self) -> list[str]:

@@ -4,6 +4,8 @@ Special tokens are split off first; every piece of text between them is encoded 
 dummy prefix again. Checked against upstream's tokenizer on the fixture `tokenizer`.
 """
 
+import re
+from itertools import accumulate
 from pathlib import Path
 
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
@@ -15,6 +17,10 @@ PICTURE_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref
 # A character that Unicode reserves for inside use: put into a control token, it keeps the token from being recognised,
 # and it is dropped before text is encoded.
 PLAIN_TEXT_MARK = "\ufdd0"
+
+# InternLM2's SentencePiece model has these as whole pieces, some with the ids of control tokens. A mark inside asks for
+# the text instead.
+RESERVED_PIECE = re.compile(r"\[UNUSED_TOKEN_\d+\]")
 
 
 class MmMambaTokenizer(SentencePieceBackend):
@@ -66,7 +72,24 @@ class MmMambaTokenizer(SentencePieceBackend):
         self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
-        return super()._tokenize(text.replace(PLAIN_TEXT_MARK, ""), **kwargs)
+        unmarked = text.replace(PLAIN_TEXT_MARK, "")
+        pieces = super()._tokenize(unmarked, **kwargs)
+        if unmarked == text:
+            return pieces
+        *starts, _ = accumulate(len(part) for part in text.split(PLAIN_TEXT_MARK))  # where marks were
+        names = [match for match in RESERVED_PIECE.finditer(unmarked) if self._has_piece(match[0])]
+        as_text = iter([any(name.start() < start < name.end() for start in starts) for name in names])
+        spelled = []
+        for piece in pieces:
+            is_text = RESERVED_PIECE.fullmatch(piece) and next(as_text)
+            spelled += [part for letter in piece for part in self._letter(letter)] if is_text else [piece]
+        return spelled
+
+    def _has_piece(self, piece: str) -> bool:
+        return self.sp_model.piece_to_id(piece) != self.sp_model.unk_id()
+
+    def _letter(self, letter: str) -> list[str]:
+        return [letter] if self._has_piece(letter) else [f"<0x{byte:02X}>" for byte in letter.encode()]
 
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None):
         """Adds beginning and end tokens as `add_bos_token` and `add_eos_token` say."""
