@@ -82,12 +82,11 @@ COMMANDS = {
     "evaluate": ("score a model on the picture world", "mmmamba.examples.shapes.evaluate"),
     "convert": ("convert a HoVLE or released mmMamba checkpoint into a model folder", _add_convert, _convert),
     "seed": ("make a student with Mamba-2 layers from a teacher", _add_seed, _seed),
-    "distill": ("train a seeded student on its teacher", "mmmamba.conversion.distillation.cli"),
 }
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
-    parser = _OneLineParser(prog="mmmamba", description="mmMamba: convert, seed, train, score and talk to models.")
+    parser = _OneLineParser(prog="mmmamba", description="mmMamba: convert, seed, score and talk to models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, *where) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")

@@ -242,7 +242,8 @@ class MmMambaPreTrainedModel(PreTrainedModel):
     def __init__(self, config: MmMambaConfig):
         super().__init__(config)
         # The layers read the decoder's own config; a choice made for the whole model is meant for it.
-        config.text_config._attn_implementation = self.config._attn_implementation
+        if config.text_config._attn_implementation is None:
+            config.text_config._attn_implementation = self.config._attn_implementation
 
     @staticmethod
     def create_masks_for_generate(
@@ -300,6 +301,7 @@ class MmMambaModel(MmMambaPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Rows that stand for pictures in the decoder's input.
 
@@ -318,21 +320,25 @@ class MmMambaModel(MmMambaPreTrainedModel):
         rows = self.vision_embeddings(pixel_values.to(weight.device, weight.dtype))
         return BaseModelOutputWithPooling(last_hidden_state=rows, pooler_output=rows)
 
-    def embed(self, input_ids: Tensor, image_rows: Tensor | None) -> Tensor:
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_rows: Tensor | None) -> Tensor:
         """Token rows with picture rows in the places of `<IMG_CONTEXT>`, in order over the flattened batch.
 
         Args:
-            input_ids: (batch, length).
+            input_ids: (batch, length), or None.
+            inputs_embeds: (batch, length, hidden) instead; its places are the rows that embed `<IMG_CONTEXT>`.
             image_rows: (..., hidden), or None.
 
         Raises:
             ValueError: if the places and the rows differ in number.
         """
-        rows = self.embed_tokens(input_ids)
+        rows = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if image_rows is None:
             return rows
         image_rows = image_rows.reshape(-1, rows.shape[-1]).to(rows.device, rows.dtype)
-        places = input_ids == self.config.image_token_id
+        if inputs_embeds is None:
+            places = input_ids == self.config.image_token_id
+        else:
+            places = (rows == self.embed_tokens.weight[self.config.image_token_id]).all(-1)
         if int(places.sum()) != len(image_rows):
             raise ValueError(
                 f"The prompt has {int(places.sum())} image tokens but the pictures give {len(image_rows)} rows; use "
@@ -377,10 +383,7 @@ class MmMambaModel(MmMambaPreTrainedModel):
                 raise ValueError("Give either pixel_values or mm_encoder_outputs, which hold the same pictures.")
             mm_encoder_outputs = {"image": self.get_image_features(pixel_values)}
         image_rows = mm_encoder_outputs["image"].pooler_output if mm_encoder_outputs else None
-        if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, image_rows)
-        elif image_rows is not None:
-            raise ValueError("Pictures need input_ids, which say where their rows belong; leave inputs_embeds out.")
+        inputs_embeds = self.embed(input_ids, inputs_embeds, image_rows)
 
         if use_cache and past_key_values is None:
             past_key_values = MmMambaCache(config=config)
@@ -441,7 +444,7 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
 
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """See `MmMambaModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values)
+        return self.model.get_image_features(pixel_values, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -38,7 +38,7 @@ def close(actual, expected, **kwargs):
 def test_pieces_of_any_size_give_the_plain_logits(model, size):
     ids, pictures = prompt(5, "tile", "tile", 16), tiles(2)
     expected = model(ids, pixel_values=pictures).logits
-    embeds = model.model.embed(ids, model.get_image_features(pictures).pooler_output)
+    embeds = model.model.embed(ids, None, model.get_image_features(pictures).pooler_output)
     cache, pieces = MmMambaCache(config=model.config.text_config), []
     for piece in embeds.split(size, dim=1):
         pieces.append(model(inputs_embeds=piece, past_key_values=cache, use_cache=True).logits)
@@ -82,7 +82,7 @@ def test_padding_changes_nothing(model, side, size):
         model(rows[2], pixel_values=pictures[1:]).logits,
     ]
     ids, mask = padded(rows, side)
-    embeds = model.model.embed(ids, model.get_image_features(pictures).pooler_output)
+    embeds = model.model.embed(ids, None, model.get_image_features(pictures).pooler_output)
     cache, pieces = MmMambaCache(config=model.config.text_config), []
     for end in range(size, ids.shape[1] + size, size):
         end = min(end, ids.shape[1])

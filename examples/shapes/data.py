@@ -1,6 +1,6 @@
 """Conversations about pictures as batches for training: token ids, labels on the answers, tiles.
 
-    rows = Conversations(folder, "train", seed=0)          # an endless stream
+    rows = Conversations(make_processor(), "train", seed=0)  # an endless stream
     batch = collate([next(iter(rows)), …])                 # input_ids, attention_mask, labels, pixel_values
 
 A row asks several questions about the same pictures, which shares the work of seeing them. Its ids are those that
@@ -8,14 +8,11 @@ A row asks several questions about the same pictures, which shares the work of s
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
-from mmmamba.processing_mmmamba import expand_placeholders
-from mmmamba.tokenization_mmmamba import MmMambaTokenizer
+from mmmamba.processing_mmmamba import MmMambaProcessor, expand_placeholders
 
 from .tokenizer import SYSTEM_MESSAGE
 from .world import conversation
@@ -25,24 +22,21 @@ class Conversations(IterableDataset):
     """An endless, deterministic stream of conversations.
 
     Args:
-        folder: Where tokenizer and image processor are.
+        processor: Of the picture world.
         split: "train" or "test"; no picture occurs in both.
         seed: Which stream.
-        tokens_per_tile: Decoder rows of a tile.
-        start: How many conversations to leave out at the beginning, so that a resumed run goes on where it was.
     """
 
-    def __init__(self, folder: Path, split: str = "train", seed: int = 0, tokens_per_tile: int = 4, start: int = 0):
-        self.tokenizer = MmMambaTokenizer.from_pretrained(folder)
-        self.image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
-        self.split, self.seed, self.tokens_per_tile, self.start = split, seed, tokens_per_tile, start
+    def __init__(self, processor: MmMambaProcessor, split: str = "train", seed: int = 0):
+        self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+        self.split, self.seed, self.tokens_per_tile = split, seed, processor.tokens_per_tile
         ids = self.tokenizer.encode("assistant\n", add_special_tokens=False)
         self.answer_start = [self.tokenizer.convert_tokens_to_ids("<|im_start|>"), *ids]
         self.answer_end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()
-        index, step = (self.start, 1) if worker is None else (self.start + worker.id, worker.num_workers)
+        index, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         while True:
             yield self.row(index)
             index += step

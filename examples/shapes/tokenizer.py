@@ -1,7 +1,7 @@
 """Trains the tokenizer of the picture world: SentencePiece BPE with byte fallback, small enough to read.
 
-The corpus is the text of the world's own conversations, so that each word of a question is one token; anything else that
-a user may type falls apart into letters and bytes.
+The corpus is the text of the world's own conversations, so that each word of a question is one token; anything else
+that a user may type falls apart into letters and bytes.
 
     python -m mmmamba.examples.shapes.tokenizer        # writes tokenizer.model beside this file
 """
@@ -28,7 +28,18 @@ def corpus() -> list[str]:
         for question, answer in turns:
             pieces += [f"user\n{question}", f"\n{question}", f"assistant\n{answer}"]
     # Rare words must be frequent enough to become one piece, also at the start of an answer.
-    words = [*COLORS, *SHAPES, *(f"{s}s" for s in SHAPES), *COUNT_WORDS, *ORDINALS, "yes", "no", "nothing", "top", "bottom"]
+    words = [
+        *COLORS,
+        *SHAPES,
+        *(f"{s}s" for s in SHAPES),
+        *COUNT_WORDS,
+        *ORDINALS,
+        "yes",
+        "no",
+        "nothing",
+        "top",
+        "bottom",
+    ]
     pieces += [f"assistant\n{word}" for word in words] * 1000
     pieces += [f"system\n{SYSTEM_MESSAGE}"] * 4000
     pieces += [" ".join(string.printable.strip())] * 10

@@ -16,7 +16,7 @@ from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 from .data import Batches, Conversations
-from .folder import save, write_tokenizer_and_image_processor
+from .folder import make_processor, save
 
 
 STEPS = 5000
@@ -60,14 +60,14 @@ def main() -> None:
         parser.error(f"{args.folder} exists; give a folder that does not.")
 
     set_seed(args.seed)
-    tokenizer = write_tokenizer_and_image_processor(args.folder)
-    ids = tokenizer.convert_tokens_to_ids(["<IMG_CONTEXT>", "<|im_end|>"])
+    processor = make_processor()
+    ids = processor.tokenizer.convert_tokens_to_ids(["<IMG_CONTEXT>", "<|im_end|>"])
     # Plain matrix products beat the fused attention kernel for heads and sequences this small.
     model = MmMambaForConditionalGeneration._from_config(
-        config(len(tokenizer), *ids), attn_implementation="eager", dtype=torch.float32
+        config(len(processor.tokenizer), *ids), attn_implementation="eager", dtype=torch.float32
     )
     options = TrainingArguments(
-        output_dir=args.folder / "training",
+        output_dir=args.folder.with_name(args.folder.name + "-training"),
         max_steps=args.steps,
         learning_rate=2e-3,
         adam_beta2=0.98,
@@ -84,9 +84,11 @@ def main() -> None:
         seed=args.seed,
         remove_unused_columns=False,
     )
-    rows = Conversations(args.folder, "train", args.seed, model.config.vision_config.tokens_per_tile)
+    rows = Conversations(processor, "train", args.seed)
     TeacherTrainer(model, options, train_dataset=Batches(rows, BATCH_SIZE)).train()
-    save(model, args.folder)
+    save(
+        model, args.folder, "shapes-teacher", f"Trained from nothing on the shapes picture world, {args.steps} steps."
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""Scores a model on held-out pictures: exact match of generated answers, by kind of question.
+
+    mmmamba evaluate --model examples/shapes/hybrid
+
+Besides the score it prints the share of each kind's most frequent answer, which is what guessing gets, and the score
+with pictures shuffled among the questions of a kind, which should be no better.
+"""
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+
+from .folder import make_processor
+from .world import KINDS, Example, example
+
+
+def answers(
+    model: MmMambaForConditionalGeneration, examples: list[Example], batch_size: int = 100, title: str = ""
+) -> list[str]:
+    """Greedy answers, each question a conversation of its own."""
+    processor = make_processor()
+    given = [""] * len(examples)
+    # Batches of like length: by number of pictures, then by their tiles.
+    order = sorted(range(len(examples)), key=lambda i: [p.grid for p in examples[i].pictures])
+    for start in tqdm(range(0, len(order), batch_size), desc=title, leave=False):
+        rows = order[start : start + batch_size]
+        tiles, counts = [], []
+        for i in rows:
+            vision = processor.image_processor([p.draw() for p in examples[i].pictures], return_tensors="pt")
+            tiles.append(vision["pixel_values"])
+            counts.append(vision["num_patches"].tolist())
+        questions = ["<image>" * len(examples[i].pictures) + "\n" + examples[i].question for i in rows]
+        options = {"max_new_tokens": 48, "do_sample": False}
+        replies = model.batch_chat(processor.tokenizer, torch.cat(tiles), questions, options, num_patches_list=counts)
+        for i, reply in zip(rows, replies, strict=True):
+            given[i] = reply
+    return given
+
+
+def shuffled(examples: list[Example]) -> list[Example]:
+    """The same questions with the pictures of another question of the same kind and number of pictures."""
+    groups = defaultdict(list)
+    for i, one in enumerate(examples):
+        groups[one.kind, len(one.pictures)].append(i)
+    swapped = list(examples)
+    for group in groups.values():
+        for i, j in zip(group, group[1:] + group[:1], strict=True):
+            swapped[i] = examples[i]._replace(pictures=examples[j].pictures)
+    return swapped
+
+
+def evaluate(folder: str | Path, num_questions: int = 2000, seed: int = 0, batch_size: int = 100) -> dict:
+    """Scores a model folder of the picture world.
+
+    Args:
+        folder: Model folder.
+        num_questions: How many held-out questions, all kinds alike.
+        seed: Which stream of them.
+        batch_size: Questions answered at once.
+
+    Returns:
+        `{"questions": n, "total": row, "kinds": {kind: row}}` with rows of `share`, `exact`, `shuffled`, `majority`,
+        all between 0 and 1.
+    """
+    dtype = torch.float32 if not torch.cuda.is_available() else torch.bfloat16
+    model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+    if torch.cuda.is_available():
+        model.cuda()
+    examples = [example("test", seed, index) for index in range(num_questions)]
+    right = {
+        "exact": answers(model, examples, batch_size, "answering"),
+        "shuffled": answers(model, shuffled(examples), batch_size, "answering without the right picture"),
+    }
+
+    def row(indices: list[int]) -> dict[str, float]:
+        count = len(indices)
+        scores = {name: sum(given[i] == examples[i].answer for i in indices) / count for name, given in right.items()}
+        common = defaultdict(Counter)
+        for i in indices:
+            common[examples[i].kind][examples[i].answer] += 1
+        majority = sum(counter.most_common(1)[0][1] for counter in common.values()) / count
+        return {"share": count / len(examples), **scores, "majority": majority}
+
+    kinds = {kind: [i for i, one in enumerate(examples) if one.kind == kind] for kind in KINDS}
+    return {
+        "questions": len(examples),
+        "total": row(list(range(len(examples)))),
+        "kinds": {kind: row(indices) for kind, indices in kinds.items() if indices},
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `mmmamba evaluate`."""
+    parser.add_argument("--model", type=Path, default=Path(__file__).with_name("hybrid"), help="model folder")
+    parser.add_argument("--questions", type=int, default=2000, help="how many (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="which held-out questions (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs `mmmamba evaluate`. Raises ValueError for what is no model folder."""
+    if not (args.model / "config.json").is_file():
+        raise ValueError(f"--model {args.model} is no model folder: it has no config.json.")
+    if args.questions < 1:
+        raise ValueError(f"--questions {args.questions} is no number of questions; give 1 or more.")
+    result = evaluate(args.model, args.questions, args.seed)
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f"{result['questions']} held-out questions, exact match of generated answers, in percent\n")
+    print(f"{'kind':10} {'share':>6} {'exact':>6} {'shuffled pictures':>18} {'commonest answer':>17}")
+    for kind, values in [*result["kinds"].items(), ("all", result["total"])]:
+        share, exact, blind, majority = (100 * values[name] for name in ("share", "exact", "shuffled", "majority"))
+        print(f"{kind:10} {share:6.1f} {exact:6.1f} {blind:18.1f} {majority:17.1f}")

@@ -1,0 +1,47 @@
+"""Model folders of the picture world: its tokenizer, tiles of 48 pixels, and the weights in bf16."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from mmmamba.conversion.publish import PACKAGE, write_model_folder
+from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
+from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+from mmmamba.processing_mmmamba import MmMambaProcessor
+from mmmamba.tokenization_mmmamba import MmMambaTokenizer
+
+from .tokenizer import MODEL_FILE, SYSTEM_MESSAGE
+from .world import MAX_TILES, TILE
+
+
+TOKENS_PER_TILE = 4
+
+
+def make_processor() -> MmMambaProcessor:
+    """The processor of all three models; its chat template has the system message that they were trained with."""
+    template = (PACKAGE / "chat_template.jinja").read_text(encoding="utf-8")
+    start = template.index("'<|im_start|>system\\n你") + len("'<|im_start|>system\\n")
+    end = template.index("<|im_end|>", start)
+    tokenizer = MmMambaTokenizer(str(MODEL_FILE))
+    tokenizer.chat_template = template[:start] + SYSTEM_MESSAGE + template[end:]
+    image_processor = MmMambaImageProcessorPil(size={"height": TILE, "width": TILE}, max_patches=MAX_TILES)
+    return MmMambaProcessor(image_processor, tokenizer, TOKENS_PER_TILE, tokenizer.chat_template)
+
+
+def save(model: MmMambaForConditionalGeneration, folder: Path, name: str, origin: str) -> None:
+    """Writes a complete model folder.
+
+    Args:
+        model: Of the picture world.
+        folder: Where to write; made if need be.
+        name: What the model is called.
+        origin: A sentence on how it was made.
+    """
+    model.to(torch.bfloat16).save_pretrained(folder)
+    write_model_folder(folder, model.config, name, make_processor(), origin=origin)
+    if PACKAGE in folder.resolve().parents:
+        # Inside the package the code is at hand: links instead of copies that could fall behind.
+        for module in folder.glob("*_mmmamba.py"):
+            module.unlink()
+            module.symlink_to(os.path.relpath(PACKAGE / module.name, folder.resolve()))
