@@ -18,7 +18,7 @@ PICTURE_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref
 # and it is dropped before text is encoded.
 PLAIN_TEXT_MARK = "\ufdd0"
 
-# InternLM2's SentencePiece model has these as whole pieces, some with the ids of control tokens. A mark inside asks for
+# InternLM2's SentencePiece model has these as whole pieces, some with ids of control tokens. A mark inside asks for
 # the text instead.
 RESERVED_PIECE = re.compile(r"\[UNUSED_TOKEN_\d+\]")
 
@@ -35,7 +35,7 @@ class MmMambaTokenizer(SentencePieceBackend):
             if not given.
 
     Raises:
-        ValueError: if `vocab_file` is missing.
+        ValueError: if `vocab_file` is missing or damaged.
     """
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
@@ -58,17 +58,20 @@ class MmMambaTokenizer(SentencePieceBackend):
         if extra_special_tokens is None:
             extra_special_tokens = CONTROL_TOKENS + PICTURE_TOKENS
         kwargs.setdefault("clean_up_tokenization_spaces", True)  # as upstream's decode does: "one ." becomes "one."
-        super().__init__(
-            vocab_file=vocab_file,
-            unk_token=unk_token,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            pad_token=pad_token,
-            add_bos_token=add_bos_token,
-            add_eos_token=add_eos_token,
-            extra_special_tokens=extra_special_tokens,
-            **kwargs,
-        )
+        try:
+            super().__init__(
+                vocab_file=vocab_file,
+                unk_token=unk_token,
+                bos_token=bos_token,
+                eos_token=eos_token,
+                pad_token=pad_token,
+                add_bos_token=add_bos_token,
+                add_eos_token=add_eos_token,
+                extra_special_tokens=extra_special_tokens,
+                **kwargs,
+            )
+        except RuntimeError as error:  # SentencePiece's own
+            raise ValueError(f"{vocab_file} is no SentencePiece model ({error}); give an undamaged one.") from None
         self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
@@ -99,6 +102,11 @@ class MmMambaTokenizer(SentencePieceBackend):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Joins pieces, bytes included, to text; the dummy prefix is dropped."""
         return self.sp_model.decode(tokens)
+
+    def save_chat_templates(self, save_directory, tokenizer_config: dict, *args, **kwargs):
+        """As in Transformers; also keeps the two options that it leaves out of tokenizer_config.json."""
+        tokenizer_config |= {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
+        return super().save_chat_templates(save_directory, tokenizer_config, *args, **kwargs)
 
 
 MmMambaTokenizer.register_for_auto_class()

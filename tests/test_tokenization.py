@@ -135,7 +135,7 @@ def test_a_marked_reserved_piece_is_text(typed, reserved):
 def test_a_missing_or_damaged_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"vocab_file=None is no file; put the SentencePiece `tokenizer.model` there"):
         MmMambaTokenizer()
-    with pytest.raises(ValueError, match="nowhere.model"):
+    with pytest.raises(ValueError, match=r"nowhere\.model"):
         MmMambaTokenizer(str(tmp_path / "nowhere.model"))
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="is no SentencePiece model"):
