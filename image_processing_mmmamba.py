@@ -126,9 +126,7 @@ class _Tiling:
         try:
             if not os.path.isfile(source):
                 return load_image(source)  # a URL or base64
-            picture = Image.open(source)  # load_image would clip 16-bit levels at 255
-            picture.load()
-            return ImageOps.exif_transpose(picture)
+            return ImageOps.exif_transpose(Image.open(source))  # load_image would clip 16-bit levels at 255
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             shown = source if len(source) < 200 else source[:60] + "…"
             reason = str(error).split(", or base64")[0].split(". Failed with")[0]

@@ -22,7 +22,6 @@ def as_text(text: str, tokenizer: MmMambaTokenizer) -> str:
     """Marks `text` so that the tokenizer encodes control tokens and placeholders in it as plain text."""
     control = sorted([*tokenizer.get_added_vocab(), PLACEHOLDER], key=len, reverse=True)
     pattern = "|".join([*map(re.escape, control), RESERVED_PIECE.pattern])
-    text = text.replace(PLAIN_TEXT_MARK, "")
     text = re.sub(pattern, lambda match: match[0][0] + PLAIN_TEXT_MARK + match[0][1:], text)
     # Marks at both ends keep two texts from joining to a control token.
     return PLAIN_TEXT_MARK + text + PLAIN_TEXT_MARK if text else text

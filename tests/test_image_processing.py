@@ -4,7 +4,6 @@ import base64
 import json
 import shutil
 import zlib
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -148,11 +147,12 @@ def test_paths_base64_arrays_and_tensors_are_pictures(processor, tmp_path):
 
 @both
 def test_a_bad_file_is_named_in_one_sentence(processor, tmp_path):
-    buffer = BytesIO()
-    picture(300, 300).save(buffer, "PNG")
-    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:2000])
+    for kind in ("png", "jpg"):
+        picture(300, 300).save(tmp_path / f"whole.{kind}")
+        (tmp_path / f"cut.{kind}").write_bytes((tmp_path / f"whole.{kind}").read_bytes()[:2000])
     (tmp_path / "words.png").write_text("not a picture")
-    for name, reason in (("none.png", "valid path"), ("cut.png", "truncated"), ("words.png", "cannot identify")):
+    bad = {"none.png": "valid path", "cut.png": "truncated", "cut.jpg": "truncated", "words.png": "cannot identify"}
+    for name, reason in bad.items():
         with pytest.raises(ValueError, match=f"{name} cannot be opened as a picture .*{reason}") as error:
             processor(str(tmp_path / name))
         assert "\n" not in str(error.value)
