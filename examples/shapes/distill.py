@@ -7,6 +7,7 @@ About 40 minutes each on two processor cores.
 """
 
 import argparse
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,9 @@ class Recipe:
     """
 
     attention: tuple[int, ...]
-    layerwise: Stage = Stage(300, 3e-3)
-    projections: Stage = Stage(500, 2e-3)
-    end_to_end: Stage = Stage(2200, 1.5e-3)
+    layerwise: Stage = Stage(200, 3e-3)
+    projections: Stage = Stage(400, 2e-3)
+    end_to_end: Stage = Stage(1800, 1.5e-3)
     hard_weight: float = 0.5
     batch_size: int = 32
 
@@ -72,7 +73,8 @@ def run_stage(
 ) -> None:
     """Optimises `named` parameters; `backward(batch)` adds gradients and returns the loss to show."""
     total = sum(p.numel() for _, p in named)
-    print(f"{name}: {total:,} parameters train, {len(named)} tensors such as {named[0][0]}")
+    kinds = sorted({re.sub(r"^model\.layers\.\d+\.", "", name) for name, _ in named})
+    print(f"{name}: {total:,} parameters train in {', '.join(kinds)}")
     optimizer = torch.optim.AdamW(parameter_groups(named), lr=stage.learning_rate, betas=(0.9, 0.98))
     schedule = get_wsd_schedule(
         optimizer,
