@@ -2,8 +2,7 @@
 
     python -m mmmamba.examples.shapes.train runs/shapes-teacher
 
-About 40 minutes on two processor cores. The linear and hybrid students are then seeded and distilled from it with
-`mmmamba distill` and the recipes beside this file.
+About 40 minutes on two processor cores. `python -m mmmamba.examples.shapes.distill` then makes students of it.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from .data import Batches, Conversations
 from .folder import make_processor, save
 
 
-STEPS = 5000
+STEPS = 8000
 BATCH_SIZE = 32
 
 
@@ -58,6 +57,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.folder.exists():
         parser.error(f"{args.folder} exists; give a folder that does not.")
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps} is no number of steps; give 1 or more.")
 
     set_seed(args.seed)
     processor = make_processor()
@@ -74,7 +75,7 @@ def main() -> None:
         weight_decay=0.05,
         max_grad_norm=1.0,
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": args.steps // 4, "min_lr_ratio": 0.02},
+        lr_scheduler_kwargs={"num_decay_steps": args.steps // 3, "min_lr_ratio": 0.02},
         warmup_steps=200,
         bf16=True,
         use_cpu=not torch.cuda.is_available(),

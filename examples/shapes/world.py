@@ -1,9 +1,9 @@
 """The picture world: coloured shapes and numbered cards on a light ground, and questions about them.
 
 Everything follows from integers: `example(split, seed, index)` always gives the same pictures, question and answer,
-and there is no last index. A picture is `cols x rows` tiles of 48 pixels and shows one to six things, each in a cell of
-24 x 24 pixels, so that the model's dynamic tiling cuts it into exactly its tiles. Whether a picture belongs to training
-or is held out depends on what it shows, so no held-out picture can turn up in training, whatever the seeds.
+and there is no last index. A picture is `cols x rows` tiles of 48 pixels, so that the model's dynamic tiling cuts it
+into exactly its tiles, and shows one to six things, each in a cell of 24 x 24 pixels. Whether a picture belongs to
+training or is held out depends on what it shows, so no held-out picture can turn up in training, whatever the seeds.
 
     pictures, question, answer = example("test", seed=0, index=7)[1:]
     pictures[0].draw().resize((480, 480)).show()
@@ -56,7 +56,6 @@ class Thing(NamedTuple):
     cell: tuple[int, int]
     size: int
     offset: tuple[int, int]
-    tint: int
 
     @property
     def name(self) -> str:
@@ -74,7 +73,7 @@ class Picture(NamedTuple):
         """The picture as RGB, `48 * columns` by `48 * rows` pixels."""
         image = Image.new("RGB", (self.grid[0] * TILE, self.grid[1] * TILE), self.ground)
         for thing in self.things:
-            sprite = _sprite(thing.color, thing.shape, thing.number, thing.size, thing.tint)
+            sprite = _sprite(thing.color, thing.shape, thing.number, thing.size)
             corner = tuple(
                 at * CELL + (CELL - thing.size) // 2 + shift
                 for at, shift in zip(thing.cell, thing.offset, strict=True)
@@ -101,11 +100,11 @@ class Example(NamedTuple):
 
 
 @cache
-def _sprite(color: str, shape: str, number: int | None, size: int, tint: int) -> Image.Image:
+def _sprite(color: str, shape: str, number: int | None, size: int) -> Image.Image:
     """A thing as RGBA, `size` pixels square, drawn large and shrunk so that its edges are smooth."""
     side = size * _OVERSAMPLING
     edge = side - 1
-    fill = tuple(min(255, max(0, channel + tint)) for channel in COLORS[color])
+    fill = COLORS[color]
     outline = tuple(channel * 3 // 4 for channel in fill)
     line = side // 14
     sprite = Image.new("RGBA", (side, side), (*fill, 0))
@@ -117,7 +116,8 @@ def _sprite(color: str, shape: str, number: int | None, size: int, tint: int) ->
             (side // 16, side // 16, edge - side // 16, edge - side // 16), side // 12, fill, outline, line
         )
     elif shape == "card":
-        pen.rounded_rectangle((0, 0, edge, edge), side // 8, (255, 255, 255), fill, side // 9)
+        paper = tuple((255 + channel) // 2 for channel in fill)  # light enough to read on, tinted enough to tell
+        pen.rounded_rectangle((0, 0, edge, edge), side // 8, paper, fill, side // 9)
         font = ImageFont.load_default(size=side * 0.62)
         pen.text((side / 2, side / 2), str(number), (25, 25, 35), font, "mm", stroke_width=side / 60)
     else:
@@ -199,7 +199,6 @@ def _any_scene(rng: np.random.Generator, small: bool) -> Picture:
                 # Cards stand exactly in their cells: digits of seven pixels are small enough to read as it is.
                 size=20 if card else int(rng.integers(18, 21)),
                 offset=(0, 0) if card else (int(rng.integers(-1, 2)), int(rng.integers(-1, 2))),
-                tint=0 if card else int(rng.integers(-1, 2)) * 12,
             )
         )
     ground = tuple(int(v) for v in rng.integers(238, 256, 3))
@@ -322,7 +321,7 @@ def _ask_where(rng, pictures):
     picture = pictures[0]
     names = Counter(t.name for t in picture.things)
     things = [t for t in picture.things if names[t.name] == 1]
-    if not things:
+    if not things or picture.grid not in ((1, 1), (2, 1), (2, 2)):  # in wider pictures quarters cut tiles
         return None
     thing = _pick(rng, things)
     return f"Where is the {thing.name}?", quadrant(picture, thing)
@@ -353,6 +352,8 @@ def _ask_compare(rng, pictures):
 
 
 def _ask_list(rng, pictures):
+    if len(pictures[0].things) > 3:
+        return None
     return "List all objects.", ", ".join(
         t.name if t.number is None else f"{t.name} {t.number}" for t in pictures[0].things
     )
@@ -442,21 +443,18 @@ def conversation(
     """
     rng = _generator(split, seed, index)
     several = _chance(rng, 0.22)
-    pictures = _pictures(rng, split, several)
     kinds = SEVERAL_PICTURES if several else ONE_PICTURE
-    order = [k for k in kinds for _ in range(3 if several else 1)]
-    order = [order[i] for i in rng.permutation(len(order))]
-    asked: dict[str, str] = {}
-    listing = None
-    for kind in order:
-        pair = kinds[kind](rng, pictures)
-        if pair and kind == "list":
-            listing = pair
-        elif pair and len(asked) < turns:
-            asked[pair[0]] = pair[1]
-    if listing:
-        asked[listing[0]] = listing[1]
-    return pictures, list(asked.items())
+    while True:
+        pictures = _pictures(rng, split, several)
+        order = [kind for kind in kinds if kind != "list" for _ in range(3 if several else 1)]
+        asked: dict[str, str] = {}
+        for i in rng.permutation(len(order)):
+            if len(asked) < turns and (pair := kinds[order[i]](rng, pictures)):
+                asked[pair[0]] = pair[1]
+        if not several and (listing := _ask_list(rng, pictures)):
+            asked[listing[0]] = listing[1]
+        if asked:  # several pictures may be too alike to ask anything
+            return pictures, list(asked.items())
 
 
 def sheet(seed: int = 0, count: int = 24, zoom: int = 4) -> Image.Image:
