@@ -58,14 +58,6 @@ def refused(source, tmp_path, *words):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("case", ["text", "image"])
-def test_converted_models_give_upstreams_logits(name, case, tmp_path):
-    convert(checkpoint(tmp_path / "src", name), tmp_path / "out")
-    ours, upstream = logits(tmp_path / "out", name, case)
-    tolerance = 1e-4 if name.startswith("hovle") else 3e-3  # as the fixtures' README argues
-    torch.testing.assert_close(ours, upstream, atol=tolerance, rtol=0)
-
-
 def test_every_tensor_of_the_model_is_written(name, tmp_path):
     report = convert(checkpoint(tmp_path / "src", name), tmp_path / "out")
     expected = {key: tuple(spec.shape) for key, spec in expected_specs(report.config).items()}

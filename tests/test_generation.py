@@ -1,0 +1,176 @@
+"""`generate` gives each row of a batch what it gives alone, whatever the strategy, the cache and the prefill."""
+
+import pytest
+import torch
+from tiny_models import IMAGE_TOKEN, tiny_model
+from transformers import GenerationConfig
+
+from mmmamba.modeling_mmmamba import MmMambaCache, MmMambaStaticCache
+
+
+TILE_TOKENS = 4
+STEPS = 6
+
+
+def prompt(*parts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = []
+    for part in parts:
+        text = torch.randint(3, 80, (0 if part == "tile" else part,), generator=generator)
+        ids += [IMAGE_TOKEN] * TILE_TOKENS if part == "tile" else text.tolist()
+    return torch.tensor([ids])
+
+
+# One row with two pictures, one with none, one with one: (ids, tiles).
+ROWS = [(prompt(3, "tile", 2, "tile", 4, seed=1), 2), (prompt(5, seed=2), 0), (prompt(6, "tile", 9, seed=3), 1)]
+
+
+def rows_alone():
+    pictures = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    for (ids, count), tiles in zip(ROWS, pictures.split([count for _, count in ROWS]), strict=True):
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | ({"pixel_values": tiles} if count else {})
+
+
+def batch():
+    rows = list(rows_alone())
+    longest = max(row["input_ids"].shape[1] for row in rows)
+
+    def left(name, value):
+        return torch.cat(
+            [torch.nn.functional.pad(row[name], (longest - row[name].shape[1], 0), value=value) for row in rows]
+        )
+
+    pictures = torch.cat([row["pixel_values"] for row in rows if "pixel_values" in row])
+    return {"input_ids": left("input_ids", 2), "attention_mask": left("attention_mask", 0), "pixel_values": pictures}
+
+
+def generate(model, inputs, **options):
+    """New tokens and their logits, (rows, steps) and (rows, steps, vocabulary)."""
+    options = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 2} | options
+    output = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+    return output.sequences[:, -STEPS:], torch.stack(output.logits, 1), output
+
+
+def close(actual, expected):
+    """`generate` rounds logits to fp32; up to that, both are exact."""
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_with_different_pictures_per_row_answers_as_each_row_alone(model):
+    tokens, logits, _ = generate(model, batch())
+    for i, row in enumerate(rows_alone()):
+        alone, expected, _ = generate(model, row)
+        assert tokens[i].tolist() == alone[0].tolist()
+        close(logits[i], expected[0])
+
+
+def test_generation_follows_the_plain_run(model):
+    for row in rows_alone():
+        tokens, logits, _ = generate(model, row)
+        whole = torch.cat([row["input_ids"], tokens], 1)
+        plain = model(whole, pixel_values=row.get("pixel_values")).logits
+        close(logits, plain[:, -STEPS - 1 : -1])
+
+
+def test_beams_of_a_batch_are_those_of_each_row(model):
+    options = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
+    tokens, _, output = generate(model, batch(), **options)
+    for i, row in enumerate(rows_alone()):
+        alone, _, expected = generate(model, row, **options)
+        assert tokens[2 * i : 2 * i + 2].tolist() == alone.tolist()
+        torch.testing.assert_close(output.sequences_scores[2 * i : 2 * i + 2], expected.sequences_scores)
+        # A beam's score is the mean log-probability that a plain run gives its tokens.
+        whole = torch.cat([row["input_ids"], alone[:1]], 1)
+        plain = model(whole, pixel_values=row.get("pixel_values")).logits[:, -STEPS - 1 : -1].log_softmax(-1)
+        score = plain.gather(2, alone[:1, :, None]).sum() / STEPS
+        torch.testing.assert_close(expected.sequences_scores[0].double(), score, rtol=1e-5, atol=1e-5)
+
+
+def test_every_sample_is_drawn_from_its_own_rows_logits(model):
+    torch.manual_seed(0)
+    tokens, logits, _ = generate(model, batch(), do_sample=True, top_k=0, num_return_sequences=3)
+    assert len({tuple(row) for row in tokens.tolist()}) == 9
+    for i, row in enumerate(rows_alone()):
+        for sample in range(3 * i, 3 * i + 3):
+            whole = torch.cat([row["input_ids"], tokens[sample : sample + 1]], 1)
+            plain = model(whole, pixel_values=row.get("pixel_values")).logits
+            close(logits[sample], plain[0, -STEPS - 1 : -1])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 1000])
+def test_prefill_in_pieces(model, size):
+    expected_tokens, expected, _ = generate(model, batch())
+    tokens, logits, _ = generate(model, batch(), prefill_chunk_size=size)
+    assert tokens.tolist() == expected_tokens.tolist()
+    close(logits, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 3}, {"num_beams": 2}])
+def test_static_cache(model, options):
+    expected_tokens, expected, _ = generate(model, batch(), **options)
+    tokens, logits, output = generate(model, batch(), cache_implementation="static", disable_compile=True, **options)
+    assert isinstance(output.past_key_values, MmMambaStaticCache)
+    assert tokens.tolist() == expected_tokens.tolist()
+    close(logits, expected)
+
+
+def test_the_callers_own_cache_is_filled(model):
+    cache = MmMambaCache(config=model.config.text_config)
+    expected, _, _ = generate(model, batch())
+    tokens, _, output = generate(model, batch(), past_key_values=cache)
+    assert tokens.tolist() == expected.tolist()
+    assert output.past_key_values is cache
+    assert cache.get_seq_length() == batch()["input_ids"].shape[1] + STEPS - 1
+
+
+def test_a_second_turn_continues_from_the_first_ones_cache(model):
+    for row in rows_alone():
+        _, _, first = generate(model, row)
+        ids = torch.cat([first.sequences, prompt(7, seed=5)], 1)
+        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        pictures = {"pixel_values": row["pixel_values"]} if "pixel_values" in row else {}
+        expected_tokens, expected, _ = generate(model, turn | pictures)
+        tokens, logits, _ = generate(model, turn, past_key_values=first.past_key_values)
+        assert tokens.tolist() == expected_tokens.tolist()
+        close(logits, expected)
+
+
+def test_without_a_cache_the_answer_is_the_same(model):
+    expected, _, _ = generate(model, batch())
+    assert generate(model, batch(), use_cache=False)[0].tolist() == expected.tolist()
+
+
+def test_rows_stop_on_their_own(model):
+    """A row that has ended is padded while the others go on, and does not disturb them."""
+    expected, _, _ = generate(model, batch())
+    end = int(expected[1, 2])
+    tokens, _, _ = generate(model, batch(), eos_token_id=end)
+    for row, whole in zip(tokens.tolist(), expected.tolist(), strict=True):
+        length = whole.index(end) + 1 if end in whole else STEPS
+        assert row == whole[:length] + [2] * (STEPS - length)
+
+
+def test_inputs_embeds_generate_the_same(model):
+    row = next(iter(rows_alone()))
+    expected, _, _ = generate(model, row)
+    rows = model.model.embed(row["input_ids"], None, model.get_image_features(row["pixel_values"]).pooler_output)
+    tokens, _, _ = generate(model, {"inputs_embeds": rows, "attention_mask": row["attention_mask"]})
+    assert tokens.tolist() == expected.tolist()
+
+
+def test_a_generation_config_of_ones_own(model):
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=2)
+    row = next(iter(rows_alone()))
+    expected, _, _ = generate(model, row)
+    tokens = model.generate(**row, generation_config=config)[:, row["input_ids"].shape[1] :]
+    assert tokens.tolist() == expected[:, :3].tolist()
+
+
+def test_memory_of_a_linear_model_does_not_grow():
+    """However long the text, the cache has the same size."""
+    model = tiny_model("linear")
+    sizes = []
+    for length in (10, 500):
+        cache = model(prompt(length, seed=7), use_cache=True).past_key_values
+        sizes.append([(layer.conv_states[0].shape, layer.recurrent_states[0].shape) for layer in cache.layers])
+    assert sizes[0] == sizes[1]
