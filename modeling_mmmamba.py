@@ -513,6 +513,41 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
             cache.__class__ = counting.get(type(cache), type(cache))
             model_kwargs["past_key_values"] = cache
 
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, **model_kwargs
+    ):
+        # Newer versions of Transformers encode pictures before they get here. Older ones would repeat tiles as if each
+        # were a row of the batch.
+        ids, pictures = input_ids, {} if pixel_values is None else {"pixel_values": pixel_values}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if pictures and expand_size > 1:
+            per_tile = self.get_image_features(pixel_values[:1]).pooler_output.shape[1]
+            tiles = ((ids == self.config.image_token_id).sum(1) // per_tile).tolist()
+            if sum(tiles) == len(pixel_values):  # else the first step says what is wrong
+                rows = [row.repeat(expand_size, 1, 1, 1) for row in pixel_values.split(tiles)]
+                pictures = {"pixel_values": torch.cat(rows)}
+        return input_ids, model_kwargs | pictures
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        # Transformers reads token ids in pieces of `prefill_chunk_size`, but not embeddings, and older versions lose
+        # the pictures: all but the last piece of what is not plain ids is read here.
+        size = generation_config.prefill_chunk_size
+        if size is None or not is_first_iteration:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        if (pixel_values := model_kwargs.pop("pixel_values", None)) is not None:
+            pictures = self.get_image_features(pixel_values).pooler_output
+            model_kwargs["inputs_embeds"] = self.model.embed(input_ids, None, pictures)
+        if (rows := model_kwargs.get("inputs_embeds")) is not None:
+            cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+            for end in range(cache.get_seq_length() + size, rows.shape[1], size):
+                seen = None if mask is None else mask[:, :end]
+                self.model(inputs_embeds=rows[:, end - size : end], attention_mask=seen, past_key_values=cache)
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
     def chat(
         self,
         tokenizer,

@@ -135,9 +135,10 @@ def test_a_second_turn_continues_from_the_first_ones_cache(model):
         close(logits, expected)
 
 
-def test_without_a_cache_the_answer_is_the_same(model):
-    expected, _, _ = generate(model, batch())
-    assert generate(model, batch(), use_cache=False)[0].tolist() == expected.tolist()
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_without_a_cache_the_answer_is_the_same(model, options):
+    expected, _, _ = generate(model, batch(), **options)
+    assert generate(model, batch(), use_cache=False, **options)[0].tolist() == expected.tolist()
 
 
 def test_rows_stop_on_their_own(model):
@@ -150,11 +151,13 @@ def test_rows_stop_on_their_own(model):
         assert row == whole[:length] + [2] * (STEPS - length)
 
 
-def test_inputs_embeds_generate_the_same(model):
+@pytest.mark.parametrize("size", [None, 3])
+def test_inputs_embeds_generate_the_same(model, size):
     row = next(iter(rows_alone()))
     expected, _, _ = generate(model, row)
     rows = model.model.embed(row["input_ids"], None, model.get_image_features(row["pixel_values"]).pooler_output)
-    tokens, _, _ = generate(model, {"inputs_embeds": rows, "attention_mask": row["attention_mask"]})
+    inputs = {"inputs_embeds": rows, "attention_mask": row["attention_mask"]}
+    tokens, _, _ = generate(model, inputs, prefill_chunk_size=size)
     assert tokens.tolist() == expected.tolist()
 
 
@@ -174,3 +177,11 @@ def test_memory_of_a_linear_model_does_not_grow():
         cache = model(prompt(length, seed=7), use_cache=True).past_key_values
         sizes.append([(layer.conv_states[0].shape, layer.recurrent_states[0].shape) for layer in cache.layers])
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_too_few_pictures_are_refused_in_words(model, beams):
+    inputs = batch()
+    inputs["pixel_values"] = inputs["pixel_values"][:2]
+    with pytest.raises(ValueError, match="image tokens but the pictures give"):
+        generate(model, inputs, num_beams=beams)
