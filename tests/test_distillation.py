@@ -159,6 +159,9 @@ def test_stage_1_leaves_values_keys_and_queries_exactly_as_they_are():
     optimizer, held = torch.optim.AdamW(parameter_groups(named), lr=1e-2), HeldRows(learners)
     for _ in range(3):
         layer_errors(teacher, learners, padded_batch(), backward=True)
+        # Clipping must not count gradients that go nowhere.
+        assert all(m.in_proj.weight.grad[: m.splits[0]].abs().max() == 0 for m in learners.values())
+        assert all(m.in_proj.weight.grad[m.splits[0] :].abs().max() > 0 for m in learners.values())
         optimizer.step()
         held.put_back()
         optimizer.zero_grad()
@@ -187,3 +190,19 @@ def test_padding_does_not_count_in_stage_3():
         alone = [kl_sum(logits[row, :length], truth[row, :length]) for row, length in ((0, 12), (1, 7))]
     loss = distillation_loss(logits, truth, attention_mask=batch["attention_mask"])
     torch.testing.assert_close(loss, sum(alone) / 19)
+
+
+def test_answers_alone_may_count_and_may_be_missing():
+    teacher, student = pair()
+    batch = padded_batch()
+    labels = batch["labels"].clone()
+    labels[:, :3], labels[1] = -100, -100
+    with torch.no_grad():
+        logits, truth = student(**batch).logits, teacher(**batch).logits
+    options = {"answers_only": True, "hard_weight": 0.5}
+    loss = distillation_loss(logits, truth, labels, batch["attention_mask"], **options)
+    hard = torch.nn.functional.cross_entropy(logits[0, 2:-1], labels[0, 3:])
+    torch.testing.assert_close(loss, kl_sum(logits[0, 2:-1], truth[0, 2:-1]) / 9 + 0.5 * hard)
+    assert distillation_loss(logits, truth, torch.full_like(labels, -100), **options) == 0
+    with pytest.raises(ValueError, match=r"answers_only=True and hard_weight=0\.5 need labels"):
+        distillation_loss(logits, truth, **options)

@@ -40,17 +40,23 @@ def distillation_loss(
         answers_only: Whether only positions that predict an answer's token count.
 
     Returns:
-        A scalar per token, which reads like a loss; upstream's sum over the batch reads like thousands.
+        A scalar per token, which reads like a loss; upstream's sum over the batch reads like thousands. Zero where
+        nothing counts.
+
+    Raises:
+        ValueError: if labels are needed and not given.
     """
+    if labels is None and (answers_only or hard_weight):
+        raise ValueError(f"answers_only={answers_only} and hard_weight={hard_weight} need labels; give them.")
     counted = torch.ones(student_logits.shape[:2], dtype=torch.bool, device=student_logits.device)
     if attention_mask is not None:
         counted &= attention_mask.bool()
     if answers_only:
         counted[:, :-1] &= labels[:, 1:] != -100
         counted[:, -1] = False
-    loss = kl_sum(student_logits[counted], teacher_logits[counted], temperature) / counted.sum()
+    loss = kl_sum(student_logits[counted], teacher_logits[counted], temperature) / counted.sum().clamp(min=1)
     if hard_weight:
-        loss = loss + hard_weight * F.cross_entropy(
-            student_logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-        )
+        following = labels[:, 1:].flatten()
+        hard = F.cross_entropy(student_logits[:, :-1].flatten(0, 1).float(), following, reduction="sum")
+        loss = loss + hard_weight * hard / (following != -100).sum().clamp(min=1)
     return loss

@@ -99,19 +99,35 @@ def _attention_seen(teacher, layers, learn: Callable[[int, Tensor, Tensor], None
 class HeldRows:
     """Keeps the value, key and query rows of each `in_proj` as they are while the gate and dt rows train (stage 1).
 
-    The rows are put back after every step, so that neither gradients nor weight decay move them.
+    Their gradients are zeroed as they arise, so that gradient clipping does not see them, and the rows are put back
+    after every step, as weight decay moves them all the same.
     """
 
     def __init__(self, student_mixers: dict[int, MmMambaMixer]):
         self.held = [
             (m.in_proj.weight, m.in_proj.weight[: m.splits[0]].detach().clone()) for m in student_mixers.values()
         ]
+        self.hooks = [weight.register_hook(self._without_gradient(len(rows))) for weight, rows in self.held]
+
+    @staticmethod
+    def _without_gradient(rows: int) -> Callable[[Tensor], Tensor]:
+        return lambda gradient: torch.cat([torch.zeros_like(gradient[:rows]), gradient[rows:]])
+
+    @property
+    def numel(self) -> int:
+        """How many values are held."""
+        return sum(rows.numel() for _, rows in self.held)
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Undoes what the last optimiser step did to the held rows."""
         for weight, rows in self.held:
             weight[: len(rows)] = rows
+
+    def release(self) -> None:
+        """Lets the rows train again."""
+        for hook in self.hooks:
+            hook.remove()
 
 
 def parameter_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float = 0.05) -> list[dict]:

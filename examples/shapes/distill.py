@@ -3,7 +3,7 @@
     python -m mmmamba.examples.shapes.distill linear runs/shapes-linear
     python -m mmmamba.examples.shapes.distill hybrid runs/shapes-hybrid
 
-About 40 minutes each on two processor cores.
+About half an hour each on two processor cores.
 """
 
 import argparse
@@ -43,9 +43,9 @@ class Stage:
 class Recipe:
     """How a student is made.
 
-    The published recipe trains the mixers alone in stage 3. With six narrow layers there is little room for that, so
-    output projections, MLPs and norms are trained too, on the answers' tokens, and the true answers count beside the
-    teacher's distribution.
+    The published recipe trains the mixers alone in stage 3. Six narrow layers leave little room for that: here the
+    whole decoder is trained, with its MLPs, its norms and the attention layers of a hybrid, on the answers' tokens;
+    and the true answers count beside the teacher's distribution.
     """
 
     attention: tuple[int, ...]
@@ -69,12 +69,14 @@ def run_stage(
     batches: Iterator[dict[str, Tensor]],
     accelerator: Accelerator,
     backward: Callable[[dict[str, Tensor]], float],
-    after_step: Callable[[], None] = lambda: None,
+    of: int,
+    held: HeldRows | None = None,
 ) -> None:
-    """Optimises `named` parameters; `backward(batch)` adds gradients and returns the loss to show."""
-    total = sum(p.numel() for _, p in named)
+    """Optimises `named` parameters, of `of` in all; `backward(batch)` adds gradients and returns the loss to show."""
+    count = sum(p.numel() for _, p in named) - (held.numel if held else 0)
     kinds = sorted({re.sub(r"^model\.layers\.\d+\.", "", name) for name, _ in named})
-    print(f"{name}: {total:,} parameters train in {', '.join(kinds)}")
+    part = " (of in_proj the gate and dt rows)" if held else ""
+    print(f"{name}: {count:,} of {of:,} parameters train ({count / of:.1%}): {', '.join(kinds)}{part}")
     optimizer = torch.optim.AdamW(parameter_groups(named), lr=stage.learning_rate, betas=(0.9, 0.98))
     schedule = get_wsd_schedule(
         optimizer,
@@ -90,7 +92,8 @@ def run_stage(
             loss = backward(next(batches))
         torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
         optimizer.step()
-        after_step()
+        if held:
+            held.put_back()
         schedule.step()
         optimizer.zero_grad()
         shown = loss if shown is None else 0.95 * shown + 0.05 * loss
@@ -129,12 +132,14 @@ def distill(recipe: Recipe, teacher_folder: Path, seed: int = 0) -> MmMambaForCo
         return loss.item()
 
     parameters = list(student.named_parameters())
+    of = sum(p.numel() for _, p in parameters)
     mixing = [(name, p) for name, p in parameters if ".mamba." in name and "out_proj" not in name]
     held = HeldRows(learners)
-    run_stage("stage 1", recipe.layerwise, mixing, batches, accelerator, layerwise, held.put_back)
-    run_stage("stage 2", recipe.projections, mixing, batches, accelerator, layerwise)
+    run_stage("stage 1", recipe.layerwise, mixing, batches, accelerator, layerwise, of, held)
+    held.release()
+    run_stage("stage 2", recipe.projections, mixing, batches, accelerator, layerwise, of)
     decoder = [(name, p) for name, p in parameters if ".layers." in name]
-    run_stage("stage 3", recipe.end_to_end, decoder, batches, accelerator, end_to_end)
+    run_stage("stage 3", recipe.end_to_end, decoder, batches, accelerator, end_to_end, of)
     return student
 
 

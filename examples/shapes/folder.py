@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mmmamba.conversion.publish import PACKAGE, write_model_folder
+from mmmamba.conversion.publish import PACKAGE, whole_folder, write_model_folder
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.processing_mmmamba import MmMambaProcessor
@@ -30,18 +30,22 @@ def make_processor() -> MmMambaProcessor:
 
 
 def save(model: MmMambaForConditionalGeneration, folder: Path, name: str, origin: str) -> None:
-    """Writes a complete model folder.
+    """Writes a complete model folder, or nothing.
 
     Args:
         model: Of the picture world.
-        folder: Where to write; made if need be.
+        folder: Where to write.
         name: What the model is called.
         origin: A sentence on how it was made.
+
+    Raises:
+        FileExistsError: if the folder exists.
     """
-    model.to(torch.bfloat16).save_pretrained(folder)
-    write_model_folder(folder, model.config, name, make_processor(), origin=origin)
-    if PACKAGE in folder.resolve().parents:
-        # Inside the package the code is at hand: links instead of copies that could fall behind.
-        for module in folder.glob("*_mmmamba.py"):
-            module.unlink()
-            module.symlink_to(os.path.relpath(PACKAGE / module.name, folder.resolve()))
+    with whole_folder(folder) as unfinished:
+        model.to(torch.bfloat16).save_pretrained(unfinished)
+        write_model_folder(unfinished, model.config, name, make_processor(), origin=origin)
+        if PACKAGE in folder.resolve().parents:
+            # Inside the package the code is at hand: links instead of copies that could fall behind.
+            for module in unfinished.glob("*_mmmamba.py"):
+                module.unlink()
+                module.symlink_to(os.path.relpath(PACKAGE / module.name, unfinished))
