@@ -2,7 +2,7 @@
 
     python -m mmmamba.examples.shapes.train runs/shapes-teacher
 
-About 40 minutes on two processor cores. `python -m mmmamba.examples.shapes.distill` then makes students of it.
+About 55 minutes on two processor cores. `python -m mmmamba.examples.shapes.distill` then makes students of it.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from .data import Batches, Conversations
 from .folder import make_processor, save
 
 
-STEPS = 8000
+# Steps of each cycle of the learning rate (up, level, down); each goes on from what the one before reached.
+CYCLES = (8000, 5000)
 BATCH_SIZE = 32
 
 
@@ -49,16 +50,38 @@ class TeacherTrainer(Trainer):
         return torch.utils.data.DataLoader(self.train_dataset, batch_size=None, num_workers=1, prefetch_factor=8)
 
 
+def training_arguments(folder: Path, steps: int, seed: int) -> TrainingArguments:
+    """One cycle: warm up, keep the learning rate for two thirds of the steps, let it fall for the last third."""
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        learning_rate=2e-3,
+        adam_beta2=0.98,
+        weight_decay=0.05,
+        max_grad_norm=1.0,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": steps // 3, "min_lr_ratio": 0.02},
+        warmup_steps=200,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=50,
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+        remove_unused_columns=False,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the teacher of the picture world from nothing.")
     parser.add_argument("folder", type=Path, help="model folder to make")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default: {STEPS})")
+    parser.add_argument("--cycles", type=int, nargs="+", default=CYCLES, help=f"training steps (default: {CYCLES})")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.folder.exists():
         parser.error(f"{args.folder} exists; give a folder that does not.")
-    if args.steps < 1:
-        parser.error(f"--steps {args.steps} is no number of steps; give 1 or more.")
+    if min(args.cycles) < 1:
+        parser.error(f"--cycles {args.cycles} are no numbers of steps; give 1 or more for each.")
 
     set_seed(args.seed)
     processor = make_processor()
@@ -67,29 +90,12 @@ def main() -> None:
     model = MmMambaForConditionalGeneration._from_config(
         config(len(processor.tokenizer), *ids), attn_implementation="eager", dtype=torch.float32
     )
-    options = TrainingArguments(
-        output_dir=args.folder.with_name(args.folder.name + "-training"),
-        max_steps=args.steps,
-        learning_rate=2e-3,
-        adam_beta2=0.98,
-        weight_decay=0.05,
-        max_grad_norm=1.0,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": args.steps // 3, "min_lr_ratio": 0.02},
-        warmup_steps=200,
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=50,
-        save_strategy="no",
-        report_to=[],
-        seed=args.seed,
-        remove_unused_columns=False,
-    )
-    rows = Conversations(processor, "train", args.seed)
-    TeacherTrainer(model, options, train_dataset=Batches(rows, BATCH_SIZE)).train()
-    save(
-        model, args.folder, "shapes-teacher", f"Trained from nothing on the shapes picture world, {args.steps} steps."
-    )
+    for cycle, steps in enumerate(args.cycles):
+        rows = Conversations(processor, "train", args.seed + 1000 * cycle)
+        options = training_arguments(args.folder.with_name(args.folder.name + "-training"), steps, args.seed)
+        TeacherTrainer(model, options, train_dataset=Batches(rows, BATCH_SIZE)).train()
+    steps = " + ".join(map(str, args.cycles))
+    save(model, args.folder, "shapes-teacher", f"Trained from nothing on the shapes picture world, {steps} steps.")
 
 
 if __name__ == "__main__":
