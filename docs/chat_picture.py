@@ -1,6 +1,6 @@
 """Draws docs/chat.png: the demonstration of `make chat`, with the answers that the shipped hybrid gives.
 
-    python docs/chat_picture.py
+python docs/chat_picture.py
 """
 
 from pathlib import Path

@@ -98,10 +98,6 @@ def test_answers_are_what_the_pixels_show(examples):
     for one in of_kind(examples, "count")[:40]:
         words = ("zero", "one", "two", "three", "four", "five", "six")
         assert one.answer == words[sum(map(bool, seen(one.pictures[0])))]
-    for one in of_kind(examples, "list")[:40]:
-        assert [name.split()[0] for name in one.answer.split(", ")] == [
-            color for color in seen(one.pictures[0]) if color
-        ]
     checked = 0
     for one in of_kind(examples, "tally"):
         color = one.question.split()[2]

@@ -351,14 +351,6 @@ def _ask_compare(rng, pictures):
     return f"Are there more {_plural(more)} than {_plural(less)}?", "yes" if yes else "no"
 
 
-def _ask_list(rng, pictures):
-    if len(pictures[0].things) > 3:
-        return None
-    return "List all objects.", ", ".join(
-        t.name if t.number is None else f"{t.name} {t.number}" for t in pictures[0].things
-    )
-
-
 def _ask_which(rng, pictures):
     names = Counter(name for p in pictures for name in {t.name for t in p.things})
     found = [i for i, p in enumerate(pictures) if any(names[t.name] == 1 for t in p.things)]
@@ -395,7 +387,6 @@ ONE_PICTURE = {
     "corner": _ask_corner,
     "where": _ask_where,
     "compare": _ask_compare,
-    "list": _ask_list,
 }
 SEVERAL_PICTURES = {"which": _ask_which, "pick": _ask_pick}
 KINDS = (*ONE_PICTURE, *SEVERAL_PICTURES)
@@ -438,21 +429,18 @@ def conversation(
 ) -> tuple[tuple[Picture, ...], list[tuple[str, str]]]:
     """Conversation number `index` of a stream: pictures and up to `turns` (question, answer) pairs about them.
 
-    Several questions share the work of seeing the pictures, which makes training cheaper. The list of all objects
-    comes last, as it would answer every later question.
+    Several questions share the work of seeing the pictures, which makes training cheaper.
     """
     rng = _generator(split, seed, index)
     several = _chance(rng, 0.22)
     kinds = SEVERAL_PICTURES if several else ONE_PICTURE
     while True:
         pictures = _pictures(rng, split, several)
-        order = [kind for kind in kinds if kind != "list" for _ in range(3 if several else 1)]
+        order = [kind for kind in kinds for _ in range(3 if several else 1)]
         asked: dict[str, str] = {}
         for i in rng.permutation(len(order)):
             if len(asked) < turns and (pair := kinds[order[i]](rng, pictures)):
                 asked[pair[0]] = pair[1]
-        if not several and (listing := _ask_list(rng, pictures)):
-            asked[listing[0]] = listing[1]
         if asked:  # several pictures may be too alike to ask anything
             return pictures, list(asked.items())
 
