@@ -51,13 +51,13 @@ class Recipe:
     attention: tuple[int, ...]
     layerwise: Stage = Stage(200, 3e-3)
     projections: Stage = Stage(400, 2e-3)
-    end_to_end: Stage = Stage(1800, 1.5e-3)
+    end_to_end: Stage = Stage(2500, 1.5e-3)
     hard_weight: float = 0.5
     batch_size: int = 32
 
 
 RECIPES = {
-    "linear": Recipe(attention=()),
+    "linear": Recipe(attention=(), end_to_end=Stage(3000, 1.5e-3)),
     "hybrid": Recipe(attention=tuple(attention_layers(6, 2, "head-interleaved"))),
 }
 
