@@ -143,15 +143,17 @@ def distill(recipe: Recipe, teacher_folder: Path, seed: int = 0) -> MmMambaForCo
     return student
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Seed and distil a student of the picture world's teacher.")
     parser.add_argument("student", choices=RECIPES)
     parser.add_argument("folder", type=Path, help="model folder to make")
     parser.add_argument("--teacher", type=Path, default=TEACHER, help="model folder of the teacher")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.folder.exists():
         parser.error(f"{args.folder} exists; give a folder that does not.")
+    if not (args.teacher / "config.json").is_file():
+        parser.error(f"--teacher {args.teacher} is no model folder: it has no config.json.")
     student = distill(RECIPES[args.student], args.teacher, args.seed)
     save(
         student, args.folder, f"shapes-{args.student}", "Seeded from the shapes teacher and distilled in three stages."

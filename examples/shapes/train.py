@@ -72,12 +72,12 @@ def training_arguments(folder: Path, steps: int, seed: int) -> TrainingArguments
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the teacher of the picture world from nothing.")
     parser.add_argument("folder", type=Path, help="model folder to make")
     parser.add_argument("--cycles", type=int, nargs="+", default=CYCLES, help=f"training steps (default: {CYCLES})")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.folder.exists():
         parser.error(f"{args.folder} exists; give a folder that does not.")
     if min(args.cycles) < 1:
