@@ -16,7 +16,7 @@ from .tokenization_mmmamba import MmMambaTokenizer
 
 
 DEMO = Path(__file__).parent / "examples" / "shapes" / "hybrid"
-DEMO_CONVERSATION = 11  # of the held-out stream: a picture that allows several kinds of question
+DEMO_CONVERSATION = 13  # of the held-out stream: a picture that allows several kinds of question
 
 
 class Streamer(TextStreamer):
