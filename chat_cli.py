@@ -10,6 +10,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import TextStreamer
 
+from .conversion.publish import check_model_folder
 from .image_processing_mmmamba import MmMambaImageProcessorPil
 from .modeling_mmmamba import MmMambaForConditionalGeneration
 from .tokenization_mmmamba import MmMambaTokenizer
@@ -39,8 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs `mmmamba chat`. Raises ValueError for a folder or a picture that cannot be used."""
-    if not (args.model / "config.json").is_file():
-        raise ValueError(f"--model {args.model} is no model folder: it has no config.json.")
+    check_model_folder(args.model)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {args.device} cannot be used here ({reason}); try --device cpu.") from None
     pictures = [open_picture(path) for path in args.image]
     chat = Chat(args.model, args.device, args.max_new_tokens)
     if args.question is not None:

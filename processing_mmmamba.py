@@ -72,8 +72,6 @@ def encode_conversation(
     Raises:
         ValueError: if the question is empty, or placeholders and pictures differ in number.
     """
-    if not question.strip():
-        raise ValueError("The question is empty; ask something.")
     messages = [] if system_message is None else [{"role": "system", "content": system_message}]
     for asked, answered in [*(history or []), (question, None)]:
         messages.append({"role": "user", "content": asked})
@@ -85,6 +83,8 @@ def encode_conversation(
         message["content"] = PLACEHOLDER.join(as_text(part, tokenizer) for part in parts)
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     (prompt,) = expand_placeholders([prompt], num_patches_list, tokens_per_tile)
+    if not question.replace(PLACEHOLDER, "").strip():
+        raise ValueError("The question is empty; ask something.")
     return tokenizer(prompt)["input_ids"]
 
 

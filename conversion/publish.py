@@ -86,6 +86,19 @@ def whole_folder(destination: str | Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_model_folder(folder: str | Path) -> None:
+    """Raises ValueError if a folder does not hold a model of this package."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no model folder: it has no config.json.")
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type != MmMambaConfig.model_type:
+        raise ValueError(
+            f"{folder} has model_type={model_type!r}, which is not this package's layout; run `mmmamba convert` on it "
+            "first."
+        )
+
+
 def expected_specs(config: MmMambaConfig) -> dict[str, Tensor]:
     """Every stored tensor of a model, by name, on the meta device: shapes without memory."""
     with torch.device("meta"):

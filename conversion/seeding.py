@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
-from mmmamba.conversion.publish import expected_specs, whole_folder, write_model_folder
-from mmmamba.conversion.shards import ShardReader, ShardWriter, is_finite, listed, read_json
+from mmmamba.conversion.publish import check_model_folder, expected_specs, whole_folder, write_model_folder
+from mmmamba.conversion.shards import ShardReader, ShardWriter, is_finite, listed
 
 
 STRATEGIES = ("head-interleaved", "tail-interleaved", "head-stacked", "tail-stacked")
@@ -163,15 +163,8 @@ def seed_folder(
         FileExistsError: if the destination exists.
     """
     teacher, destination = Path(teacher), Path(destination)
-    if not teacher.is_dir():
-        raise ValueError(f"{teacher} is not a folder; give a teacher's model folder.")
+    check_model_folder(teacher)
     with whole_folder(destination) as folder:
-        model_type = read_json(teacher / "config.json").get("model_type")
-        if model_type != MmMambaConfig.model_type:
-            raise ValueError(
-                f"{teacher} has model_type={model_type!r}, which is not this package's layout; run `mmmamba convert` "
-                "on it first."
-            )
         config = MmMambaConfig.from_pretrained(teacher)
         if strategy is not None:
             attention = attention_layers(config.text_config.num_hidden_layers, num_attention, strategy)

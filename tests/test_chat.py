@@ -140,6 +140,7 @@ def test_typed_control_tokens_are_only_text(tokenizer):
         ({"question": "<image>", "pixel_values": None}, ["1", "0"]),
         ({"question": "x", "pixel_values": tiles(2), "num_patches_list": [3]}, ["3", "2"]),
         ({"question": "", "pixel_values": None}, ["empty"]),
+        ({"question": " ", "pixel_values": tiles(2)}, ["empty"]),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(talker, tokenizer, arguments, words):

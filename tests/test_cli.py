@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from golden_checkpoints import checkpoint
 
+import mmmamba
 from mmmamba.cli import COMMANDS, main
 
 
@@ -16,7 +18,8 @@ def failed(capsys, *argv):
         code = main([str(argument) for argument in argv])
     except SystemExit as stop:
         code = stop.code
-    message = capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    message = "".join(line for line in lines if "Loading weights" not in line).lstrip("\r")  # a progress bar
     assert message.startswith("error: ") and message.count("\n") == 1, message
     return code, message
 
@@ -84,3 +87,32 @@ def test_failures_exit_with_one_and_one_sentence(tmp_path, capsys):
     (source / "config.json").write_text("{")
     assert "not readable JSON" in failed(capsys, "convert", source, tmp_path / "out")[1]
     assert not (tmp_path / "out").exists()
+
+
+TEACHER = Path(mmmamba.__file__).parent / "examples" / "shapes" / "teacher"
+PICTURE = TEACHER.parent / "picture.png"
+
+
+def test_one_question_about_a_picture(capsys):
+    assert main(["chat", "--model", str(TEACHER), "--image", str(PICTURE), "How many objects are there?"]) == 0
+    assert capsys.readouterr().out.strip() == "six"
+
+
+def test_what_chat_cannot_use_is_named(tmp_path, capsys):
+    (tmp_path / "cut.png").write_bytes(PICTURE.read_bytes()[:900])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    ask = ("chat", "--model", TEACHER)
+    for arguments, words in (
+        (["chat", "--model", tmp_path, "Why?"], "no config.json"),
+        (["chat", "--model", tmp_path / "llama", "Why?"], "model_type='llama'"),
+        (["evaluate", "--model", tmp_path / "llama"], "model_type='llama'"),
+        ([*ask, "--image", tmp_path / "none.png", "Why?"], "none.png does not exist"),
+        ([*ask, "--image", tmp_path / "cut.png", "Why?"], "cut.png cannot be read"),
+        ([*ask, "--image", tmp_path / "text.png", "Why?"], "text.png cannot be read"),
+        ([*ask, "--image", PICTURE, " "], "question is empty"),
+        ([*ask, "--image", PICTURE, "<image> and <image>"], "2 <image> placeholders"),
+        ([*ask, "--device", "tpu", "Why?"], "--device tpu cannot be used"),
+    ):
+        assert words in failed(capsys, *arguments)[1]

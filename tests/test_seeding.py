@@ -165,7 +165,7 @@ def test_what_cannot_be_seeded_is_refused_and_leaves_nothing(teacher, tmp_path):
         (damaged, [], f"NaN or infinite values in {name}"),
         (incomplete, [], f"missing: {name}"),
         (teacher, [12], "no layer 12"),
-        (tmp_path / "nowhere", [], "not a folder"),
+        (tmp_path / "nowhere", [], "no model folder"),
     ):
         with pytest.raises(ValueError, match=message):
             seed_folder(source, tmp_path / "out", layers)

@@ -21,6 +21,7 @@ from transformers import get_wsd_schedule, set_seed
 
 from mmmamba.conversion.distillation.end_to_end import distillation_loss
 from mmmamba.conversion.distillation.layerwise import SCALE, HeldRows, layer_errors, mixers, parameter_groups
+from mmmamba.conversion.publish import check_model_folder
 from mmmamba.conversion.seeding import attention_layers, seed_state_dict
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
@@ -152,8 +153,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.folder.exists():
         parser.error(f"{args.folder} exists; give a folder that does not.")
-    if not (args.teacher / "config.json").is_file():
-        parser.error(f"--teacher {args.teacher} is no model folder: it has no config.json.")
+    try:
+        check_model_folder(args.teacher)
+    except ValueError as error:
+        parser.error(f"--teacher {error}")
     student = distill(RECIPES[args.student], args.teacher, args.seed)
     save(
         student, args.folder, f"shapes-{args.student}", "Seeded from the shapes teacher and distilled in three stages."

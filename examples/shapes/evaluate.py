@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mmmamba.conversion.publish import check_model_folder
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 from .folder import make_processor
@@ -105,8 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs `mmmamba evaluate`. Raises ValueError for what is no model folder."""
-    if not (args.model / "config.json").is_file():
-        raise ValueError(f"--model {args.model} is no model folder: it has no config.json.")
+    check_model_folder(args.model)
     if args.questions < 1:
         raise ValueError(f"--questions {args.questions} is no number of questions; give 1 or more.")
     result = evaluate(args.model, args.questions, args.seed)
