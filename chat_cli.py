@@ -118,9 +118,10 @@ def demonstrate(chat: Chat) -> None:
     pictures, turns = conversation("test", 0, DEMO_CONVERSATION)
     picture = pictures[0].draw()
     path = Path(tempfile.mkdtemp(prefix="mmmamba-")) / "picture.png"
-    picture.resize((picture.width * 4, picture.height * 4), Image.Resampling.NEAREST).save(path)
+    enlarged = picture.resize((picture.width * 4, picture.height * 4), Image.Resampling.NEAREST)
+    enlarged.save(path)
     print("A small mmMamba (hybrid: Mamba-2 and attention layers) looks at a picture it was never trained on.\n")
-    show(picture, path)
+    show(enlarged, path)
     chat.look_at([picture])
     for question, truth in turns[:3]:
         print(f"> {question}", flush=True)
