@@ -119,7 +119,7 @@ class MmMambaMixer(nn.Module):
         self.norm = LlamaRMSNorm(self.head_dim, eps=self.norm_eps)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def heads(self, hidden_states: Tensor, padding: "Padding | None" = None, cache: Cache | None = None) -> Tensor:
+    def heads(self, hidden_states: Tensor, sequences: "Sequences | None" = None, cache: Cache | None = None) -> Tensor:
         """The mixer before its output projection: (batch, length, hidden) to (batch, length, heads, head_dim)."""
         vkq, gate, dt = self.in_proj(hidden_states).split(self.splits, dim=-1)
         acc = torch.promote_types(dt.dtype, torch.float32)
@@ -130,11 +130,11 @@ class MmMambaMixer(nn.Module):
         if cache is not None and cache.has_previous_state(self.layer_idx):
             conv_state = cache.layers[self.layer_idx].conv_states[0]
             recurrent_state = cache.layers[self.layer_idx].recurrent_states[0]
-        if padding is not None:
-            vkq, dt = padding.to_front(vkq), padding.to_front(dt) * padding.valid[..., None]
+        if sequences is not None:
+            vkq, dt = sequences.to_front(vkq), sequences.to_front(dt) * sequences.valid[..., None]
 
         vkq, conv_state = causal_conv(
-            vkq, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, padding.lengths if padding else None
+            vkq, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, sequences.lengths if sequences else None
         )
         shared = self.num_key_value_heads * self.head_dim
         v, k, q = (x.unflatten(-1, (-1, self.head_dim)) for x in vkq.split([shared, shared, self.splits[1]], dim=-1))
@@ -147,39 +147,91 @@ class MmMambaMixer(nn.Module):
         if cache is not None:
             cache.update_conv_state(conv_state, self.layer_idx)
             cache.update_recurrent_state(recurrent_state, self.layer_idx)
-        if padding is not None:
-            y = padding.to_place(y)
+        if sequences is not None:
+            y = sequences.to_place(y)
         return gated_rmsnorm(y, gate.unflatten(-1, (-1, self.head_dim)), self.norm.weight, self.norm_eps)
 
-    def forward(self, hidden_states: Tensor, padding: "Padding | None" = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, sequences: "Sequences | None" = None, cache: Cache | None = None
+    ) -> Tensor:
         """Args: hidden_states (batch, length, hidden). Returns the same shape."""
-        return self.out_proj(self.heads(hidden_states, padding, cache).flatten(2))
+        return self.out_proj(self.heads(hidden_states, sequences, cache).flatten(2))
 
 
-class Padding:
-    """Where the padding of a batch is, so that recurrent layers can step over it.
+class Sequences:
+    """Which steps of a batch belong to which sequence, where that is not simply one whole row each.
 
-    Valid steps move to the front of their row before the recurrence and back after it: a state then never sees
-    padding, wherever it stands, and ends at the row's last valid step.
+    The recurrence runs over rows of one sequence each, valid steps in front: a state then starts at its sequence's
+    first step, sees no padding and no neighbour, and ends at its last valid step. A padded batch keeps its rows, so
+    that states stay those of the batch; a packed one gets a row for every sequence.
 
     Args:
-        mask: (batch, length), 1 where a step is valid.
+        places: (batch, length), where each step goes among the rows' steps, counted row after row.
+        lengths: (rows,), how many steps of each row are valid.
+        longest: Steps in a row.
     """
 
-    def __init__(self, mask: Tensor):
+    def __init__(self, places: Tensor, lengths: Tensor, longest: int):
+        self.places = places
+        self.lengths = lengths
+        self.longest = longest
+        self.valid = torch.arange(longest, device=places.device) < lengths[:, None]  # (rows, longest)
+
+    @classmethod
+    def of_mask(cls, mask: Tensor) -> "Sequences | None":
+        """The rows of a padded batch. Args: mask (batch, length), 1 where a step is valid. None if all are."""
         mask = mask.bool()
-        self.order = mask.long().argsort(dim=1, descending=True, stable=True)  # (batch, length)
-        self.inverse = self.order.argsort(dim=1)
-        self.lengths = mask.sum(1)
-        self.valid = mask.gather(1, self.order)
+        if mask.all():
+            return None
+        batch, length = mask.shape
+        lengths = mask.sum(1)
+        # A state is read after `lengths` steps; padding waits behind it, where nothing sees it.
+        order = torch.where(mask, mask.cumsum(1), lengths[:, None] + (~mask).cumsum(1)) - 1
+        rows = torch.arange(batch, device=mask.device)[:, None]
+        return cls(rows * length + order, lengths, length)
+
+    @classmethod
+    def of_positions(cls, position_ids: Tensor) -> "Sequences | None":
+        """The sequences of a packed batch, in order over the flattened batch.
+
+        Args:
+            position_ids: (batch, length). Wherever they do not go up by one, a sequence begins: the rule by which
+                Transformers' attention masks tell packed sequences apart.
+
+        Returns:
+            None if every row is one sequence.
+        """
+        starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1
+        firsts = starts.flatten().nonzero().squeeze(1)  # (sequences,)
+        if len(firsts) == len(position_ids):
+            return None
+        lengths = F.pad(firsts, (0, 1), value=starts.numel()).diff()
+        longest = int(lengths.max())
+        sequence = starts.flatten().cumsum(0) - 1  # (batch * length,)
+        steps = torch.arange(starts.numel(), device=starts.device) - firsts[sequence]
+        return cls((sequence * longest + steps).view_as(starts), lengths, longest)
 
     def to_front(self, x: Tensor) -> Tensor:
-        """Args: x (batch, length, channels)."""
-        return x.gather(1, self.order[..., None].expand_as(x))
+        """Args: x (batch, length, channels). Returns (rows, longest, channels), 0 where no step goes."""
+        rows = x.new_zeros(self.valid.numel(), x.shape[2])
+        return rows.index_copy(0, self.places.flatten(), x.flatten(0, 1)).unflatten(0, self.valid.shape)
 
     def to_place(self, x: Tensor) -> Tensor:
-        """Args: x (batch, length, heads, head_dim). Undoes `to_front`."""
-        return x.gather(1, self.inverse[..., None, None].expand_as(x))
+        """Args: x (rows, longest, heads, head_dim). Returns (batch, length, heads, head_dim); undoes `to_front`."""
+        return x.flatten(0, 1).index_select(0, self.places.flatten()).unflatten(0, self.places.shape)
+
+    def attention_kwargs(self) -> dict[str, Tensor | int]:
+        """Boundaries of packed sequences as flash attention takes them.
+
+        It would find them in `position_ids`, but once per layer and only in a batch of one row.
+        """
+        ends = F.pad(self.lengths.cumsum(0), (1, 0)).int()
+        return {
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+        }
 
 
 class MmMambaDecoderLayer(GradientCheckpointingLayer):
@@ -201,7 +253,7 @@ class MmMambaDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: "Tensor | Padding | None" = None,
+        attention_mask: "Tensor | Sequences | None" = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
@@ -366,14 +418,16 @@ class MmMambaModel(MmMambaPreTrainedModel):
             input_ids: (batch, length).
             pixel_values: (tiles, channels, height, width), for the image tokens among `input_ids` in order.
             attention_mask: (batch, past + length), 1 for valid tokens; padding may stand anywhere.
-            position_ids: (batch, length); counted over valid tokens if not given.
+            position_ids: (batch, length); counted over valid tokens if not given. Where they restart inside a row and
+                there is no attention_mask, the row is packed: each restart begins a sequence that sees nothing of
+                the others, as from Transformers' `DataCollatorWithFlattening`.
             past_key_values: What was read before; continued in place.
             inputs_embeds: (batch, length, hidden) instead of `input_ids`.
             use_cache: Whether to make and return a cache.
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
 
         Raises:
-            ValueError: if inputs contradict each other.
+            ValueError: if inputs contradict each other, or a packed row comes with a cache.
         """
         config = self.config.text_config
         if (input_ids is None) == (inputs_embeds is None):
@@ -387,18 +441,28 @@ class MmMambaModel(MmMambaPreTrainedModel):
 
         if use_cache and past_key_values is None:
             past_key_values = MmMambaCache(config=config)
-        length = inputs_embeds.shape[1]
-        if position_ids is None:
-            position_ids = self.positions(attention_mask, past_key_values, inputs_embeds)
-
+        batch, length = inputs_embeds.shape[:2]
         masks = attention_mask
         if not isinstance(masks, dict):
             masks = self.create_masks_for_generate(
                 config, inputs_embeds, attention_mask, past_key_values, position_ids
             )
-        valid = masks["linear_attention"]
-        padding = Padding(valid) if valid is not None and not valid.all() else None
-        masks = {"full_attention": masks["full_attention"], "linear_attention": padding}
+        sequences = None
+        if masks["linear_attention"] is not None:
+            sequences = Sequences.of_mask(masks["linear_attention"])
+        elif attention_mask is None and position_ids is not None and length > 1:
+            sequences = Sequences.of_positions(position_ids.expand(batch, -1))
+            if sequences is not None:
+                if past_key_values is not None:
+                    raise ValueError(
+                        "position_ids restart inside a row, so the row packs several sequences, and a cache holds "
+                        "one state per row; pass use_cache=False and no past_key_values, or give the attention_mask "
+                        "if the row is padded, not packed."
+                    )
+                kwargs = sequences.attention_kwargs() | kwargs
+        masks = {"full_attention": masks["full_attention"], "linear_attention": sequences}
+        if position_ids is None:
+            position_ids = self.positions(attention_mask, past_key_values, inputs_embeds)
         rotary = {
             True: self.embedding_rotary_emb(inputs_embeds, position_ids),
             False: self.rotary_emb(inputs_embeds, position_ids),
@@ -464,7 +528,9 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
         """Next-token logits, and the loss when `labels` are given.
 
         Args:
-            labels: (batch, length), -100 where no loss is wanted; shifted here.
+            labels: (batch, length), -100 where no loss is wanted; shifted here. In a packed row the first label of
+                each sequence must be -100, or the last token before it learns to predict it; Transformers'
+                `DataCollatorWithFlattening` sees to that.
             logits_to_keep: Compute logits of the last so many positions (0: all), or of these positions.
 
         The other arguments are those of `MmMambaModel.forward`.
