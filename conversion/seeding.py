@@ -51,7 +51,15 @@ def attention_layers(num_layers: int, num_attention: int, strategy: str) -> list
 
 
 def seed_mixer(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, num_heads: int, conv_kernel: int = 2, seed: int = 0, layer: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    num_heads: int,
+    conv_kernel: int = 2,
+    seed: int = 0,
+    layer: int = 0,
+    initialization: str = "mimic",
 ) -> dict[str, Tensor]:
     """The parameters of one Mamba-2 mixer, from one attention layer.
 
@@ -64,6 +72,8 @@ def seed_mixer(
         conv_kernel: Taps of the mixer's convolution.
         seed: The draw of gate and steps depends on this and on `layer` alone.
         layer: Index of the layer.
+        initialization: `mimic` as published; `inherited` starts convolution, decays and gate as a Mamba-2 model from
+            scratch does; `scratch` queries, keys and values, too (the ablations of arXiv 2502.13145, table 4).
 
     Returns:
         `in_proj.weight` (rows v, k, q, gate, dt), `conv1d.{weight,bias}`, `A_log`, `dt_bias`, `norm.weight` and
@@ -79,13 +89,28 @@ def seed_mixer(
     dt_bias = steps + torch.log(-torch.expm1(-steps))  # the inverse of softplus
 
     channels = len(v) + len(k) + len(q)
-    identity = q.new_zeros(channels, 1, conv_kernel)
-    identity[..., -1] = 1
+    dt = torch.zeros(num_heads, hidden, device="cpu")
+    A_log = torch.ones(num_heads, device="cpu")
+    kernel, bias = torch.zeros(channels, 1, conv_kernel, device="cpu"), torch.zeros(channels, device="cpu")
+    kernel[..., -1] = 1
+    if initialization != "mimic":
+        # The published initial values of Mamba-2 (arXiv 2405.21060): torch's own for projections and convolution.
+        A_log = A_log.uniform_(1, 16, generator=generator).log()
+        bound = conv_kernel**-0.5
+        for tensor in (kernel, bias):
+            tensor.uniform_(-bound, bound, generator=generator)
+        for tensor in (gate, dt):
+            tensor.uniform_(-(hidden**-0.5), hidden**-0.5, generator=generator)
+    if initialization == "scratch":
+        v, k, q = (
+            torch.empty(x.shape, device="cpu").uniform_(-(hidden**-0.5), hidden**-0.5, generator=generator).to(x)
+            for x in (v, k, q)
+        )
     return {
-        "in_proj.weight": torch.cat([v, k, q, gate.to(q), q.new_zeros(num_heads, hidden)]),
-        "conv1d.weight": identity,
-        "conv1d.bias": q.new_zeros(channels),
-        "A_log": q.new_ones(num_heads),
+        "in_proj.weight": torch.cat([v, k, q, gate.to(q), dt.to(q)]),
+        "conv1d.weight": kernel.to(q),
+        "conv1d.bias": bias.to(q),
+        "A_log": A_log.to(q),
         "dt_bias": dt_bias.to(q),
         "norm.weight": q.new_ones(inner // num_heads),
         "out_proj.weight": o,
@@ -114,7 +139,11 @@ def seeded_config(config: MmMambaConfig, attention: Collection[int]) -> MmMambaC
 
 
 def seed_state_dict(
-    tensors: Mapping[str, Tensor], config: MmMambaConfig, attention: Collection[int], seed: int = 0
+    tensors: Mapping[str, Tensor],
+    config: MmMambaConfig,
+    attention: Collection[int],
+    seed: int = 0,
+    initialization: str = "mimic",
 ) -> tuple[dict[str, Tensor], MmMambaConfig]:
     """A student's state dict and configuration, from a teacher's.
 
@@ -123,6 +152,7 @@ def seed_state_dict(
         config: The teacher's configuration.
         attention: Layers that stay attention; empty for the linear model.
         seed: Seed of the new parameters.
+        initialization: See `seed_mixer`.
 
     Raises:
         ValueError: as `seeded_config`.
@@ -131,7 +161,7 @@ def seed_state_dict(
     replaced = _replaced(student)
     seeded = {name: tensor for name, tensor in tensors.items() if name not in replaced}
     for layer in _seeded_layers(student):
-        seeded |= _seed_layer(tensors, student, layer, seed)
+        seeded |= _seed_layer(tensors, student, layer, seed, initialization)
     return seeded, student
 
 
@@ -143,6 +173,7 @@ def seed_folder(
     num_attention: int | None = None,
     seed: int = 0,
     progress: bool = False,
+    initialization: str = "mimic",
 ) -> MmMambaConfig:
     """Makes a student's model folder from a teacher's, one tensor at a time.
 
@@ -154,6 +185,7 @@ def seed_folder(
         num_attention: How many layers stay attention, with `strategy`.
         seed: Seed of the new parameters.
         progress: Whether to draw a progress bar.
+        initialization: See `seed_mixer`.
 
     Returns:
         The student's configuration.
@@ -190,7 +222,7 @@ def seed_folder(
                     bar.update()
             for layer in _seeded_layers(student):
                 sources = {name: read(name) for name in _sources(layer)}
-                for name, tensor in _seed_layer(sources, student, layer, seed).items():
+                for name, tensor in _seed_layer(sources, student, layer, seed, initialization).items():
                     writer.write(name, tensor)
                     bar.update()
         if broken:
@@ -239,7 +271,9 @@ def _replaced(student: MmMambaConfig) -> set[str]:
     return {name for layer in _seeded_layers(student) for name in _sources(layer)}
 
 
-def _seed_layer(tensors: Mapping[str, Tensor], student: MmMambaConfig, layer: int, seed: int) -> dict[str, Tensor]:
+def _seed_layer(
+    tensors: Mapping[str, Tensor], student: MmMambaConfig, layer: int, seed: int, initialization: str = "mimic"
+) -> dict[str, Tensor]:
     text = student.text_config
     mixer = seed_mixer(
         *(tensors[name] for name in _sources(layer)),
@@ -247,5 +281,6 @@ def _seed_layer(tensors: Mapping[str, Tensor], student: MmMambaConfig, layer: in
         conv_kernel=text.conv_kernel,
         seed=seed,
         layer=layer,
+        initialization=initialization,
     )
     return {f"model.layers.{layer}.mamba.{name}": tensor for name, tensor in mixer.items()}

@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 from mmmamba.conversion.convert import convert
-from mmmamba.conversion.distillation.end_to_end import distillation_loss, kl_sum
-from mmmamba.conversion.distillation.layerwise import SCALE, HeldRows, layer_errors, mixers, parameter_groups
+from mmmamba.conversion.distillation.counting import totals_of
+from mmmamba.conversion.distillation.data import pack, pad
+from mmmamba.conversion.distillation.end_to_end import EndToEndDistiller, distillation_loss, kl_sum
+from mmmamba.conversion.distillation.layerwise import SCALE, LayerwiseDistiller, mixers
 from mmmamba.conversion.layouts import from_training_student
 from mmmamba.conversion.seeding import seed_state_dict
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
@@ -55,14 +57,12 @@ def batch_of(case):
 def test_layerwise_losses_are_upstreams(teacher, stage):
     case = load_file(GOLDEN / "seeding" / f"{stage}.safetensors")
     seen = {}
-    errors = layer_errors(
-        teacher,
-        mixers(upstream_student(teacher, STAGE_FILES[stage])),
-        batch_of(case),
-        observe=lambda layer, heads, target: seen.update({layer: (heads, target)}),
-    )
+    distiller = LayerwiseDistiller(teacher, upstream_student(teacher, STAGE_FILES[stage]), 2)
+    batch = batch_of(case)
+    with torch.no_grad():
+        errors = distiller.errors(batch, observe=lambda layer, *pair: seen.update({layer: pair}))
+        torch.testing.assert_close(distiller(**batch), case["loss"][0], rtol=1e-4, atol=0)
     torch.testing.assert_close(errors, case["per_layer_mse"], rtol=1e-4, atol=0)
-    torch.testing.assert_close(SCALE * errors.mean(), case["loss"][0], rtol=1e-4, atol=0)
     for name, layer in (("embedding0", 0), ("llm0", 8)):
         heads, target = (x.transpose(1, 2) for x in seen[layer])
         torch.testing.assert_close(heads, case[f"{name}.y_pred"], rtol=1e-3, atol=5e-4)
@@ -90,119 +90,222 @@ def test_stage_3_loss_and_gradient_are_upstreams(name):
     kl = alpha * kl_sum(student, teacher, temperature) / len(student)
     torch.testing.assert_close(kl, case[f"{name}.kl"].squeeze(), rtol=1e-5, atol=1e-4)
 
-    # The same through the per-token loss: a mean instead of a sum, its hard part weighted to match.
-    tokens = student.shape[1]
-    loss = (
-        alpha
-        * tokens
-        * distillation_loss(student, teacher, labels, temperature=temperature, hard_weight=hard / (alpha * tokens))
-    )
+    # The same through the per-token loss in chunks: its two means weighted to match upstream's sum and mean.
+    tokens, head = student.shape[1], torch.nn.Identity()
+    batch = {"input_ids": labels, "labels": labels}
+    options = {"temperature": temperature, "hard_weight": hard / (alpha * tokens), "chunk_size": 5}
+    loss = alpha * tokens * distillation_loss(student, teacher, head, head, batch, **options)
     torch.testing.assert_close(loss, (case[f"{name}.kl"] + case[f"{name}.ce"]).squeeze(), rtol=1e-5, atol=1e-4)
     (gradient,) = torch.autograd.grad(loss, student)
     torch.testing.assert_close(gradient, case[f"{name}.grad_student_logits"], rtol=1e-5, atol=1e-4)
 
 
-def pair(attention=()):
-    teacher = tiny_model("teacher").float()
+def pair(attention=(), dtype=torch.float64):
+    """A random teacher and its seeded student, whose mixers then get random values everywhere."""
+    teacher = tiny_model("teacher").to(dtype)
     state, config = seed_state_dict(teacher.state_dict(), teacher.config, attention)
-    student = MmMambaForConditionalGeneration(config)
+    student = MmMambaForConditionalGeneration(config).to(dtype)
     student.load_state_dict(state)
+    torch.manual_seed(1)
+    for mixer in mixers(student).values():
+        for parameter in mixer.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
     return teacher, student
 
 
-def padded_batch():
-    ids = torch.randint(3, 80, (2, 12), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(2, 12, dtype=torch.long)
-    mask[1, 7:] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+def rows(lengths=(12, 7, 1, 20)):
+    """Conversations without pictures, their last half the answer."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for length in lengths:
+        ids = torch.randint(3, 80, (length,), generator=generator)
+        labels = ids.masked_fill(torch.arange(length) < length // 2, -100)
+        made.append({"input_ids": ids, "labels": labels, "pixel_values": torch.empty(0, 3, 16, 16)})
+    return made
 
 
-def test_layerwise_gradients_are_those_of_all_layers_at_once():
-    teacher, student = pair()
-    batch = padded_batch()
-    layer_errors(teacher, mixers(student), batch, backward=True)
-    streamed = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+def gradients(distiller, batch, totals=None):
+    distiller.zero_grad()
+    distiller(**batch, num_items_in_batch=totals).backward()
+    state = {n: p.grad.clone() for n, p in distiller.named_parameters() if p.grad is not None}
+    return distiller.student_tensors(state)
 
-    collected = []
-    copied = copy.deepcopy(student)
-    copied.zero_grad()
-    with torch.enable_grad():
-        inputs = {}
-        for index, layer in enumerate(teacher.model.layers):
-            layer.self_attn.register_forward_pre_hook(
-                lambda m, args, kwargs, index=index: inputs.update({index: args[0].detach()}), with_kwargs=True
-            )
-            layer.self_attn.o_proj.register_forward_pre_hook(
-                lambda m, args, index=index: inputs.update({-1 - index: args[0].detach()})
-            )
-        teacher(**batch)
-        valid = batch["attention_mask"].bool()
-        for index, mixer in mixers(copied).items():
-            rows = []
-            for row in range(2):  # each row alone, so that padding cannot play a part
-                heads = mixer.heads(inputs[index][row : row + 1, valid[row]])
-                rows.append(heads.flatten(2)[0] - inputs[-1 - index][row, valid[row]])
-            collected.append(torch.cat(rows).square().mean())
-    (SCALE * torch.stack(collected).mean()).backward()
-    for name, parameter in copied.named_parameters():
-        if parameter.grad is None:
-            assert name not in streamed
-        else:
-            torch.testing.assert_close(streamed[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+def true_layerwise_gradients(teacher, student, one_by_one):
+    """By autograd over all layers at once, every conversation alone."""
+    inputs, hooks = {}, []
+    for index, layer in enumerate(teacher.model.layers):
+
+        def remember(module, args, kwargs, index=index):
+            inputs[index] = args[0] if args else kwargs["hidden_states"]
+
+        def target(module, args, index=index):
+            inputs[-1 - index] = args[0]
+
+        hooks.append(layer.self_attn.register_forward_pre_hook(remember, with_kwargs=True))
+        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(target))
+    squares, count = {index: 0.0 for index in mixers(student)}, 0
+    for ids in one_by_one:
+        with torch.no_grad():
+            teacher(input_ids=ids[None])
+        count += len(ids)
+        for index, mixer in mixers(student).items():
+            heads = mixer.heads(inputs[index].clone())
+            squares[index] = squares[index] + (heads.flatten(2) - inputs[-1 - index]).square().mean(2).sum()
+    for hook in hooks:
+        hook.remove()
+    student.requires_grad_(True)
+    student.zero_grad()
+    (SCALE * sum(squares.values()) / len(squares) / count).backward()
+    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("collate", [pad, pack])
+def test_layerwise_gradients_are_those_of_all_layers_at_once(collate):
+    """Streaming, padding and packing change nothing."""
+    teacher, student = pair(attention=(1,))
+    expected = true_layerwise_gradients(teacher, copy.deepcopy(student), [row["input_ids"] for row in rows()])
+    found = gradients(LayerwiseDistiller(teacher, student, 2), collate(rows(), pad_token_id=2))
+    assert set(found) == {name for name in expected if "out_proj" not in name}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9)
 
 
 def test_stage_1_leaves_values_keys_and_queries_exactly_as_they_are():
     teacher, student = pair(attention=(1,))
-    learners = mixers(student)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    named = [(name, p) for m in learners.values() for name, p in m.named_parameters() if name != "out_proj.weight"]
-    optimizer, held = torch.optim.AdamW(parameter_groups(named), lr=1e-2), HeldRows(learners)
+    distiller = LayerwiseDistiller(teacher, student, 1)
+    optimizer = torch.optim.AdamW([p for p in distiller.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for _ in range(3):
-        layer_errors(teacher, learners, padded_batch(), backward=True)
-        # Clipping must not count gradients that go nowhere.
-        assert all(m.in_proj.weight.grad[: m.splits[0]].abs().max() == 0 for m in learners.values())
-        assert all(m.in_proj.weight.grad[m.splits[0] :].abs().max() > 0 for m in learners.values())
+        distiller(**pad(rows(), pad_token_id=2)).backward()
         optimizer.step()
-        held.put_back()
         optimizer.zero_grad()
-    for name, parameter in student.named_parameters():
+    after = before | distiller.student_tensors({name: p.detach() for name, p in distiller.state_dict().items()})
+    assert set(after) == set(before)
+    for name, tensor in after.items():
         if name.endswith("in_proj.weight"):
-            rows = learners[0].splits[0]
-            assert torch.equal(parameter[:rows], before[name][:rows])
-            assert not torch.equal(parameter[rows:], before[name][rows:])
+            held = mixers(student)[0].splits[0]
+            assert torch.equal(tensor[:held], before[name][:held])
+            assert not torch.equal(tensor[held:], before[name][held:])
         else:
             trained = ".mamba." in name and "out_proj" not in name
-            assert torch.equal(parameter, before[name]) != trained, name
+            assert torch.equal(tensor, before[name]) != trained, name
 
 
-def test_no_weight_decay_on_decays_norms_and_biases():
-    _, student = pair()
-    decayed, kept = parameter_groups(list(mixers(student)[0].named_parameters()))
-    assert {p.ndim for p in kept["params"]} == {1} and kept["weight_decay"] == 0
-    assert all(p.ndim > 1 for p in decayed["params"]) and decayed["weight_decay"] == 0.05
-
-
-def test_padding_does_not_count_in_stage_3():
+def test_upstreams_mean_over_padding_is_there_to_compare_with():
     teacher, student = pair()
-    batch = padded_batch()
+    batch = pad(rows((9, 4)), pad_token_id=2)
+    everything = batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
     with torch.no_grad():
-        logits, truth = student(**batch).logits, teacher(**batch).logits
-        alone = [kl_sum(logits[row, :length], truth[row, :length]) for row, length in ((0, 12), (1, 7))]
-    loss = distillation_loss(logits, truth, attention_mask=batch["attention_mask"])
-    torch.testing.assert_close(loss, sum(alone) / 19)
+        unmasked = LayerwiseDistiller(teacher, student, 2, include_padding=True)(**batch)
+        expected = LayerwiseDistiller(teacher, student, 2)(**everything)
+        masked = LayerwiseDistiller(teacher, student, 2)(**batch)
+    assert not torch.isclose(unmasked, masked, rtol=1e-2)
+    torch.testing.assert_close(unmasked, expected)
 
 
-def test_answers_alone_may_count_and_may_be_missing():
+@pytest.mark.parametrize("answers_only", [False, True])
+@pytest.mark.parametrize("collate", [pad, pack])
+def test_stage_3_in_chunks_is_the_plain_loss_of_each_conversation_alone(collate, answers_only):
+    teacher, student = pair(attention=(1,))
+    options = {"hard_weight": 0.5, "answers_only": answers_only, "temperature": 2.0}
+    distiller = EndToEndDistiller(teacher, student, chunk_size=7, **options)
+    found = gradients(distiller, collate(rows(), pad_token_id=2))
+
+    soft = hard = positions = answers = 0
+    student.zero_grad()
+    for row in rows():
+        ids, targets = row["input_ids"], row["labels"][1:]
+        logits, truth = student(ids[None]).logits[0], teacher(ids[None]).logits[0]
+        counts = torch.cat([targets != -100, torch.tensor([False])]) if answers_only else torch.ones(len(ids)) > 0
+        soft, positions = soft + kl_sum(logits[counts], truth[counts], 2.0), positions + counts.sum()
+        if len(targets):
+            hard = hard + torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="sum")
+        answers = answers + (targets != -100).sum()
+    expected = soft / positions + 0.5 * hard / answers
+    expected.backward()
+    torch.testing.assert_close(distiller(**collate(rows(), pad_token_id=2)), expected, check_dtype=False)
+    names = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert set(found) == names and all(".mamba." in name and "out_proj" not in name for name in names)
+    for name, parameter in student.named_parameters():
+        if name in names:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_step_is_the_same_however_its_conversations_are_dealt_out(stage):
     teacher, student = pair()
-    batch = padded_batch()
-    labels = batch["labels"].clone()
-    labels[:, :3], labels[1] = -100, -100
-    with torch.no_grad():
-        logits, truth = student(**batch).logits, teacher(**batch).logits
-    options = {"answers_only": True, "hard_weight": 0.5}
-    loss = distillation_loss(logits, truth, labels, batch["attention_mask"], **options)
-    hard = torch.nn.functional.cross_entropy(logits[0, 2:-1], labels[0, 3:])
-    torch.testing.assert_close(loss, kl_sum(logits[0, 2:-1], truth[0, 2:-1]) / 9 + 0.5 * hard)
-    assert distillation_loss(logits, truth, torch.full_like(labels, -100), **options) == 0
+    make = EndToEndDistiller if stage == 3 else LayerwiseDistiller
+    distiller = make(teacher, student, *([] if stage == 3 else [1]))
+    whole = gradients(distiller, pad(rows(), pad_token_id=2))
+    parts = [pad(rows()[i : i + 2], pad_token_id=2) for i in (0, 2)]
+    totals = sum(totals_of(part) for part in parts)
+    shares = [gradients(distiller, part, totals) for part in parts]
+    for name, gradient in whole.items():
+        torch.testing.assert_close(shares[0][name] + shares[1][name], gradient, rtol=1e-7, atol=1e-9)
+
+
+def test_what_trains_in_stage_3():
+    teacher, student = pair(attention=(1,))
+
+    def trained(trainable):
+        EndToEndDistiller(teacher, student, trainable)
+        return {name for name, p in student.named_parameters() if p.requires_grad}
+
+    mixing = trained("mixers")
+    assert {"model.layers.0.mamba.A_log", "model.layers.0.mamba.dt_bias"} < mixing
+    assert trained("mixers+o_proj") - mixing == {f"model.layers.{i}.mamba.out_proj.weight" for i in (0, 2, 3)}
+    assert trained("decoder") == {name for name, _ in student.named_parameters() if ".layers." in name}
+
+
+def test_only_one_layers_activations_are_alive():
+    """What autograd keeps while the teacher runs does not grow with depth."""
+    teacher, student = pair()
+    batch = pad(rows((60,)), pad_token_id=2)
+    kept, most = set(), 0
+
+    def pack_hook(tensor):
+        nonlocal most
+        kept.add(id(tensor))
+        most = max(most, len(kept))
+        return _Kept(tensor, kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda one: one.tensor):
+        for layers in (1, 4):
+            most = 0
+            distiller = LayerwiseDistiller(teacher, student, 2)
+            for index in list(distiller.mixers)[layers:]:
+                del distiller.mixers[index]
+            distiller(**batch).backward()
+            if layers == 1:
+                alone = most
+    # Four layers' gradients are there in the end, one layer's activations at a time.
+    assert 0 < alone and most < 1.5 * alone
+
+
+class _Kept:
+    """Notes when autograd lets a saved tensor go."""
+
+    def __init__(self, tensor, kept):
+        self.tensor, self.kept, self.key = tensor, kept, id(tensor)
+
+    def __del__(self):
+        self.kept.discard(self.key)
+
+
+def test_labels_may_be_missing_where_nothing_needs_them():
+    teacher, student = pair()
+    batch = pad(rows(), pad_token_id=2)
+    del batch["labels"]
+    assert EndToEndDistiller(teacher, student)(**batch) > 0
     with pytest.raises(ValueError, match=r"answers_only=True and hard_weight=0\.5 need labels"):
-        distillation_loss(logits, truth, **options)
+        EndToEndDistiller(teacher, student, answers_only=True, hard_weight=0.5)(**batch)
+
+
+def test_a_batch_in_which_nothing_counts_trains_nothing():
+    teacher, student = pair()
+    batch = pad(rows(), pad_token_id=2)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    distiller = EndToEndDistiller(teacher, student, answers_only=True)
+    found = gradients(distiller, batch)
+    assert found and all(gradient.abs().max() == 0 for gradient in found.values())

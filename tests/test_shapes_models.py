@@ -1,7 +1,5 @@
 """The trained models of the picture world, and the recipes that make them."""
 
-import copy
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +7,7 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 
 import mmmamba
-from mmmamba.examples.shapes import distill, evaluate, train
-from mmmamba.examples.shapes.folder import save
+from mmmamba.examples.shapes import evaluate, train
 from mmmamba.examples.shapes.world import example
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
@@ -77,28 +74,3 @@ def test_the_teachers_recipe_makes_a_model_folder(tmp_path):
     assert model.config.text_config.layer_types == ["full_attention"] * 6
     with pytest.raises(SystemExit):
         train.main([str(tmp_path / "teacher")])
-
-
-@pytest.mark.parametrize("name", distill.RECIPES)
-def test_a_students_recipe_trains_in_three_stages(name, tmp_path, capsys):
-    stage = distill.Stage(2, 1e-3)
-    recipe = replace(distill.RECIPES[name], layerwise=stage, projections=stage, end_to_end=stage, batch_size=4)
-    student = distill.distill(recipe, SHAPES / "teacher")
-    printed = capsys.readouterr().out
-    assert [line.split(":")[0] for line in printed.splitlines()] == ["stage 1", "stage 2", "stage 3"]
-    assert "in_proj the gate and dt rows" in printed.splitlines()[0]
-    teacher = MmMambaForConditionalGeneration.from_pretrained(SHAPES / "teacher", dtype=torch.float32)
-    kinds = student.config.text_config.layer_types
-    assert kinds.count("linear_attention") == MAMBA_LAYERS[name]
-    # Pictures, words and the head stay the teacher's.
-    assert torch.equal(student.lm_head.weight, teacher.lm_head.weight)
-    assert torch.equal(student.model.embed_tokens.weight, teacher.model.embed_tokens.weight)
-    save(copy.deepcopy(student), tmp_path / "student", "student", "A test.")
-    loaded = AutoModel.from_pretrained(tmp_path / "student", trust_remote_code=True)
-    assert torch.equal(loaded.lm_head.weight, student.lm_head.weight.to(torch.bfloat16))
-
-
-def test_a_teacher_that_is_none_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        distill.main(["linear", str(tmp_path / "out"), "--teacher", str(tmp_path)])
-    assert "it has no config.json" in capsys.readouterr().err

@@ -1,16 +1,14 @@
 """Conversations about pictures as batches for training: token ids, labels on the answers, tiles.
 
-    rows = Conversations(make_processor(), "train", seed=0)  # an endless stream
-    batch = collate([next(iter(rows)), …])                 # input_ids, attention_mask, labels, pixel_values
+    rows = Conversations(make_processor(), "train", seed=0)  # endless
+    batch = pad([rows[0], rows[1]], pad_token_id=2)        # input_ids, attention_mask, labels, pixel_values
 
 A row asks several questions about the same pictures, which shares the work of seeing them. Its ids are those that
 `chat()` makes, answers included.
 """
 
-from collections.abc import Iterator
-
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 
 from mmmamba.processing_mmmamba import MmMambaProcessor, expand_placeholders
 
@@ -18,28 +16,45 @@ from .tokenizer import SYSTEM_MESSAGE
 from .world import conversation
 
 
-class Conversations(IterableDataset):
-    """An endless, deterministic stream of conversations.
+class Conversations(Dataset):
+    """An endless, deterministic series of conversations, in batches of like length so that little of one is padding.
 
     Args:
         processor: Of the picture world.
         split: "train" or "test"; no picture occurs in both.
-        seed: Which stream.
+        seed: Which series.
+        batch_size: Conversations that go together.
     """
 
-    def __init__(self, processor: MmMambaProcessor, split: str = "train", seed: int = 0):
+    ordered = True  # to be read from front to back
+    pool = 8  # batches that are sorted by length together
+
+    def __init__(self, processor: MmMambaProcessor, split: str = "train", seed: int = 0, batch_size: int = 1):
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
         self.split, self.seed, self.tokens_per_tile = split, seed, processor.tokens_per_tile
+        self.batch_size = batch_size
         ids = self.tokenizer.encode("assistant\n", add_special_tokens=False)
         self.answer_start = [self.tokenizer.convert_tokens_to_ids("<|im_start|>"), *ids]
         self.answer_end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self._drawn: tuple[int, list] = (-1, [])  # the pool read last
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        worker = get_worker_info()
-        index, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        while True:
-            yield self.row(index)
-            index += step
+    def __len__(self) -> int:
+        return 10**7  # it never ends; samplers want a number
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        number, place = divmod(index, self.pool * self.batch_size)
+        if self._drawn[0] != number:
+            self._drawn = number, self._pool(number)
+        return self._drawn[1][place]
+
+    def _pool(self, number: int) -> list[dict[str, torch.Tensor]]:
+        size = self.pool * self.batch_size
+        rows = sorted(map(self.row, range(number * size, (number + 1) * size)), key=lambda row: len(row["input_ids"]))
+        shuffle = torch.Generator().manual_seed(self.seed)
+        for _ in range(number):
+            torch.randperm(self.pool, generator=shuffle)
+        batches = torch.randperm(self.pool, generator=shuffle).tolist()
+        return [rows[batch * self.batch_size + i] for batch in batches for i in range(self.batch_size)]
 
     def row(self, index: int) -> dict[str, torch.Tensor]:
         """Conversation number `index`: `input_ids` and `labels` (length,), `pixel_values` (tiles, 3, size, size)."""
@@ -69,41 +84,3 @@ class Conversations(IterableDataset):
                 end = ids.index(self.answer_end, start) + 1
                 labels[start + head : end] = ids[start + head : end]
         return labels
-
-
-def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Rows to one batch, padded on the right."""
-    length = max(len(row["input_ids"]) for row in rows)
-    batch = {
-        "input_ids": torch.full((len(rows), length), 2),
-        "attention_mask": torch.zeros(len(rows), length, dtype=torch.long),
-        "labels": torch.full((len(rows), length), -100),
-        "pixel_values": torch.cat([row["pixel_values"] for row in rows]),
-    }
-    for i, row in enumerate(rows):
-        filled = len(row["input_ids"])
-        batch["input_ids"][i, :filled] = row["input_ids"]
-        batch["labels"][i, :filled] = row["labels"]
-        batch["attention_mask"][i, :filled] = 1
-    return batch
-
-
-class Batches(IterableDataset):
-    """Batches of rows of similar length, so that little of a batch is padding.
-
-    Args:
-        rows: The stream.
-        batch_size: Rows per batch.
-    """
-
-    pool = 8  # batches that are sorted by length together
-
-    def __init__(self, rows: Conversations, batch_size: int):
-        self.rows, self.batch_size = rows, batch_size
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        rows, shuffle = iter(self.rows), torch.Generator().manual_seed(self.rows.seed)
-        while True:
-            drawn = sorted((next(rows) for _ in range(self.pool * self.batch_size)), key=lambda r: len(r["input_ids"]))
-            for i in torch.randperm(self.pool, generator=shuffle).tolist():
-                yield collate(drawn[i * self.batch_size : (i + 1) * self.batch_size])

@@ -2,19 +2,21 @@
 
     python -m mmmamba.examples.shapes.train runs/shapes-teacher
 
-About 50 minutes on two processor cores. `python -m mmmamba.examples.shapes.distill` then makes students of it.
+About 50 minutes on two processor cores. `mmmamba distill shapes-linear` and `shapes-hybrid` then make students of it.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
+from mmmamba.conversion.distillation.data import pad
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
-from .data import Batches, Conversations
+from .data import Conversations
 from .folder import make_processor, save
 
 
@@ -43,13 +45,6 @@ def config(vocab_size: int, image_token_id: int, end_of_turn_id: int) -> MmMamba
     return MmMambaConfig(text_config=text, vision_config=vision, image_token_id=image_token_id)
 
 
-class TeacherTrainer(Trainer):
-    """The stock Trainer, on batches that the data set makes itself."""
-
-    def get_train_dataloader(self):
-        return torch.utils.data.DataLoader(self.train_dataset, batch_size=None, num_workers=1, prefetch_factor=8)
-
-
 def training_arguments(folder: Path, steps: int, seed: int) -> TrainingArguments:
     """One cycle: warm up, keep the learning rate for two thirds of the steps, let it fall for the last third."""
     return TrainingArguments(
@@ -62,6 +57,10 @@ def training_arguments(folder: Path, steps: int, seed: int) -> TrainingArguments
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": steps // 3, "min_lr_ratio": 0.02},
         warmup_steps=200,
+        per_device_train_batch_size=BATCH_SIZE,
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=1,
+        dataloader_prefetch_factor=8,
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=50,
@@ -90,10 +89,11 @@ def main(argv: list[str] | None = None) -> None:
     model = MmMambaForConditionalGeneration._from_config(
         config(len(processor.tokenizer), *ids), attn_implementation="eager", dtype=torch.float32
     )
+    collate = partial(pad, pad_token_id=processor.tokenizer.pad_token_id)
     for cycle, steps in enumerate(args.cycles):
-        rows = Conversations(processor, "train", args.seed + 1000 * cycle)
+        rows = Conversations(processor, "train", args.seed + 1000 * cycle, BATCH_SIZE)
         options = training_arguments(args.folder.with_name(args.folder.name + "-training"), steps, args.seed)
-        TeacherTrainer(model, options, train_dataset=Batches(rows, BATCH_SIZE)).train()
+        Trainer(model, options, data_collator=collate, train_dataset=rows).train()
     steps = " + ".join(map(str, args.cycles))
     save(model, args.folder, "shapes-teacher", f"Trained from nothing on the shapes picture world, {steps} steps.")
 

@@ -1,0 +1,199 @@
+"""One conversation as a training row: the ids that `chat()` makes, labels on the answers, tiles of the pictures."""
+
+import io
+import os
+import re
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import jinja2
+import torch
+from PIL import Image, ImageOps
+
+from mmmamba.image_processing_mmmamba import rgb
+from mmmamba.processing_mmmamba import PLACEHOLDER, MmMambaProcessor, as_text, expand_placeholders
+from mmmamba.tokenization_mmmamba import RESERVED_PIECE
+
+from .records import BadRow, conversation_of, reason_of
+
+
+# Unicode reserves these for inside use. One that no text of a conversation has marks where its answers start and end
+# in the rendered prompt; it is taken out before anything is encoded.
+_MARKS = [chr(code) for code in range(0xFDD1, 0xFDF0)]
+
+
+class ConversationEncoder:
+    """Makes training rows of records; see `records` for their formats.
+
+    Control tokens in a record's texts are encoded as the text they are. Labels follow from where the chat template
+    puts the answers, not from what tokens stand around them, so any template does, and answers may hold anything.
+
+    Args:
+        processor: Its tokenizer renders and encodes, its image processor cuts pictures into tiles.
+        max_tokens: Longer conversations are bad rows.
+
+    Raises:
+        ValueError: if the tokenizer's chat template leaves answers out or changes them.
+    """
+
+    def __init__(self, processor: MmMambaProcessor, max_tokens: int | None = None):
+        self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+        self.tokens_per_tile, self.max_tokens = processor.tokens_per_tile, max_tokens
+        self._control_tokens = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, self._control_tokens)))
+        self._turn_end = self._find_turn_end()
+        # Tokens such as the beginning of text, which stand in front of what is encoded.
+        self._front = self.tokenizer.build_inputs_with_special_tokens([-1]).index(-1)
+
+    def __call__(self, record: dict[str, Any], root: str | Path = ".") -> dict[str, torch.Tensor]:
+        """The row of a record.
+
+        Args:
+            record: Of any known format.
+            root: Folder that image paths start at.
+
+        Returns:
+            `input_ids` (length,) int64; `labels` (length,) int64, -100 but on the answers' tokens and the token that
+            ends each answer; `pixel_values` (tiles, 3, size, size) fp32, without tiles if there are no pictures.
+
+        Raises:
+            BadRow: if the record cannot become a row, in one sentence.
+        """
+        conversation = conversation_of(record)
+        pictures = [self._picture(image, Path(root)) for image in conversation.images]
+        counts, pixel_values = (
+            [],
+            torch.zeros(0, 3, *(self.image_processor.size[side] for side in ("height", "width"))),
+        )
+        if pictures:
+            try:
+                vision = self.image_processor(pictures, return_tensors="pt")
+            except ValueError as error:
+                raise BadRow(f"its images cannot be cut into tiles ({reason_of(error)})") from None
+            counts, pixel_values = vision["num_patches"].tolist(), vision["pixel_values"].float()
+        pieces = self._rendered(conversation.messages, conversation.literal)
+        ids, labels = self._encoded(expand_placeholders(pieces, counts, self.tokens_per_tile))
+        if self.max_tokens is not None and len(ids) > self.max_tokens:
+            raise BadRow(f"it has {len(ids)} tokens, more than max_tokens={self.max_tokens}")
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixel_values}
+
+    def _picture(self, image: Any, root: Path) -> Image.Image:
+        name = "an image"
+        try:
+            if isinstance(image, dict):
+                name = image.get("path") or name
+                image = image.get("path") if image.get("bytes") is None else image["bytes"]
+            if isinstance(image, (str, os.PathLike)):
+                name = os.fspath(image)
+                if "://" in name:  # what streamed datasets give: a file on the Hub, or in an archive
+                    with fsspec.open(name, "rb") as file:
+                        image = file.read()
+                else:
+                    image = name = root / name
+                    if not image.is_file():
+                        raise BadRow(f"its image {image} does not exist")
+            if isinstance(image, (bytes, bytearray)):
+                image = io.BytesIO(image)
+            if isinstance(image, Image.Image):
+                image.load()
+            elif isinstance(image, (Path, io.BytesIO)):
+                with Image.open(image) as opened:
+                    opened.load()
+                    image = ImageOps.exif_transpose(opened)
+            else:
+                raise BadRow(f"its image is no path, bytes or PIL image but {type(image).__name__}")
+            return rgb(image)
+        except BadRow:
+            raise
+        except Exception as error:  # on damaged files Pillow raises nearly anything
+            raise BadRow(f"its image {name} cannot be decoded ({reason_of(error)})") from None
+
+    def _rendered(self, messages: list[dict[str, Any]], literal: bool) -> list[str]:
+        """The prompt cut at the answers' starts and ends: every second piece is an answer."""
+        texts = [
+            part if isinstance(part, str) else part.get("text", "")
+            for message in messages
+            for part in ([message["content"]] if isinstance(message["content"], str) else message["content"])
+        ]
+        mark = next((mark for mark in _MARKS if not any(mark in text for text in texts)), None)
+        if mark is None:
+            raise BadRow("its texts hold all characters that Unicode reserves for inside use")
+        marked = []
+        for message in messages:
+            around = mark if message["role"] == "assistant" else ""
+            content = message["content"]
+            if isinstance(content, str):
+                # As in chat(): control tokens become text, placeholders keep their meaning.
+                parts = [content] if literal else content.split(PLACEHOLDER)
+                content = around + PLACEHOLDER.join(as_text(part, self.tokenizer) for part in parts) + around
+            else:
+                content = [
+                    part | {"text": as_text(part["text"], self.tokenizer)} if part["type"] == "text" else part
+                    for part in content
+                ]
+                if around:
+                    content[0] = {"type": "text", "text": around + content[0]["text"]}
+                    content[-1] = {"type": "text", "text": content[-1]["text"] + around}
+            marked.append({"role": message["role"], "content": content})
+        try:
+            pieces = self.tokenizer.apply_chat_template(marked, tokenize=False).split(mark)
+        except jinja2.TemplateError as error:
+            raise BadRow(f"the chat template refuses it ({reason_of(error)})") from None
+        answers = sum(message["role"] == "assistant" for message in messages)
+        if len(pieces) != 2 * answers + 1:
+            raise ValueError("The chat template leaves out answers or repeats them; give one that renders each once.")
+        return pieces
+
+    def _encoded(self, pieces: list[str]) -> tuple[list[int], list[int]]:
+        """Ids of the prompt, and labels: ids of answers and of the tokens that end them, -100 elsewhere."""
+        prompt = "".join(pieces)
+        try:
+            tokens = self.tokenizer.tokenize(prompt)
+        except UnicodeEncodeError:
+            raise BadRow("its text holds halves of characters (lone surrogates)") from None
+        ids = self.tokenizer.build_inputs_with_special_tokens(self.tokenizer.convert_tokens_to_ids(tokens))
+        # A control token in the prompt is one token, whatever stands around it: these tie places in the text to places
+        # among the tokens, and what lies between two of them is encoded on its own.
+        controls = [(match.start(), match.end()) for match in self._control.finditer(prompt)]
+        known = set(self._control_tokens)
+        indices = [index for index, token in enumerate(tokens) if token in known]
+        if len(controls) != len(indices):
+            raise ValueError("The tokenizer joins or drops control tokens of the chat template.")
+        starts = [start for start, _ in controls]
+
+        def tokens_before(place: int) -> int:
+            """How many tokens hold nothing of the prompt from `place` on."""
+            last = bisect_right(starts, place) - 1
+            start, end = controls[last] if last >= 0 else (0, 0)
+            index = indices[last] if last >= 0 else 0
+            if place == start:
+                return index
+            if place == end:
+                return index + 1
+            # The text up to here, encoded alone, may end otherwise than within the whole: a token can reach over.
+            alone = self.tokenizer.tokenize(prompt[start:place])
+            for token in alone:
+                if index == len(tokens) or tokens[index] != token:
+                    break
+                index += 1
+            return index
+
+        labels, place = [-100] * len(ids), 0
+        for number, piece in enumerate(pieces):
+            if number % 2:
+                end = place + len(piece)
+                if pieces[number + 1].startswith(self._turn_end):
+                    end += len(self._turn_end)
+                answer = slice(self._front + tokens_before(place), self._front + tokens_before(end))
+                labels[answer] = ids[answer]
+            place += len(piece)
+        return ids, labels
+
+    def _find_turn_end(self) -> str:
+        """What the chat template writes behind an answer to end it: up to its first control token, if there is one."""
+        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        tail = self._rendered(messages, literal=True)[-1]
+        ends = [match.end() for pattern in (self._control, RESERVED_PIECE) if (match := pattern.search(tail))]
+        return tail[: min(ends)] if ends else tail

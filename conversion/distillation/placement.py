@@ -1,0 +1,60 @@
+"""Which layers should stay attention: those whose Mamba-2 replacement costs most, measured one layer at a time.
+
+Recent work on linearised models finds that measured placement beats fixed intervals; see docs/results.md for how the
+two compare here.
+"""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+
+from .end_to_end import distillation_loss
+
+
+@torch.no_grad()
+def layer_costs(
+    teacher: MmMambaForConditionalGeneration,
+    student: MmMambaForConditionalGeneration,
+    batches: list[dict[str, Tensor]],
+) -> list[float]:
+    """What each layer's replacement costs: KL(teacher || teacher with that layer's mixer) per token.
+
+    Args:
+        teacher: All attention; the same afterwards.
+        student: All Mamba-2, trained by stages 1 or 2.
+        batches: Held-out inputs; answers' tokens count if there are `labels`, else all.
+
+    Returns:
+        One value per layer.
+    """
+    costs = []
+    inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    truths = [teacher.model(**one, use_cache=False).last_hidden_state for one in inputs]
+    layers = teacher.model.layers
+    for index in tqdm(range(len(layers)), desc="measuring layers", leave=False):
+        original = layers[index]
+        replacement = student.model.layers[index]
+        layers[index] = replacement
+        try:
+            losses = [
+                distillation_loss(
+                    teacher.model(**one, use_cache=False).last_hidden_state,
+                    truth,
+                    teacher.lm_head,
+                    teacher.lm_head,
+                    batch,
+                    answers_only="labels" in batch,
+                )
+                for one, truth, batch in zip(inputs, truths, batches, strict=True)
+            ]
+        finally:
+            layers[index] = original
+        costs.append(float(torch.stack(losses).mean()))
+    return costs
+
+
+def costliest(costs: list[float], count: int) -> list[int]:
+    """The `count` layers that cost most, in order."""
+    return sorted(sorted(range(len(costs)), key=lambda index: -costs[index])[:count])

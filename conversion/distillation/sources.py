@@ -1,0 +1,80 @@
+"""Where a recipe's conversations come from: the picture world, or a user's own."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from mmmamba.configuration_mmmamba import MmMambaConfig
+from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
+from mmmamba.processing_mmmamba import MmMambaProcessor
+from mmmamba.tokenization_mmmamba import MmMambaTokenizer
+
+from .data import open_data, pack, pad
+from .recipe import Recipe
+
+
+class Source:
+    """A recipe's conversations.
+
+    Args:
+        recipe: Says which, and how they become batches.
+        teacher: Model folder; its tokenizer, chat template and image processor encode them.
+
+    Raises:
+        ValueError: if the teacher has no tokenizer, or the recipe's data cannot be opened.
+    """
+
+    def __init__(self, recipe: Recipe, teacher: Path):
+        self.recipe = recipe
+        self.processor = model_processor(teacher)
+        self.collate = partial(pack if recipe.packing else pad, pad_token_id=self.processor.tokenizer.pad_token_id)
+        self.of_shapes = any("shapes" in entry for entry in recipe.data if isinstance(entry, dict))
+        if self.of_shapes and recipe.data != [{"shapes": "train"}]:
+            raise ValueError(f"data={recipe.data} mixes the picture world with others; give `- shapes: train` alone.")
+
+    def rows(self, stage: int) -> Dataset:
+        """Conversations for a stage; another order, or other pictures, for each."""
+        recipe, seed = self.recipe, self.recipe.seed * 10 + stage
+        if self.of_shapes:
+            from mmmamba.examples.shapes.data import Conversations
+
+            batch_size = recipe.stage(stage).per_device_batch_size
+            return Conversations(self.processor, "train", seed=1 + seed, batch_size=batch_size)
+        return open_data(recipe.data, self.processor, max_tokens=recipe.max_tokens, seed=seed)
+
+    def held_out(self, batches: int, batch_size: int, device: torch.device) -> Iterator[dict]:
+        """Batches of conversations that no stage trains on.
+
+        Raises:
+            ValueError: if the recipe names none.
+        """
+        if self.of_shapes:
+            from mmmamba.examples.shapes.data import Conversations
+
+            rows = Conversations(self.processor, "test", seed=10**6, batch_size=batch_size)
+        elif self.recipe.held_out is None:
+            raise ValueError("strategy='measured' needs held_out in the recipe: data that no stage trains on.")
+        else:
+            rows = open_data(self.recipe.held_out, self.processor, max_tokens=self.recipe.max_tokens, seed=0)
+        each = iter(rows) if isinstance(rows, IterableDataset) else (rows[i % len(rows)] for i in count())
+        for _ in range(batches):
+            batch = self.collate(list(islice(each, batch_size)))
+            yield {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+def model_processor(folder: Path) -> MmMambaProcessor:
+    """Tokenizer, image processor and chat template of a model folder.
+
+    Raises:
+        ValueError: if the folder has no tokenizer.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ValueError(f"{folder} has no tokenizer; put the model's tokenizer files into it.")
+    config = MmMambaConfig.from_pretrained(folder)
+    tokenizer = MmMambaTokenizer.from_pretrained(folder)
+    images = MmMambaImageProcessorPil.from_pretrained(folder)
+    return MmMambaProcessor(images, tokenizer, config.vision_config.tokens_per_tile, tokenizer.chat_template)

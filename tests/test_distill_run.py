@@ -1,0 +1,204 @@
+"""Whole distillation runs: chained, killed and resumed, on two processes, measured, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mmmamba
+from mmmamba.conversion.distillation.recipe import load_recipe
+from mmmamba.conversion.distillation.run import distill
+from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+
+
+TEACHER = Path(mmmamba.__file__).parent / "examples" / "shapes" / "teacher"
+# Few steps, small batches, no bf16: quick, and equal to the last bit where it should be.
+SMALL = [
+    "precision=fp32", "dtype=float32", "save_every=2", "log_every=1", "evaluate=0", "workers=0",
+    *(
+        f"stage_{n}.{key}={value}"
+        for n in (1, 2, 3)
+        for key, value in {"steps": 5, "warmup": 1, "decay": 2, "batch_size": 4, "per_device_batch_size": 2}.items()
+    ),
+]  # fmt: skip
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def command(folder, *overrides, launcher=()):
+    return [
+        sys.executable,
+        *launcher,
+        "-m",
+        "mmmamba",
+        "distill",
+        "shapes-hybrid",
+        *SMALL,
+        f"output={folder}",
+        *overrides,
+    ]
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run, and what it printed."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    done = subprocess.run(command(folder), env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_a_run_chains_its_stages_and_leaves_a_model_logs_plots_and_results(finished):
+    folder, printed = finished
+    assert "stage 1: " in printed and "in_proj.weight (gate and dt rows)" in printed
+    assert "WARNING" not in printed
+    results = json.loads((folder / "results.json").read_text())
+    for number in (1, 2, 3):
+        stage = folder / f"stage-{number}"
+        assert results[f"stage_{number}"]["loss"] > 0 and results[f"stage_{number}"]["tokens"] > 0
+        assert (stage / "loss.png").read_bytes()[:4] == b"\x89PNG"
+        assert list((stage / "logs").glob("events.out.tfevents.*"))
+        assert not (stage / "checkpoints").exists()
+        assert len(json.loads((stage / "history.json").read_text())["history"]) >= 5
+    model = MmMambaForConditionalGeneration.from_pretrained(folder / "model")
+    assert model.config.text_config.layer_types == [
+        "full_attention", "linear_attention", "linear_attention", "full_attention", "linear_attention",
+        "linear_attention",
+    ]  # fmt: skip
+    teacher = MmMambaForConditionalGeneration.from_pretrained(TEACHER, dtype=torch.float32)
+    # Pictures, words and the head stay the teacher's; every mixer learnt.
+    assert torch.equal(model.lm_head.weight, teacher.lm_head.weight)
+    seeded = load_file(folder / "seeded" / "model.safetensors")
+    for name, tensor in weights(folder).items():
+        if ".mamba." in name:
+            assert not torch.equal(tensor, seeded[name].float()), name
+    assert "distilled" in (folder / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_killed_run_goes_on_to_the_same_weights(finished, tmp_path, stage):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(command(folder), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    marker = folder / f"stage-{stage}" / "checkpoints" / "checkpoint-2" / "whole"
+    while not marker.exists():
+        assert process.poll() is None, "finished before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / f"stage-{stage}" / "model").exists()
+    # A checkpoint that the kill cut short must not be used.
+    broken = marker.parent.with_name("checkpoint-3")
+    broken.mkdir(exist_ok=True)
+    (broken / "trainer_state.json").write_text("{")
+    again = subprocess.run(command(folder), env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"stage {stage}: goes on from {marker.parent}" in again.stdout or "checkpoint-4" in again.stdout
+    expected, found = weights(finished[0]), weights(folder)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    history = [
+        [entry.get("loss") for entry in json.loads((f / f"stage-{stage}" / "history.json").read_text())["history"]]
+        for f in (folder, finished[0])
+    ]
+    assert history[0] == history[1]
+
+
+def test_two_processes_give_the_result_of_one(finished, tmp_path):
+    """Stages 1 to 3 over gloo: the same conversations per step, dealt out differently."""
+    folder = tmp_path / "run"
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+    # accelerate launch takes `-m module` as `--module module`
+    arguments = command(folder, launcher=launcher)
+    arguments[arguments.index("-m", arguments.index("accelerate.commands.launch"))] = "--module"
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(" parameters train") == 3  # one of them speaks
+    for number in (1, 2, 3):
+        one, two = (json.loads((f / "results.json").read_text())[f"stage_{number}"] for f in (finished[0], folder))
+        assert one["tokens"] == two["tokens"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    for name, tensor in weights(finished[0]).items():
+        torch.testing.assert_close(weights(folder)[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_finished_run_is_left_alone_and_another_recipe_refused(finished):
+    folder, _ = finished
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
+    distill(load_recipe("shapes-hybrid", [*SMALL, f"output={folder}"]))
+    assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
+    with pytest.raises(ValueError, match="holds a run with another seed, stage_3; give another output=FOLDER"):
+        distill(load_recipe("shapes-hybrid", [*SMALL, f"output={folder}", "seed=1", "stage_3.steps=6"]))
+
+
+def test_a_stage_started_from_nothing_says_so(tmp_path, capsys):
+    recipe = load_recipe("shapes-linear", [*SMALL, f"output={tmp_path / 'run'}", "stages=[3]", "packing=true"])
+    distill(recipe)
+    printed = capsys.readouterr().out
+    assert "WARNING: stage 3 starts from the seeded student, without stage 1 and 2 before it." in printed
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_stages_can_be_run_one_by_one(tmp_path, finished):
+    recipe = load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}"])
+    with pytest.raises(ValueError, match="no seeded student to start from"):
+        distill(recipe, "1")
+    for step in ("seed", "1", "2", "3", "export"):
+        assert not (tmp_path / "run" / "model").exists()
+        distill(recipe, step)
+    expected = weights(finished[0])
+    for name, tensor in weights(tmp_path / "run").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_measured_placement_keeps_the_costliest_layers(tmp_path, capsys):
+    options = ["strategy=measured", "num_attention=2", "measure_batches=2", "stage_3.per_device_batch_size=4"]
+    recipe = load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}", *options])
+    distill(recipe)
+    placement = json.loads((tmp_path / "run" / "results.json").read_text())["placement"]
+    costs, chosen = placement["kl_per_token"], placement["attention"]
+    assert len(costs) == 6 and min(costs) > 0
+    assert min(costs[i] for i in chosen) >= max(costs[i] for i in range(6) if i not in chosen)
+    model = MmMambaForConditionalGeneration.from_pretrained(tmp_path / "run" / "placed")
+    teacher = MmMambaForConditionalGeneration.from_pretrained(TEACHER, dtype=torch.float32)
+    trained = load_file(tmp_path / "run" / "stage-2" / "model" / "model.safetensors")
+    for layer, kind in enumerate(model.config.text_config.layer_types):
+        assert (kind == "full_attention") == (layer in chosen)
+        if layer in chosen:
+            query = model.model.layers[layer].self_attn.q_proj.weight
+            assert torch.equal(query, teacher.model.layers[layer].self_attn.q_proj.weight)
+        else:
+            name = f"model.layers.{layer}.mamba.conv1d.weight"
+            assert torch.equal(model.state_dict()[name], trained[name])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher=nowhere"], "nowhere is no model folder: it has no config.json"),
+        (["stage_1.batch_size=3"], "stage_1.batch_size=3 cannot be dealt out"),
+        (["strategy=measured", "num_attention=6"], "num_attention=6 must lie between 1 and 5"),
+        (["data=[{shapes: train}, {file: x.jsonl}]"], "mixes the picture world with others"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_a_sentence(tmp_path, overrides, message):
+    with pytest.raises((ValueError, OSError), match=r"^[^\n]*$") as error:
+        distill(load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}", *overrides]))
+    assert message in str(error.value)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists and is no run"):
+        distill(load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path}"]))
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,83 @@
+"""Recipes: strict keys and types, overrides, and what each of ours says."""
+
+import pytest
+
+from mmmamba.conversion.distillation.recipe import RECIPES, differences, dump_recipe, load_recipe
+from mmmamba.conversion.seeding import attention_layers
+
+
+def test_every_recipe_of_the_package_loads():
+    names = {file.stem for file in RECIPES.glob("*.yaml")}
+    assert names == {"shapes-linear", "shapes-hybrid", "hovle-linear", "hovle-hybrid"}
+    for name in names:
+        assert load_recipe(name).stages == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["hovle-linear", "hovle-hybrid"])
+def test_the_published_schedules(name):
+    """arXiv 2502.13145, section 4.1: steps, rates and batches of 8 GPUs."""
+    recipe = load_recipe(name)
+    published = {1: (1e-3, 128), 2: (5e-4, 128), 3: (5e-5, 64)}
+    for number, (rate, batch) in published.items():
+        stage = recipe.stage(number)
+        assert (stage.steps, stage.learning_rate, stage.batch_size) == (20_000, rate, batch)
+        assert stage.warmup == stage.decay == 2000
+        assert stage.batch_size % (8 * stage.per_device_batch_size) == 0
+    assert (recipe.weight_decay, recipe.clip, recipe.betas) == (0.05, 5.0, [0.9, 0.999])
+    if name == "hovle-hybrid":
+        assert attention_layers(32, recipe.num_attention, recipe.strategy) == [0, 4, 8, 12, 16, 20, 24, 28]
+
+
+def test_overrides_reach_every_key():
+    recipe = load_recipe(
+        "shapes-linear", ["stage_3.learning_rate=1e-4", "seed=7", "stages=[1, 3]", "betas=[0.9,0.95]"]
+    )
+    assert (recipe.stage_3.learning_rate, recipe.seed, recipe.stages, recipe.betas) == (1e-4, 7, [1, 3], [0.9, 0.95])
+    assert recipe.stage_3.steps == load_recipe("shapes-linear").stage_3.steps
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage_3.stepz=3", "no key stage_3.stepz; did you mean stage_3.steps"),
+        ("teachr=x", "no key teachr; did you mean teacher"),
+        ("stage_1.temperature=2", "no key stage_1.temperature"),
+        ("seed=three", "seed='three' in the recipe is of the wrong type; it must be int"),
+        ("seed=1.5", "seed=1.5 in the recipe is of the wrong type"),
+        ("packing=1", "packing=1 in the recipe is of the wrong type; it must be bool"),
+        ("stage_3=5", "stage_3=5 in the recipe is of the wrong type; it must be keys and values"),
+        ("stage_1.learning_rate=fast", "must be float"),
+        ("stage_1.steps=0", "stage_1: steps=0 must be greater than 0"),
+        ("stage_1.warmup=1000", "do not fit into steps=200"),
+        ("stage_3.trainable=head", "trainable='head' is unknown; choose one of mixers,"),
+        ("stage_3.temperature=0", "temperature=0.0 must be above 0"),
+        ("initialization=random", "choose one of mimic, inherited, scratch"),
+        ("num_attention=2", "give both or neither"),
+        ("stages=[3, 1]", "in order, each once"),
+        ("stage_1=null", "needs stage_1, which is not given"),
+        ("output=null", "lacks output"),
+        ("steps", "'steps' is no key=value"),
+        ("seed=[", "is not YAML"),
+    ],
+)
+def test_wrong_keys_and_values_are_named(override, message):
+    with pytest.raises(ValueError) as error:
+        load_recipe("shapes-linear", [override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_that_is_not_there_or_no_recipe(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no recipe shapes-linar; give a YAML file or one of hovle-hybrid"):
+        load_recipe("shapes-linar")
+    file = tmp_path / "list.yaml"
+    file.write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="no recipe; it must hold keys and values"):
+        load_recipe(file)
+
+
+def test_a_written_recipe_is_the_same_recipe(tmp_path):
+    recipe = load_recipe("shapes-hybrid", ["stage_2.steps=500"])
+    dump_recipe(recipe, tmp_path / "recipe.yaml")
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert again == recipe and differences(again, recipe) == []
+    assert differences(recipe, load_recipe("shapes-hybrid", ["output=x", "seed=3"])) == ["seed", "stage_2"]
