@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import mmmamba
 from mmmamba.conversion.distillation.recipe import load_recipe
 from mmmamba.conversion.distillation.run import distill
+from mmmamba.conversion.distillation.trainer import DistillationTrainer
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 
@@ -158,6 +159,64 @@ def test_stages_can_be_run_one_by_one(tmp_path, finished):
     expected = weights(finished[0])
     for name, tensor in weights(tmp_path / "run").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def conversations(tmp_path):
+    """Eleven conversations of a user, one of them without its picture, as JSON Lines."""
+    from mmmamba.examples.shapes.world import example
+
+    lines = []
+    for index in range(11):
+        one = example("train", 0, index)
+        images = [f"{index}-{i}.png" for i in range(len(one.pictures))]
+        for name, picture in zip(images, one.pictures, strict=True):
+            if index != 3:
+                picture.draw().save(tmp_path / name)
+        turns = [
+            {"from": "human", "value": "<image>" * len(images) + "\n" + one.question},
+            {"from": "gpt", "value": one.answer},
+        ]
+        lines.append(json.dumps({"image": images, "conversations": turns}))
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "train.jsonl"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_over_a_users_data_goes_on_in_the_middle_of_an_epoch(tmp_path, conversations, streaming, monkeypatch):
+    data = f"[{{file: {conversations}}}]"
+    if streaming:
+        data = f"[{{dataset: json, data_files: {conversations}, split: train, streaming: true}}]"
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    options = [*SMALL, f"data={data}", "stages=[1]", "stage_1.steps=8", "stage_1.per_device_batch_size=2",
+               "bad_share=0.2", "stage_1.batch_size=2"]  # fmt: skip
+    distill(load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'whole'}"]))
+
+    plain, steps = DistillationTrainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
+    recipe = load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'cut'}"])
+    with pytest.raises(KeyboardInterrupt):
+        distill(recipe)
+    distill(recipe)
+    assert steps == [*range(8), 6, 7]
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "cut").items())
+    bad = [json.loads(line) for line in (tmp_path / "cut" / "bad_rows.jsonl").read_text().splitlines()]
+    assert bad and all("3-0.png" in row["reason"] for row in bad)
+
+
+def test_too_many_bad_rows_stop_a_run(tmp_path, conversations):
+    options = [*SMALL, f"data=[{{file: {conversations}}}]", "stages=[1]", "stage_1.steps=8", f"output={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match=r"1 bad rows among .* are more than the 1.00% that is allowed"):
+        distill(load_recipe("shapes-hybrid", options))
+    assert not (tmp_path / "run" / "stage-1" / "model").exists()
 
 
 def test_a_measured_placement_keeps_the_costliest_layers(tmp_path, capsys):

@@ -12,7 +12,6 @@ import jinja2
 import torch
 from PIL import Image, ImageOps
 
-from mmmamba.image_processing_mmmamba import rgb
 from mmmamba.processing_mmmamba import PLACEHOLDER, MmMambaProcessor, as_text, expand_placeholders
 from mmmamba.tokenization_mmmamba import RESERVED_PIECE
 
@@ -104,7 +103,7 @@ class ConversationEncoder:
                     image = ImageOps.exif_transpose(opened)
             else:
                 raise BadRow(f"its image is no path, bytes or PIL image but {type(image).__name__}")
-            return rgb(image)
+            return image
         except BadRow:
             raise
         except Exception as error:  # on damaged files Pillow raises nearly anything
@@ -150,28 +149,26 @@ class ConversationEncoder:
         """Ids of the prompt, and labels: ids of answers and of the tokens that end them, -100 elsewhere."""
         prompt = "".join(pieces)
         try:
-            tokens = self.tokenizer.tokenize(prompt)
+            prompt.encode()
         except UnicodeEncodeError:
             raise BadRow("its text holds halves of characters (lone surrogates)") from None
+        tokens = self.tokenizer.tokenize(prompt)
         ids = self.tokenizer.build_inputs_with_special_tokens(self.tokenizer.convert_tokens_to_ids(tokens))
         # A control token in the prompt is one token, whatever stands around it: these tie places in the text to places
         # among the tokens, and what lies between two of them is encoded on its own.
-        controls = [(match.start(), match.end()) for match in self._control.finditer(prompt)]
+        starts = [match.start() for match in self._control.finditer(prompt)]
         known = set(self._control_tokens)
         indices = [index for index, token in enumerate(tokens) if token in known]
-        if len(controls) != len(indices):
+        if len(starts) != len(indices):
             raise ValueError("The tokenizer joins or drops control tokens of the chat template.")
-        starts = [start for start, _ in controls]
 
         def tokens_before(place: int) -> int:
             """How many tokens hold nothing of the prompt from `place` on."""
             last = bisect_right(starts, place) - 1
-            start, end = controls[last] if last >= 0 else (0, 0)
+            start = starts[last] if last >= 0 else 0
             index = indices[last] if last >= 0 else 0
             if place == start:
                 return index
-            if place == end:
-                return index + 1
             # The text up to here, encoded alone, may end otherwise than within the whole: a token can reach over.
             alone = self.tokenizer.tokenize(prompt[start:place])
             for token in alone:

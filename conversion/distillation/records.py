@@ -268,22 +268,24 @@ def _first_byte(file: Path) -> bytes:
 
 def _lines(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the lines that are not empty start and end, and their numbers; (records,) int64 each."""
-    breaks, place = [], 0
-    with file.open("rb") as opened:
-        while chunk := opened.read(_CHUNK):
-            breaks.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + place)
-            place += len(chunk)
-    breaks = np.concatenate([*breaks, [place]]).astype(np.int64)
-    starts = np.concatenate([[0], breaks[:-1] + 1])
-    filled = np.flatnonzero(breaks - starts > 1)  # one byte may be the \r of an empty line, but no record
-    return starts[filled], breaks[filled], filled + 1
+    size = file.stat().st_size
+    if not size:
+        return (np.zeros(0, dtype=np.int64),) * 3
+    content = np.memmap(file, dtype=np.uint8, mode="r")
+    breaks = [np.flatnonzero(content[at : at + _CHUNK] == ord("\n")) + at for at in range(0, size, _CHUNK)]
+    ends = np.concatenate([*breaks, [size]]).astype(np.int64)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    filled = ends > starts
+    filled[filled] = (ends - starts > 1)[filled] | (content[starts[filled]] != ord("\r"))
+    numbers = np.flatnonzero(filled)
+    return starts[numbers], ends[numbers], numbers + 1
 
 
 def _list_items(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Where the items of a JSON list start and end; (records,) int64 each."""
     # Every byte is one character of Latin-1, so places in the text are places in the file; what JSON is made of is
     # ASCII and reads the same.
-    text = file.read_text(encoding="latin-1", newline="")
+    text = file.read_bytes().decode("latin-1")
     decode, starts, ends = json.JSONDecoder().raw_decode, [], []
     place = _SPACE_OR_COMMA.match(text, text.index("[") + 1).end()
     try:

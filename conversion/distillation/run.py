@@ -38,6 +38,7 @@ from mmmamba.conversion.seeding import attention_layers, seed_folder
 from mmmamba.conversion.shards import ShardReader, ShardWriter, read_json, write_json
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
+from .cost import cost_table, costs
 from .data import BadRows
 from .end_to_end import EndToEndDistiller
 from .layerwise import LayerwiseDistiller
@@ -60,8 +61,7 @@ class Run:
     def __init__(self, recipe: Recipe):
         self.recipe, self.folder = recipe, Path(recipe.output)
         self.teacher_folder = resolve(recipe.teacher)
-        check_model_folder(self.teacher_folder)
-        self.config = MmMambaConfig.from_pretrained(self.teacher_folder)
+        self.config = teacher_config(recipe)
         self.attention = self._attention()
         PartialState(cpu=not torch.cuda.is_available())  # before anything that depends on how many processes there are
         self.main = PartialState().is_main_process
@@ -149,10 +149,9 @@ class Run:
         trained, share = _trained(distiller, sum(p.numel() for p in self.teacher.parameters()))
         if self.main:
             print(f"stage {number}: {share}")
-        bad_rows = BadRows(recipe.bad_share, self._bad_rows_file())
-        trainer = DistillationTrainer(
-            distiller, args, self.source.rows(number), self.source.collate, stage, bad_rows, folder / "logs"
-        )
+        rows = self.source.rows(number)
+        bad_rows = BadRows(recipe.bad_share, self._bad_rows_file(), size=self.source.size(rows))
+        trainer = DistillationTrainer(distiller, args, rows, self.source.collate, stage, bad_rows, folder / "logs")
         checkpoint = last_checkpoint(folder / "checkpoints")
         if checkpoint and self.main:
             print(f"stage {number}: goes on from {checkpoint}")
@@ -339,6 +338,12 @@ class Run:
         )
 
 
+def teacher_config(recipe: Recipe) -> MmMambaConfig:
+    """The teacher's configuration. Raises ValueError if it is no model folder of this package."""
+    check_model_folder(resolve(recipe.teacher))
+    return MmMambaConfig.from_pretrained(resolve(recipe.teacher))
+
+
 def _trained(distiller: torch.nn.Module, of: int) -> tuple[dict, str]:
     """What trains, by kind of parameter: for the results and in words."""
     counts: dict[str, int] = {}
@@ -381,12 +386,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `mmmamba distill`."""
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a recipe of the package, e.g. shapes-linear")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as stage_3.steps=100 output=runs/mine")
+    parser.add_argument(
+        "--cost", type=int, metavar="TOKENS", help="only compute the cost, for conversations of so many tokens"
+    )
     parser.add_argument("--only", choices=("seed", "1", "2", "3", "export"), help="run this step alone")
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs `mmmamba distill`."""
     recipe = load_recipe(args.recipe, args.overrides)
+    if args.cost is not None:
+        if args.cost < 1:
+            raise ValueError(f"--cost {args.cost} is no number of tokens per conversation; give 1 or more.")
+        config = teacher_config(recipe)
+        kept = recipe.num_attention or len(recipe.attention_layers or [])
+        mamba_layers = config.text_config.num_hidden_layers - kept
+        print(cost_table(costs(recipe, config, mamba_layers, args.cost), args.cost))
+        return
     folder = distill(recipe, args.only)
     if PartialState().is_main_process and (folder / "results.json").is_file():
         summary = json.loads((folder / "results.json").read_text(encoding="utf-8"))

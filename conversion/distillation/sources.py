@@ -46,6 +46,10 @@ class Source:
             return Conversations(self.processor, "train", seed=1 + seed, batch_size=batch_size)
         return open_data(recipe.data, self.processor, max_tokens=recipe.max_tokens, seed=seed)
 
+    def size(self, rows: Dataset) -> int | None:
+        """How many different conversations there are; None if they never end or nobody knows."""
+        return None if self.of_shapes or isinstance(rows, IterableDataset) else len(rows)
+
     def held_out(self, batches: int, batch_size: int, device: torch.device) -> Iterator[dict]:
         """Batches of conversations that no stage trains on.
 

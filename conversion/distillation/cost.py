@@ -1,0 +1,85 @@
+"""What a recipe costs: tokens and floating point operations per stage, computed from shapes.
+
+A product of (n, a) and (a, b) counts 2·n·a·b operations; norms, activations and softmax are left out. A weight that is
+only passed through costs 2 per parameter and token forward and 2 backward; one that is trained 2 more.
+"""
+
+from dataclasses import dataclass
+
+from mmmamba.configuration_mmmamba import MmMambaConfig
+
+from .recipe import Recipe
+
+
+H100 = 989e12  # dense bf16 operations per second
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One stage: tokens read and operations done, over all steps."""
+
+    stage: int
+    tokens: float
+    operations: float
+
+    def gpu_hours(self, utilization: float, peak: float = H100) -> float:
+        """Hours of one GPU that does `utilization` of its `peak` operations per second."""
+        return self.operations / (peak * utilization) / 3600
+
+
+def costs(recipe: Recipe, config: MmMambaConfig, mamba_layers: int, tokens: int) -> list[Cost]:
+    """The cost of each stage.
+
+    Args:
+        recipe: Steps, batches and options.
+        config: The teacher's.
+        mamba_layers: How many of the student's layers are Mamba-2.
+        tokens: Tokens per conversation, those of pictures included.
+    """
+    text = config.text_config
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    inner, shared = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    mlp = 3 * hidden * text.intermediate_size
+    head = hidden * text.vocab_size
+    # Causal: a token meets half of the others on average.
+    attention = 2 * (hidden * (2 * inner + 2 * shared) + inner * tokens)
+    teacher = layers * (attention + 2 * mlp)
+    in_proj = hidden * (2 * shared + 2 * inner + text.num_attention_heads)
+    scan = 2 * inner * text.ssm_chunk_size + 4 * inner * text.head_dim
+
+    found = []
+    for number in recipe.stages:
+        stage = recipe.stage(number)
+        read = stage.steps * stage.batch_size * tokens
+        if number < 3:
+            # Nothing flows back into a layer's input: in_proj forward and its own gradient, the scan thrice.
+            per_token = teacher + mamba_layers * (4 * in_proj + 3 * scan)
+        else:
+            mixer = 2 * (in_proj + inner * hidden) + scan
+            student = mamba_layers * mixer + (layers - mamba_layers) * attention + layers * 2 * mlp
+            again = student if stage.gradient_checkpointing else 0
+            trained = mamba_layers * 2 * in_proj
+            if stage.trainable != "mixers":
+                trained += mamba_layers * 2 * inner * hidden
+            if stage.trainable == "decoder":
+                trained += layers * 2 * mlp + (layers - mamba_layers) * 2 * hidden * (2 * inner + 2 * shared)
+            # Both heads forward, the student's backward; the student's layers forward and backward.
+            per_token = teacher + 3 * 2 * head + 2 * student + again + trained
+        found.append(Cost(number, read, read * per_token))
+    return found
+
+
+def cost_table(found: list[Cost], tokens: int, utilization: float = 0.4) -> str:
+    """The costs as a table, and what they assume."""
+    lines = ["stage  tokens (billions)  operations (10^18)  H100 hours"]
+    total = Cost(0, sum(c.tokens for c in found), sum(c.operations for c in found))
+    for one in [*found, total]:
+        lines.append(
+            f"{one.stage or 'all':>5}  {one.tokens / 1e9:17.2f}  {one.operations / 1e18:18.1f}  "
+            f"{one.gpu_hours(utilization):10.0f}"
+        )
+    lines.append(
+        f"Computed from shapes, not measured: conversations of {tokens:,} tokens, GPUs at {utilization:.0%} of "
+        "989 TFLOP/s."
+    )
+    return "\n".join(lines)
