@@ -82,6 +82,8 @@ COMMANDS = {
     "evaluate": ("score a model on the picture world", "mmmamba.examples.shapes.evaluate"),
     "convert": ("convert a HoVLE or released mmMamba checkpoint into a model folder", _add_convert, _convert),
     "seed": ("make a student with Mamba-2 layers from a teacher", _add_seed, _seed),
+    "distill": ("seed a student and train it in three stages", "mmmamba.conversion.distillation.run"),
+    "push": ("upload a model folder to the Hugging Face Hub", "mmmamba.conversion.push"),
 }
 
 

@@ -1,13 +1,18 @@
 """Complete model folders, ready for the Hub: everything beside the weights, and folders that appear whole."""
 
+import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -39,12 +44,13 @@ CARD = """---
 # {name}
 
 A decoder-only multimodal language model: picture patches and text enter one causal decoder of {layers} layers
-({mixers}). There is no separate vision encoder. Method: [Multimodal Mamba](https://arxiv.org/abs/2502.13145).
+({mixers}).
+There is no separate vision encoder. Method: [Multimodal Mamba](https://arxiv.org/abs/2502.13145).
 {origin}
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-path = "{name}"  # this folder, or its name on the Hub
+path = {path}  # this folder, or its name on the Hub
 processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True).eval()
 
@@ -59,7 +65,48 @@ inputs = processor.apply_chat_template(
 answer = model.generate(**inputs.to(model.device), max_new_tokens=64)[:, inputs["input_ids"].shape[1] :]
 print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 ```
-"""
+{sections}"""
+# What the Hub takes for how a model comes from its base model.
+RELATIONS = ("adapter", "finetune", "merge", "quantized")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a model comes from, for its card.
+
+    Texts are plain: what would mean something to Markdown or YAML is escaped. Names that cannot be the Hub's, such as
+    folders, stay out of the card's metadata, and only their last part is told in the text.
+
+    Attributes:
+        base_model: Name on the Hub of the model it comes from.
+        base_model_relation: What it is to that model, one of `RELATIONS`. The Hub has no word for a distilled model;
+            `finetune` comes closest.
+        origin: A sentence on how it was made.
+        datasets: Names on the Hub of what it was trained on, or whatever else `datasets` loads.
+        files: What it was trained on besides: files, folders, or what generates it.
+        results: What was measured.
+        training: How it was trained, such as stages, steps and tokens.
+        command: The command that does it again.
+
+    Raises:
+        ValueError: if the relation is none of the Hub's.
+    """
+
+    base_model: str | None = None
+    base_model_relation: str | None = "finetune"
+    origin: str = ""
+    datasets: Sequence[str] = ()
+    files: Sequence[str] = ()
+    results: Sequence[EvalResult] = ()
+    training: str | None = None
+    command: str | None = None
+
+    def __post_init__(self):
+        if self.base_model_relation not in (None, *RELATIONS):
+            raise ValueError(
+                f"base_model_relation={self.base_model_relation!r} is not what the Hub knows; give one of "
+                f"{', '.join(RELATIONS)}."
+            )
 
 
 @contextmanager
@@ -108,7 +155,13 @@ def expected_specs(config: MmMambaConfig) -> dict[str, Tensor]:
     return specs
 
 
-def model_card(name: str, config: MmMambaConfig, base_model: str | None = None, origin: str = "") -> str:
+def model_card(
+    name: str,
+    config: MmMambaConfig,
+    base_model: str | None = None,
+    origin: str = "",
+    provenance: Provenance | None = None,
+) -> str:
     """The README.md of a model folder.
 
     Args:
@@ -116,26 +169,103 @@ def model_card(name: str, config: MmMambaConfig, base_model: str | None = None, 
         config: Its configuration.
         base_model: Name on the Hub of the model it comes from.
         origin: A sentence on how it was made.
+        provenance: These two and more; replaces them.
     """
+    source = provenance or Provenance(base_model=base_model, base_model_relation=None, origin=origin)
     kinds = config.text_config.layer_types
-    attention, mamba = kinds.count("full_attention"), kinds.count("linear_attention")
+    base = source.base_model if _is_hub_name(source.base_model) else None
+    # What `datasets` is given by name it looks for in the working directory first.
+    datasets = [name for name in source.datasets if _is_hub_name(name) and not Path(name).exists()]
+    # YAML would write a number of NumPy or PyTorch as an object.
+    results = [
+        replace(x, metric_value=getattr(x.metric_value, "item", lambda x=x: x.metric_value)()) for x in source.results
+    ]
     metadata = ModelCardData(
         license="mit",
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=["mmmamba", "multimodal", "custom_code", *(["mamba2"] if mamba else [])],
-        base_model=base_model,
+        tags=["mmmamba", "multimodal", "custom_code", *(["mamba2"] if "linear_attention" in kinds else [])],
+        base_model=base,
+        base_model_relation=source.base_model_relation if base else None,
+        datasets=datasets or None,
+        eval_results=results or None,
+        model_name=" ".join(name.split()) if results else None,
     )
-    mixers = " and ".join(
-        f"{count} {kind}" for count, kind in ((mamba, "Mamba-2"), (attention, "softmax attention")) if count
-    )
+    sections = [*_making_section(source, datasets), *_results_section(results)]
     return CARD.format(
         metadata=metadata.to_yaml().strip(),
-        name=name,
+        name=_plain(name),
+        path=json.dumps(name, ensure_ascii=False),  # a string of JSON is one of Python, too
         layers=len(kinds),
-        mixers=mixers,
-        origin=f"\n{origin}\n" if origin else "",
+        mixers=_mixers(kinds),
+        origin=f"\n{_plain(source.origin)}\n" if source.origin else "",
+        sections="".join(f"\n{section}\n" for section in sections),
     )
+
+
+def _mixers(kinds: list[str]) -> str:
+    attention = [str(index) for index, kind in enumerate(kinds) if kind == "full_attention"]
+    if not attention:
+        return "all of them Mamba-2, none attention"
+    if len(attention) == len(kinds):
+        return "all of them softmax attention"
+    layers = f"layer{'s' if len(attention) > 1 else ''} {' and '.join(', '.join(attention).rsplit(', ', 1))}"
+    return f"softmax attention in {layers} and Mamba-2 in the other {len(kinds) - len(attention)}, counted from 0"
+
+
+def _making_section(source: Provenance, datasets: list[str]) -> list[str]:
+    lines = []
+    if _is_hub_name(source.base_model):
+        lines.append(f"Base model: [{source.base_model}](https://huggingface.co/{source.base_model}).")
+    elif source.base_model:
+        lines.append(f"Base model: {_plain(Path(source.base_model).name)}.")
+    if datasets:
+        names = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets)
+        lines.append(f"Trained on {names} from the Hub.")
+    if local := [*(name for name in source.datasets if name not in datasets), *source.files]:
+        names = ", ".join(_plain(Path(name).name or name) for name in local)
+        lines.append(f"Trained on data that is not on the Hub: {names}.")
+    if source.training:
+        words = _plain(source.training).rstrip(".")
+        lines.append(f"{words[:1].upper()}{words[1:]}.")
+    if source.command:
+        longest = max(map(len, re.findall("`+", source.command)), default=0)
+        fence = "`" * max(3, longest + 1)
+        lines.append(f"To do it again:\n\n{fence}bash\n{source.command.strip()}\n{fence}")
+    return ["## How it was made", *lines] if lines else []
+
+
+def _results_section(results: Sequence[EvalResult]) -> list[str]:
+    rows = [
+        (
+            result.task_name or result.task_type,
+            " ".join(filter(None, (result.dataset_name, result.dataset_config, result.dataset_split))),
+            result.metric_name or result.metric_type,
+            f"{result.metric_value:.6g}" if isinstance(result.metric_value, float) else str(result.metric_value),
+        )
+        for result in results
+    ]
+    if not rows:
+        return []
+    lines = ["| task | data | metric | value |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(map(_plain, row))} |" for row in rows]
+    return ["## Results", "\n".join(lines)]
+
+
+def _is_hub_name(name: str | None) -> bool:
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return False
+    return True
+
+
+def _plain(text: str) -> str:
+    """One line of Markdown that shows this text, whatever stands in it."""
+    # An underscore within a word means nothing to Markdown, and escaping it would break addresses.
+    text = re.sub(r"[\\`*\[\]<>#|~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(str(text).split()))
+    # Neither may it begin like an entry of a list.
+    return re.sub(r"^(\d*)([-+.)])(?=\s)", r"\1\\\2", text)
 
 
 def write_model_folder(
@@ -146,6 +276,7 @@ def write_model_folder(
     companions: Path | None = None,
     base_model: str | None = None,
     origin: str = "",
+    provenance: Provenance | None = None,
 ) -> None:
     """Writes everything of a model folder but the weights.
 
@@ -157,6 +288,7 @@ def write_model_folder(
         companions: A model folder of the same vocabulary to copy these files from instead.
         base_model: Name on the Hub of the model it comes from.
         origin: A sentence for the card on how it was made.
+        provenance: These two and more for the card; replaces them.
     """
     folder = Path(folder)
     config.architectures = [MmMambaForConditionalGeneration.__name__]
@@ -182,7 +314,8 @@ def write_model_folder(
     config.save_pretrained(folder)
     for module in sorted(PACKAGE.glob("*_mmmamba.py")):
         shutil.copyfile(module, folder / module.name)
-    (folder / "README.md").write_text(model_card(name, config, base_model, origin), encoding="utf-8")
+    card = model_card(name, config, base_model, origin, provenance)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _offer_both_backends(folder: Path) -> None:

@@ -213,7 +213,13 @@ def test_a_run_over_a_users_data_goes_on_in_the_middle_of_an_epoch(tmp_path, con
 
 
 def test_too_many_bad_rows_stop_a_run(tmp_path, conversations):
-    options = [*SMALL, f"data=[{{file: {conversations}}}]", "stages=[1]", "stage_1.steps=8", f"output={tmp_path / 'run'}"]
+    options = [
+        *SMALL,
+        f"data=[{{file: {conversations}}}]",
+        "stages=[1]",
+        "stage_1.steps=8",
+        f"output={tmp_path / 'run'}",
+    ]
     with pytest.raises(ValueError, match=r"1 bad rows among .* are more than the 1.00% that is allowed"):
         distill(load_recipe("shapes-hybrid", options))
     assert not (tmp_path / "run" / "stage-1" / "model").exists()

@@ -11,9 +11,6 @@ from mmmamba.conversion.distillation.data import (
     BadRow,
     ConversationEncoder,
 )
-from mmmamba.examples.shapes.data import Conversations
-from mmmamba.examples.shapes.folder import make_processor
-from mmmamba.examples.shapes.world import conversation
 from mmmamba.processing_mmmamba import encode_conversation
 
 
@@ -73,18 +70,6 @@ def test_ids_are_those_of_chat_and_labels_the_answers(texts, template):
         # SentencePiece drops or keeps a blank in front; the characters that Unicode reserves are bytes of it.
         wanted = pairs[i][1].replace("\ufdd0", "").strip()
         assert said.removesuffix(marker).strip() == wanted
-
-
-def test_rows_of_the_picture_world_are_its_own_rows():
-    processor = make_processor()
-    encoder, world = ConversationEncoder(processor), Conversations(processor, "train", seed=3)
-    for index in range(25):
-        pictures, asked = conversation("train", 3, index)
-        texts = [text for turn in asked for text in turn]
-        texts[0] = "<image>" * len(pictures) + "\n" + texts[0]
-        row = encoder({"image": [one.draw() for one in pictures], "conversations": turns(*texts)})
-        same(row, world.row(index))
-        assert row["labels"].tolist() == world.labels(row["input_ids"].tolist())
 
 
 OTHER_TEMPLATES = {

@@ -1,13 +1,14 @@
 """The picture world: deterministic, varied, answerable from the pixels and only from them; and its training data."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from mmmamba.examples.shapes import evaluate
-from mmmamba.examples.shapes.data import Batches, Conversations, collate
+from mmmamba.examples.shapes import evaluate, tokenizer, world
+from mmmamba.examples.shapes.data import Conversations
 from mmmamba.examples.shapes.folder import make_processor
 from mmmamba.examples.shapes.world import (
     CELL,
@@ -128,6 +129,31 @@ def test_the_question_alone_does_not_give_the_answer(examples):
     assert guessed / asked < 0.6
 
 
+def test_every_kind_has_its_share_of_training(monkeypatch):
+    """Counted by the function that asks, in the conversations as they are trained on."""
+    asked = Counter()
+    for kinds in (world.ONE_PICTURE, world.SEVERAL_PICTURES):
+        for kind, ask in kinds.items():
+
+            def counting(*args, kind=kind, ask=ask):
+                pair = ask(*args)
+                if pair:
+                    by_question[pair[0]] = kind
+                return pair
+
+            monkeypatch.setitem(kinds, kind, counting)
+    for index in range(500):
+        by_question = {}
+        _, turns = conversation("train", 0, index)
+        asked.update(by_question[question] for question, _ in turns)
+    assert set(asked) == set(KINDS)
+    assert min(asked.values()) >= 0.05 * sum(asked.values())
+
+
+def test_the_tokenizer_is_what_its_recipe_makes():
+    assert tokenizer.train() == tokenizer.MODEL_FILE.read_bytes()
+
+
 def test_every_word_is_one_token(processor):
     for word in (*COLORS, *SHAPES, "objects", "picture", "corner", "number"):
         assert processor.tokenizer.tokenize(f"the {word}")[-1] == f"▁{word}"
@@ -168,16 +194,17 @@ def test_labels_hold_every_answer_of_the_conversation(processor):
         assert pieces == [answer for _, answer in turns]
 
 
-def test_batches_are_padded_rows_in_any_order(processor):
-    rows = Conversations(processor, "train", 0)
-    batch = collate([rows.row(0), rows.row(1)])
-    for i in range(2):
-        row, length = rows.row(i), int(batch["attention_mask"][i].sum())
-        assert batch["input_ids"][i, :length].tolist() == row["input_ids"].tolist()
-        assert batch["labels"][i, :length].tolist() == row["labels"].tolist()
-        assert (batch["labels"][i, length:] == -100).all()
-    first, again = (next(iter(Batches(rows, 4))) for _ in range(2))
-    assert torch.equal(first["input_ids"], again["input_ids"])
+def test_batches_hold_every_conversation_once_and_conversations_of_like_length(processor):
+    rows = Conversations(processor, "train", 0, batch_size=4)
+    size = rows.pool * 4
+    for first in (0, size):
+        drawn = [tuple(rows[first + i]["input_ids"].tolist()) for i in range(size)]
+        assert sorted(drawn) == sorted(tuple(rows.row(first + i)["input_ids"].tolist()) for i in range(size))
+        spans = [sorted(map(len, drawn[i : i + 4])) for i in range(0, size, 4)]
+        assert all(before[-1] <= after[0] for before, after in itertools.pairwise(sorted(spans)))
+        assert spans != sorted(spans)
+    # A run that goes on in the middle reads what it would have read.
+    assert torch.equal(Conversations(processor, "train", 0, 4)[size + 5]["input_ids"], rows[size + 5]["input_ids"])
 
 
 def test_shuffled_pictures_belong_to_other_questions(examples):

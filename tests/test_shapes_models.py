@@ -69,7 +69,7 @@ def test_every_road_of_transformers_gives_chats_answer():
 
 
 def test_the_teachers_recipe_makes_a_model_folder(tmp_path):
-    train.main([str(tmp_path / "teacher"), "--cycles", "2", "1"])
+    train.main([str(tmp_path / "teacher"), "--steps", "3"])
     model = AutoModel.from_pretrained(tmp_path / "teacher", trust_remote_code=True)
     assert model.config.text_config.layer_types == ["full_attention"] * 6
     with pytest.raises(SystemExit):

@@ -109,7 +109,7 @@ class DistillationTrainer(Trainer):
         super().__init__(distiller, args, data_collator=collate, train_dataset=rows)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(_MarkWhole())
+        self.add_callback(MarkWhole())
         if self.is_world_process_zero():
             from torch.utils.tensorboard import SummaryWriter
 
@@ -162,7 +162,7 @@ class DistillationTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class _MarkWhole(TrainerCallback):
+class MarkWhole(TrainerCallback):
     """Marks a checkpoint once every process has written its part of it."""
 
     def on_save(self, args, state, control, **kwargs):

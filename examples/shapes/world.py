@@ -14,7 +14,7 @@ training or is held out depends on what it shows, so no held-out picture can tur
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -390,6 +390,8 @@ ONE_PICTURE = {
 }
 SEVERAL_PICTURES = {"which": _ask_which, "pick": _ask_pick}
 KINDS = (*ONE_PICTURE, *SEVERAL_PICTURES)
+# How often a conversation may ask a kind; one time where it is not named. What is hard to learn is asked more often.
+TIMES = {"corner": 2, "where": 3, "which": 6, "pick": 3}
 
 
 # --- examples and conversations --------------------------------------------------------------------------------------
@@ -425,18 +427,29 @@ def example(split: str, seed: int, index: int) -> Example:
 
 
 def conversation(
-    split: str, seed: int, index: int, turns: int = 8
+    split: str,
+    seed: int,
+    index: int,
+    turns: int = 10,
+    several_pictures: float = 0.3,
+    times: Mapping[str, int] = TIMES,
 ) -> tuple[tuple[Picture, ...], list[tuple[str, str]]]:
     """Conversation number `index` of a stream: pictures and up to `turns` (question, answer) pairs about them.
 
     Several questions share the work of seeing the pictures, which makes training cheaper.
+
+    Args:
+        split, seed, index: Which one.
+        turns: Most questions.
+        several_pictures: Share of conversations about several pictures.
+        times: How often a kind may be asked; once if it is not named.
     """
     rng = _generator(split, seed, index)
-    several = _chance(rng, 0.22)
+    several = _chance(rng, several_pictures)
     kinds = SEVERAL_PICTURES if several else ONE_PICTURE
     while True:
         pictures = _pictures(rng, split, several)
-        order = [kind for kind in kinds for _ in range(3 if several else 1)]
+        order = [kind for kind in kinds for _ in range(times.get(kind, 1))]
         asked: dict[str, str] = {}
         for i in rng.permutation(len(order)):
             if len(asked) < turns and (pair := kinds[order[i]](rng, pictures)):

@@ -1,0 +1,423 @@
+"""The adapters for VLMEvalKit and lmms-eval answer as `chat` does, on top of these packages' own base classes.
+
+Both packages are downloaded from PyPI without the many packages they depend on; only the modules that an adapter
+meets are imported, and small stand-ins take the place of what these import but do not need here. VLMEvalKit is not on
+PyPI under its own name (`pip download vlmeval` and `vlmevalkit` find nothing): its code is there as ms-vlmeval,
+ModelScope's distribution, whose `BaseModel` differs from that of the repository in its import lines only.
+"""
+
+import importlib
+import importlib.util
+import logging
+import math
+import re
+import shutil
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import mmmamba
+from mmmamba.examples.shapes.world import example
+from mmmamba.image_processing_mmmamba import MmMambaImageProcessor
+from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+from mmmamba.tokenization_mmmamba import MmMambaTokenizer
+
+
+EXAMPLES = Path(mmmamba.__file__).parent / "examples"
+HYBRID = EXAMPLES / "shapes" / "hybrid"
+ADAPTERS = EXAMPLES / "evaluation"
+ASKED = [example("test", 0, index) for index in range(22)]  # two of each kind, with one to three pictures
+
+
+def unpacked(config, distribution: str, version: str, package: str) -> Path:
+    """A folder with a package from PyPI, without its dependencies; downloaded once."""
+    folder = Path(config.cache.mkdir("evaluation")) / f"{distribution}-{version}"
+    if not (folder / package).is_dir():
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python"]
+        done = subprocess.run(
+            [*download, "--only-binary", ":all:", "--dest", str(folder), f"{distribution}=={version}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            pytest.skip(
+                f"{distribution} {version}, whose base class the adapter is tested with, cannot be downloaded: "
+                f"{done.stderr.strip().splitlines()[-1:]}"
+            )
+        (wheel,) = folder.glob("*.whl")
+        with zipfile.ZipFile(wheel) as files:
+            files.extractall(folder, [name for name in files.namelist() if name.startswith(f"{package}/")])
+    return folder
+
+
+def stand_in(name: str, path: Path | None = None, **contents) -> types.ModuleType:
+    """A module of this name; with a path a package whose own __init__ is passed over."""
+    module = types.ModuleType(name)
+    if path is not None:
+        module.__path__ = [str(path)]
+    for key, value in contents.items():
+        setattr(module, key, value)
+    sys.modules[name] = module
+    return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clean_modules(tmp_path_factory):
+    """Removes what was imported and put in its place, and keeps remote code out of the user's cache."""
+    modules, path = dict(sys.modules), list(sys.path)
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+        yield
+    for name in set(sys.modules) - set(modules):
+        if name.split(".")[0] in {
+            "vlmeval",
+            "lmms_eval",
+            "loguru",
+            "evaluate",
+            "pytz",
+            "sty",
+            "validators",
+            "transformers_modules",
+        }:
+            del sys.modules[name]
+    sys.path[:] = path
+
+
+@pytest.fixture(scope="module")
+def chat():
+    """The package's own answer: (pictures, question) -> text."""
+    model = MmMambaForConditionalGeneration.from_pretrained(HYBRID, dtype=torch.float32).eval()
+    tokenizer = MmMambaTokenizer.from_pretrained(HYBRID)
+    image_processor = MmMambaImageProcessor.from_pretrained(HYBRID)
+
+    def answer(pictures, question, **options):
+        tiles, counts = None, None
+        if pictures:
+            vision = image_processor(pictures, return_tensors="pt")
+            tiles, counts = vision["pixel_values"], vision["num_patches"].tolist()
+        options = {"max_new_tokens": 48, "do_sample": False, **options}
+        return model.chat(tokenizer, tiles, question, options, num_patches_list=counts)
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def expected(chat):
+    """What `chat` answers to each question of `ASKED`."""
+    return [chat(drawn(one), "<image>" * len(one.pictures) + "\n" + one.question) for one in ASKED]
+
+
+def drawn(one) -> list[Image.Image]:
+    return [picture.draw() for picture in one.pictures]
+
+
+def right(answers) -> int:
+    return sum(answer == one.answer for answer, one in zip(answers, ASKED, strict=True))
+
+
+# --- VLMEvalKit ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vlmevalkit(request):
+    """The adapter's module, on the real `vlmeval.vlm.base` and `vlmeval.smp`."""
+    folder = unpacked(request.config, "ms-vlmeval", "0.0.20", "vlmeval") / "vlmeval"
+    # vlmeval/__init__.py turns off the verification of certificates; vlm/__init__.py imports every model.
+    stand_in("vlmeval", folder)
+    stand_in("vlmeval.vlm", folder / "vlm", __getattr__=lambda name: print)
+    stand_in("vlmeval.api", __getattr__=lambda name: print)
+    stand_in("vlmeval.dataset", DATASET_TYPE=lambda name: "VQA")
+    stand_in("sty", fg=None)
+    stand_in("validators", url=lambda text: bool(re.fullmatch(r"https?://\S+", text)))
+    return load(ADAPTERS / "vlmevalkit_mmmamba.py", "vlmeval.vlm.mmmamba")
+
+
+def load(file: Path, name: str) -> types.ModuleType:
+    """A file as a module of another name, as if it had been copied."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def vlm(vlmevalkit):
+    return vlmevalkit.MmMamba(str(HYBRID), device="cpu", max_new_tokens=48)
+
+
+def test_vlmevalkit_knows_the_model_by_name(vlmevalkit):
+    vlmevalkit.register("mmMamba-shapes", model_path=str(HYBRID), device="cpu")
+    config = importlib.import_module("vlmeval.config")
+    assert Path(config.__file__).parent.name == "vlmeval" and len(config.supported_VLM) > 100
+    model = config.supported_VLM["mmMamba-shapes"]()
+    assert isinstance(model, importlib.import_module("vlmeval.vlm.base").BaseModel)
+    assert type(model.model).__module__.startswith("transformers_modules.")
+    assert model.use_custom_prompt("MMBench_DEV_EN") is False
+
+
+def test_vlmevalkit_answers_as_chat_does(vlm, expected, tmp_path):
+    answers = []
+    for index, one in enumerate(ASKED):
+        message = []
+        for number, picture in enumerate(drawn(one)):
+            picture.save(tmp_path / f"{index}-{number}.png")
+            message.append({"type": "image", "value": str(tmp_path / f"{index}-{number}.png")})
+        answers.append(vlm.generate([*message, {"type": "text", "value": one.question}], dataset="MMBench_DEV_EN"))
+    assert answers == expected
+    assert right(answers) >= 20
+
+
+def test_vlmevalkit_takes_every_kind_of_message(vlm, chat, tmp_path):
+    one = ASKED[0]
+    (picture,) = drawn(one)
+    picture.save(tmp_path / "picture.png")
+    text, image = {"type": "text", "value": one.question}, {"type": "image", "value": str(tmp_path / "picture.png")}
+    plain = chat([picture], f"<image>\n{one.question}")
+    assert vlm.generate([str(tmp_path / "picture.png"), one.question]) == plain == one.answer
+    assert vlm.generate_inner([{"type": "image", "value": picture}, text]) == plain
+    assert vlm.generate(one.question) == vlm.generate(text) == chat(None, one.question)
+    between = [{"type": "text", "value": "Look:\n"}, image, {"type": "text", "value": one.question}]
+    assert vlm.generate(between) == chat([picture], f"Look:\n<image>\n{one.question}")
+    # What looks like a place for a picture in a benchmark's text is text.
+    assert isinstance(vlm.generate([image, {"type": "text", "value": f"<image> {one.question}"}]), str)
+    with pytest.raises(AssertionError, match="video"):
+        vlm.generate([{"type": "video", "value": video(tmp_path)}])
+
+
+def video(folder: Path) -> str:
+    (folder / "film.mp4").write_bytes(b"")
+    return str(folder / "film.mp4")
+
+
+def test_vlmevalkit_goes_on_with_a_conversation(vlm):
+    one = next(x for x in ASKED if len(x.pictures) == 1)
+    first = [{"type": "image", "value": drawn(one)[0]}, {"type": "text", "value": one.question}]
+    turns = [
+        {"role": "user", "content": first},
+        {"role": "assistant", "content": [{"type": "text", "value": one.answer}]},
+        {"role": "user", "content": [{"type": "text", "value": one.question}]},
+    ]
+    assert vlm.chat_inner(turns) == one.answer
+
+
+# --- lmms-eval -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lmms_eval(request, tmp_path_factory):
+    """The adapter's module, copied into lmms-eval as its docstring says, and found by lmms-eval's own registry."""
+    source = unpacked(request.config, "lmms-eval", "0.7.3", "lmms_eval") / "lmms_eval"
+    folder = tmp_path_factory.mktemp("lmms") / "lmms_eval"
+    for part in ("__init__.py", "utils.py", "api", "models/__init__.py", "models/registry_v2.py"):
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (source / part).is_dir() else shutil.copyfile)(source / part, folder / part)
+    (folder / "models" / "simple").mkdir()
+    shutil.copyfile(ADAPTERS / "lmms_eval_mmmamba.py", folder / "models" / "simple" / "mmmamba.py")
+    docstring = (ADAPTERS / "lmms_eval_mmmamba.py").read_text().split('"""')[1]
+    (line,) = re.findall(r'^ {4}("mmmamba": .*)$', docstring, re.MULTILINE)
+    registry = folder / "models" / "__init__.py"
+    text = registry.read_text()
+    assert "AVAILABLE_SIMPLE_MODELS = {\n" in text
+    registry.write_text(text.replace("AVAILABLE_SIMPLE_MODELS = {\n", f"AVAILABLE_SIMPLE_MODELS = {{\n    {line}\n"))
+
+    logger = logging.getLogger("lmms_eval")
+    logger.remove = logger.add = lambda *args, **kwargs: None
+    stand_in("loguru", logger=logger)
+    stand_in("evaluate")
+    stand_in("pytz")
+    sys.path.insert(0, str(folder.parent))
+    return importlib.import_module("lmms_eval.models")
+
+
+class Tasks:
+    """lmms-eval's requests about `ASKED`, as its tasks make them."""
+
+    def __init__(self, instance):
+        self.instance = instance
+
+    def request(self, kind, *arguments):
+        metadata = {"task": "shapes", "doc_id": 0, "repeats": 1}
+        return self.instance(request_type=kind, arguments=arguments, idx=0, metadata=metadata)
+
+    def questions(self, rows, to_pictures=drawn, **generation):
+        place = ("shapes", "test")
+        return [
+            self.request("generate_until", ASKED[i].question, dict(generation), to_pictures, i, *place) for i in rows
+        ]
+
+
+@pytest.fixture(scope="module")
+def tasks(lmms_eval):
+    return Tasks(importlib.import_module("lmms_eval.api.instance").Instance)
+
+
+@pytest.fixture(scope="module")
+def lmm(lmms_eval):
+    """The model as lmms-eval's evaluator makes it from the command line."""
+    cls = lmms_eval.get_model("mmmamba")
+    assert cls is importlib.import_module("lmms_eval.api.registry").get_model("mmmamba")
+    more = {"batch_size": "5", "max_batch_size": None, "device": "cpu"}
+    model = cls.create_from_arg_string(f"pretrained={HYBRID},max_new_tokens=48", more)
+    assert isinstance(model, importlib.import_module("lmms_eval.api.model").lmms)
+    assert type(model.model).__module__.startswith("transformers_modules.")
+    model.task_dict = {"shapes": {"test": ASKED}}
+    return model
+
+
+def test_lmms_eval_answers_as_chat_does(lmm, tasks, expected):
+    requests = tasks.questions(range(len(ASKED)), until=["\n\n"], max_new_tokens=48, temperature=0, do_sample=False)
+    before = [dict(request.args[1]) for request in requests]
+    answers = lmm.generate_until(requests)
+    assert answers == expected
+    assert right(answers) >= 20
+    assert [request.args[1] for request in requests] == before, "a task's arguments are its own"
+
+
+def test_lmms_eval_keeps_requests_apart(lmm, tasks, expected, chat, tmp_path):
+    """Other tasks, arguments, splits and kinds of pictures in one call; the order stays."""
+
+    def as_paths(one):
+        for number, picture in enumerate(drawn(one)):
+            picture.save(tmp_path / f"{ASKED.index(one)}-{number}.png")
+        return [str(tmp_path / f"{ASKED.index(one)}-{number}.png") for number in range(len(one.pictures))]
+
+    lmm.task_dict["reversed"] = {"val": ASKED[::-1]}
+    single = next(i for i, one in enumerate(ASKED) if len(one.pictures) == 1)
+    asked = ASKED[single].question
+    long = max(range(len(ASKED)), key=lambda i: len(expected[i]))
+    requests = [
+        *tasks.questions([3, 4], to_pictures=as_paths),
+        tasks.request("generate_until", ASKED[-1].question, {}, drawn, 0, "reversed", "val"),
+        *tasks.questions([long, long], max_new_tokens=1),
+        *tasks.questions([long]),
+        *tasks.questions([6], to_pictures=lambda one: [drawn(one)]),
+        tasks.request("generate_until", asked, {}, lambda one: None, 0, "shapes", "test"),
+        tasks.request("generate_until", f"Look:\n<image>\n{asked}", {}, drawn, single, "shapes", "test"),
+        tasks.request("generate_until", f"<image><image>\n{asked}", {}, drawn, single, "shapes", "test"),
+    ]
+    one = ASKED[long]
+    one_token = chat(drawn(one), "<image>" * len(one.pictures) + "\n" + one.question, max_new_tokens=1)
+    assert one_token != expected[long]
+    assert lmm.generate_until(requests) == [
+        expected[3],
+        expected[4],
+        expected[-1],
+        one_token,
+        one_token,
+        expected[long],
+        expected[6],
+        chat(None, asked),
+        chat(drawn(ASKED[single]), f"Look:\n<image>\n{asked}"),
+        expected[single],
+    ]
+
+
+def test_lmms_eval_ends_answers_where_the_task_says(lmm, tasks, expected):
+    number = max(range(len(ASKED)), key=lambda i: len(expected[i]))
+    answer = expected[number]
+    middle = answer[len(answer) // 2]
+    for until in (middle, [middle], ["never", middle, ""]):
+        assert lmm.generate_until(tasks.questions([number], until=until)) == [answer.split(middle)[0].strip()]
+    assert lmm.generate_until(tasks.questions([number], until=[])) == [answer]
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ({}, dict(do_sample=False, max_new_tokens=48)),
+        (dict(temperature=0, top_p=0.9, num_beams=2), dict(do_sample=False, num_beams=2, max_new_tokens=48)),
+        (dict(temperature=0.7, max_new_tokens=8), dict(do_sample=True, temperature=0.7, max_new_tokens=8)),
+        (dict(do_sample=True, top_p=0.9), dict(do_sample=True, top_p=0.9, max_new_tokens=48)),
+        (dict(do_sample=False, temperature=0.7), dict(do_sample=False, max_new_tokens=48)),
+        (dict(do_sample=True, temperature=0), dict(do_sample=False, max_new_tokens=48)),
+        (dict(until=["\n"], image_aspect_ratio="pad", top_p=None), dict(do_sample=False, max_new_tokens=48)),
+    ],
+)
+def test_lmms_eval_generation_arguments(lmm, tasks, monkeypatch, given, used):
+    seen = []
+    generate = type(lmm.model).generate
+
+    def spy(self, *args, **kwargs):
+        own = {"input_ids", "attention_mask", "pixel_values", "eos_token_id", "pad_token_id", "streamer"}
+        seen.append({key: value for key, value in kwargs.items() if key not in own})
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(lmm.model), "generate", spy)
+    lmm.generate_until(tasks.questions([0], **given))
+    assert seen == [used]
+
+
+def test_lmms_eval_rounds_go_on_until_the_task_stops(lmm, tasks, expected):
+    """As the tasks of several rounds do: each asks the next question of its own document, some longer than others."""
+    calls = []
+
+    def ask(document, previous_output, round_idx, previous_round_info):
+        start = ASKED.index(document)
+        calls.append((start, round_idx, previous_round_info, len(previous_output)))
+        stop = round_idx == 1 + start % 3
+        follow = ASKED[start + round_idx]
+        return (None, None, True, previous_output, None) if stop else (
+            drawn(follow), follow.question, False, previous_output, round_idx
+        )  # fmt: skip
+
+    place = ("shapes", "test")
+    requests = [
+        tasks.request("generate_until_multi_round", ASKED[i].question, {}, drawn, ask, i, *place) for i in range(8)
+    ]
+    answers = lmm.generate_until_multi_round(requests)
+    assert answers == [expected[i : i + 1 + i % 3] for i in range(8)]
+    unwrap = importlib.import_module("lmms_eval.api.instance").unwrap_generation_output
+    assert [unwrap(rounds)[0] for rounds in answers] == answers
+    assert (2, 1, None, 1) in calls and (2, 2, 1, 2) in calls and (2, 3, 2, 3) in calls
+
+
+def test_lmms_eval_scores_answers(lmm, tasks, expected):
+    """Of all answers the one that the model would give scores best, and it alone is greedy."""
+    place = ("shapes", "test")
+    choices = sorted(set(expected))
+    for number in (0, 1, 9):
+        question = ASKED[number].question
+        scored = lmm.loglikelihood(
+            [tasks.request("loglikelihood", question, f" {choice}", drawn, number, *place) for choice in choices]
+        )
+        assert choices[max(range(len(choices)), key=lambda i: scored[i][0])] == expected[number]
+        assert [greedy for _, greedy in scored] == [choice == expected[number] for choice in choices]
+        target = tasks.request("loglikelihood", question, lambda one: one.answer, drawn, number, *place)
+        assert lmm.loglikelihood([target])[0] == pytest.approx(scored[choices.index(ASKED[number].answer)])
+
+
+def test_lmms_eval_score_is_the_models_own_loss(lmm, tasks):
+    for number in (0, 9):
+        one = ASKED[number]
+        request = tasks.request("loglikelihood", one.question, one.answer, drawn, number, "shapes", "test")
+        ((score, _),) = lmm.loglikelihood([request])
+        pictures = [{"type": "image", "image": picture} for picture in drawn(one)]
+        turns = [{"role": "user", "content": [*pictures, {"type": "text", "text": one.question}]}]
+        turns.append({"role": "assistant", "content": one.answer})
+        inputs = lmm.processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
+        ids = inputs["input_ids"]
+        end = ids.shape[1] - 1  # <|im_end|>
+        start = next(i for i in range(end, 0, -1) if lmm.processor.decode(ids[0, i:end]).strip() == one.answer)
+        labels = torch.full_like(ids, -100)
+        labels[0, start:end] = ids[0, start:end]
+        with torch.no_grad():
+            loss = lmm.model(**inputs, labels=labels).loss.item()
+        assert score == pytest.approx(-loss * (end - start), abs=1e-4)
+    # Mutual information asks for the probability of an answer to nothing.
+    ((score, _),) = lmm.loglikelihood([tasks.request("loglikelihood", "", "red")])
+    assert math.isfinite(score)
+
+
+def test_lmms_eval_says_what_it_cannot_do(lmm, tasks):
+    with pytest.raises(ValueError, match=r"film\.mp4 is a video"):
+        lmm.generate_until(tasks.questions([0], to_pictures=lambda one: ["film.mp4"]))
+    with pytest.raises(ValueError, match="batch_size='auto'"):
+        type(lmm)(str(HYBRID), batch_size="auto")

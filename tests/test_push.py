@@ -1,0 +1,419 @@
+"""`mmmamba push` uploads a checked folder, says what went wrong in one sentence, and shows the token to nobody.
+
+The Hub is a server here that answers as the real one does; commands run in processes of their own, since
+huggingface_hub reads its settings when it is imported.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import mmmamba
+
+
+HYBRID = Path(mmmamba.__file__).parent / "examples" / "shapes" / "hybrid"
+TOKEN = "hf_secretsecretsecretsecretsecret"
+PROGRAM = """
+import json, sys
+from mmmamba.cli import main
+for arguments in json.loads(sys.argv[1]):
+    try:
+        code = main(["push", *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    for stream in (sys.stdout, sys.stderr):
+        print(f"<exit {code}>", file=stream, flush=True)
+"""
+
+
+class Hub(ThreadingHTTPServer):
+    """What the Hub does for an upload: repositories with branches of files, and a store for large ones.
+
+    Attributes:
+        repos: Name to `{"private": …, "branches": {branch: {path: bytes}}, "messages": […]}`.
+        requests: (method, path) of everything that was asked.
+        failures: Path to (status, message) of answers that are errors.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.repos, self.store, self.requests, self.failures, self.created = {}, {}, [], {}, []
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Answers(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, value=None, **headers):
+        body = json.dumps(value or {}).encode()
+        self.send_response(status)
+        for key, text in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key, text)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def body(self):
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def handle_request(self):
+        hub, (path, _, query) = self.server, self.path.partition("?")
+        hub.requests.append((self.command, path))
+        body = self.body()
+        for prefix, (status, message) in hub.failures.items():
+            if path.startswith(prefix):
+                return self.answer(status, {"error": message}, **{"X-Error-Message": message.replace("\n", " ")})
+        if path.startswith("/lfs/"):  # the store, whose addresses are signed: a token has no place there
+            assert self.headers.get("Authorization") is None and "Signature=" in query
+            hub.store[path.removeprefix("/lfs/")] = body
+            return self.answer(200)
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            message = "Invalid credentials in Authorization header"
+            return self.answer(401, {"error": message}, **{"X-Error-Message": message})
+        if path == "/api/repos/create":
+            return self.create(json.loads(body))
+        if path == "/api/validate-yaml":
+            bad = "license: forbidden" in json.loads(body)["content"]
+            errors = [{"message": '"license" must be one of the known'}] if bad else []
+            return self.answer(400 if bad else 200, {"errors": errors, "warnings": []})
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self.batch(json.loads(body))
+        _, api, models, user, name, *rest = path.split("/")
+        repo = hub.repos.get(f"{user}/{name}")
+        if (api, models) != ("api", "models") or repo is None:
+            return self.answer(404, {"error": "Repository not found"}, **{"X-Error-Code": "RepoNotFound"})
+        action, revision = (*rest, None, None)[:2]
+        revision = unquote(revision or "")
+        if action is None:
+            return self.answer(200, {"id": f"{user}/{name}", "private": repo["private"], "sha": "0" * 40})
+        if action == "branch":
+            exists = revision in repo["branches"]
+            repo["branches"].setdefault(revision, dict(repo["branches"]["main"]))
+            return self.answer(409 if exists else 200, {"error": "exists"} if exists else {})
+        if revision not in repo["branches"]:
+            return self.answer(404, {"error": "Invalid rev id"}, **{"X-Error-Code": "RevisionNotFound"})
+        if action == "preupload":
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".model")) else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            return self.answer(200, {"files": modes})
+        assert action == "commit", path
+        return self.commit(f"{user}/{name}", revision, [json.loads(line) for line in body.splitlines()])
+
+    do_GET = do_POST = do_PUT = handle_request
+
+    def create(self, values):
+        hub, name = self.server, f"{values['organization']}/{values['name']}"
+        hub.created.append(values)
+        url = {"url": f"{hub.address}/{name}"}
+        if name in hub.repos:
+            return self.answer(409, {"error": "You already created this model repo", **url})
+        # Older clients say `private`, newer ones `visibility`; the Hub takes both.
+        private = values["private"] if "private" in values else values["visibility"] == "private"
+        hub.repos[name] = {"private": private, "branches": {"main": {".gitattributes": b""}}, "messages": []}
+        return self.answer(200, url)
+
+    def batch(self, values):
+        actions = []
+        for item in values["objects"]:
+            action = {"upload": {"href": f"{self.server.address}/lfs/{item['oid']}?Signature=abc"}}
+            actions.append({**item, **({} if item["oid"] in self.server.store else {"actions": action})})
+        return self.answer(200, {"transfer": "basic", "objects": actions})
+
+    def commit(self, name, revision, lines):
+        repo, (header, *operations) = self.server.repos[name], lines
+        for operation in operations:
+            value = operation["value"]
+            if operation["key"] == "lfsFile":
+                content = self.server.store[value["oid"]]
+                assert hashlib.sha256(content).hexdigest() == value["oid"] and len(content) == value["size"]
+            else:
+                assert operation["key"] == "file"
+                content = base64.b64decode(value["content"])
+            repo["branches"][revision][value["path"]] = content
+        repo["messages"].append(header["value"]["summary"])
+        url = f"{self.server.address}/{name}/commit/{'1' * 40}"
+        return self.answer(200, {"commitUrl": url, "commitOid": "1" * 40, "pullRequestUrl": None})
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def push(hub, tmp_path):
+    """Runs commands, each a list of arguments; returns (exit code, stdout, stderr) of each."""
+
+    def run(*commands, **settings):
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        environment |= {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1", **settings}
+        argument = json.dumps([[str(word) for word in command] for command in commands])
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, argument], env=environment, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        assert TOKEN not in done.stdout + done.stderr and "Signature" not in done.stdout + done.stderr
+        results, texts = [], [stream.split("<exit ")[: len(commands) + 1] for stream in (done.stdout, done.stderr)]
+        for number in range(len(commands)):
+            code = int(texts[0][number + 1].split(">")[0])
+            shown = [text[number].split(">\n", 1)[-1] if number else text[number] for text in texts]
+            results.append((code, *shown))
+        return results
+
+    return run
+
+
+def errors(results):
+    """The one sentence of each command, all of which must fail with 1."""
+    sentences = []
+    for code, _, error in results:
+        assert code == 1, error
+        (sentence,) = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in error
+        sentences.append(sentence)
+    return sentences
+
+
+def copied(folder, change=None):
+    """A folder of files, as a student that was written elsewhere is."""
+    shutil.copytree(HYBRID, folder)
+    if change is not None:
+        change(folder)
+    return folder
+
+
+def shard(folder):
+    """Splits the weights over two files with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
+    weight_map = {name: names[number % 2] for number, name in enumerate(sorted(tensors))}
+    for file in names:
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_file_arrives_in_a_private_repository(hub, push, tmp_path):
+    sharded = copied(tmp_path / "sharded", shard)
+    (sharded / "docs [1]").mkdir()
+    (sharded / "docs [1]" / "page*.md").write_text("a name full of wildcards")
+    linked, other, again = push(
+        [HYBRID, "me/linked"],
+        [sharded, "me/other", "--public", "--message", "First\nof many"],
+        [sharded, "me/other", "--public", "--revision", "later/one"],
+    )
+    for code, out, error in (linked, other, again):
+        assert code == 0, error
+        assert "note" not in out
+    assert linked[1].splitlines()[-1] == f"{hub.address}/me/linked"
+    assert again[1].splitlines()[-1] == f"{hub.address}/me/other/tree/later/one"
+
+    repo, main = hub.repos["me/linked"], hub.repos["me/linked"]["branches"]["main"]
+    assert repo["private"] is True and repo["messages"] == ["Upload linked with mmmamba"]
+    assert {path: main[path] for path in main if path != ".gitattributes"} == contents(HYBRID)
+    assert main["modeling_mmmamba.py"].startswith(b'"""') and (HYBRID / "modeling_mmmamba.py").is_symlink()
+    assert len(hub.store) == 4  # one file of weights, two shards, and the tokenizer of both
+
+    repo = hub.repos["me/other"]
+    assert repo["private"] is False and repo["messages"] == ["First\nof many", "Upload other with mmmamba"]
+    for branch in ("main", "later/one"):
+        files = repo["branches"][branch]
+        assert {path: files[path] for path in files if path != ".gitattributes"} == contents(sharded)
+
+
+def test_a_dry_run_sends_nothing(hub, push):
+    ((code, out, _),) = push([HYBRID, "me/model", "--dry-run", "--revision", "try"], HF_TOKEN="")
+    assert code == 0 and hub.requests == []
+    assert "me/model, branch try, private" in out and "nothing was sent" in out
+    assert "pipeline_tag: image-text-to-text" in out
+    lines = {line.split()[2]: line.split()[:2] for line in out.splitlines() if "mmmamba.py" in line or ".saf" in line}
+    assert lines["model.safetensors"] == ["2.8", "MB"] and "modeling_mmmamba.py" in lines
+    assert all(name in out for name in contents(HYBRID))
+
+
+def test_the_visibility_of_what_exists_stays(hub, push):
+    for name, private in (("open", False), ("closed", True)):
+        hub.repos[f"me/{name}"] = {"private": private, "branches": {"main": {}}, "messages": []}
+    results = push([HYBRID, "me/open"], [HYBRID, "me/closed", "--public"], [HYBRID, "me/closed"])
+    assert [code for code, *_ in results] == [0, 0, 0]
+    assert "note: me/open is public and stays so" in results[0][1]
+    assert "note: me/closed is private and stays so" in results[1][1]
+    assert "note" not in results[2][1]
+    assert (hub.repos["me/open"]["private"], hub.repos["me/closed"]["private"]) == (False, True)
+    assert "model.safetensors" in hub.repos["me/open"]["branches"]["main"]
+
+
+def replace(file, old, new):
+    def change(folder):
+        text = (folder / file).read_text()
+        assert old in text
+        (folder / file).write_text(text.replace(old, new))
+
+    return change
+
+
+def cut(folder):
+    shard(folder)
+    file = folder / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def misindex(folder):
+    shard(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = index["weight_map"].pop("model.norm.weight")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def link_folder(folder):
+    (folder.parent / "elsewhere").mkdir(exist_ok=True)
+    (folder / "more").symlink_to(folder.parent / "elsewhere")
+
+
+def nested(folder):
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1" / "Optimizer.PT").write_bytes(b"")
+
+
+def lose_shard(folder):
+    shard(folder)
+    (folder / "model-00001-of-00002.safetensors").unlink()
+
+
+# What must not be uploaded, and what the sentence must say.
+REFUSED = {
+    "no model": (lambda x: (x / "config.json").unlink(), ["no config.json"]),
+    "another model": (replace("config.json", '"mmmamba"', '"llama"'), ["model_type='llama'"]),
+    "broken config": (
+        replace(
+            "config.json",
+            "{",
+            "",
+        ),
+        ["not readable JSON"],
+    ),
+    "wrong config": (replace("config.json", '"hidden_size": 128', '"hidden_size": "wide"'), ["hidden_size"]),
+    "other sizes": (
+        replace("config.json", '"intermediate_size": 3', '"intermediate_size": 4'),
+        ["mlp", "(128, 320)", "(128, 420)"],
+    ),
+    "no weights": (lambda x: (x / "model.safetensors").unlink(), ["has no model.safetensors"]),
+    "missing shard": (lose_shard, ["has no model-00001-of-00002.safetensors"]),
+    "truncated shard": (cut, ["model-00002-of-00002.safetensors", "not a whole safetensors file"]),
+    "wrong index": (misindex, ["disagree", "model.norm.weight"]),
+    "stray weights": (lambda x: save_file({}, x / "old.safetensors"), ["old.safetensors", "no index"]),
+    "pickle": (lambda x: (x / "training_args.bin").write_bytes(b""), ["training_args.bin", "pickle"]),
+    "nested pickle": (nested, ["checkpoint-1/Optimizer.PT", "pickle"]),
+    "hidden file": (lambda x: (x / ".env").write_text(f"HF_TOKEN={TOKEN}"), [".env", "hidden"]),
+    "unfinished file": (lambda x: (x / "model.safetensors.incomplete").write_bytes(b""), ["unfinished"]),
+    "dangling link": (lambda x: (x / "notes.md").symlink_to("nowhere"), ["notes.md", "not there"]),
+    "linked folder": (link_folder, ["more", "links to a folder"]),
+    "missing code": (lambda x: (x / "processing_mmmamba.py").unlink(), ["has no processing_mmmamba.py"]),
+    "missing import": (lambda x: (x / "ssm_mmmamba.py").unlink(), ["has no ssm_mmmamba.py"]),
+    "no card": (lambda x: (x / "README.md").unlink(), ["no README.md"]),
+    "no metadata": (lambda x: (x / "README.md").write_text("# Model"), ["README.md", "no block"]),
+    "broken metadata": (replace("README.md", "license: mit", "license: [mit"), ["README.md cannot be used"]),
+    "odd metadata": (replace("README.md", "license: mit", "base_model: runs/my/teacher"), ["runs/my/teacher"]),
+    "odd results": (replace("README.md", "license: mit", "model-index: 3"), ["model_index"]),
+}
+
+
+def test_what_must_not_be_published_is_refused_before_any_request(hub, push, tmp_path):
+    folders = {name: copied(tmp_path / name, change) for name, (change, _) in REFUSED.items()}
+    left = copied(tmp_path / ".model.unfinished-7")
+    sentences = errors(push(*([folder, "me/model"] for folder in folders.values()), [left, "me/model"]))
+    for sentence, (name, (_, words)) in zip(sentences, REFUSED.items(), strict=False):
+        assert all(word in sentence for word in words), (name, sentence)
+    assert "interrupted" in sentences[-1]
+    assert hub.requests == []
+
+
+def test_what_tools_keep_beside_a_model_stays_here(hub, push, tmp_path):
+    folder = copied(tmp_path / "model")
+    for name in (".git/config", ".cache/huggingface/x.lock", "__pycache__/x.pyc"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("private")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs")
+    ((code, *_),) = push([folder, "me/model"])
+    assert code == 0
+    assert set(hub.repos["me/model"]["branches"]["main"]) == {*contents(HYBRID), ".gitattributes"}
+
+
+def test_names_that_the_hub_cannot_take(hub, push):
+    names = ["model", "me/my/model", "me/my model", "https://huggingface.co/me/model", "me/--x", "me/", ""]
+    commands = [[HYBRID, name, *options] for options in ([], ["--dry-run"]) for name in names]
+    for sentence, name in zip(errors(push(*commands)), names * 2, strict=True):
+        assert repr(name) in sentence and "give user/name" in sentence
+    assert hub.requests == []
+
+
+def test_refusals_of_the_hub_are_one_sentence_with_the_remedy(hub, push, tmp_path):
+    def sentence(path, status, message, folder=HYBRID):
+        hub.failures = {path: (status, message)}
+        return errors(push([folder, "me/model"]))[0]
+
+    said = sentence("/api/repos/create", 401, f"Invalid token {TOKEN}")
+    assert "(401: Invalid token ***)" in said and "hf auth login" in said and "HF_TOKEN" in said
+    said = sentence("/api/repos/create", 403, "You don't have the rights to create a model")
+    assert "may not write to me/model (403: " in said and "hf auth login" in said
+    said = sentence("/api/repos/create", 500, f"Internal error\nfor {TOKEN}")
+    assert "(500: " in said and "later" in said
+    said = sentence("/api/models/me/model/commit", 403, "Read-only token")
+    assert "may not write to me/model (403: " in said
+    assert "model.safetensors" not in hub.repos["me/model"]["branches"]["main"]
+    hub.store.clear()
+    said = sentence("/lfs/", 403, "Request has expired")
+    assert "403" in said and "may not write" in said
+    bad = copied(tmp_path / "bad", replace("README.md", "license: mit", "license: forbidden"))
+    assert '"license" must be one of the known' in sentence("/nothing", 500, "", bad)
+
+
+def test_without_a_valid_token_or_a_network(hub, push):
+    (said,) = errors(push([HYBRID, "me/model"], HF_TOKEN=""))
+    assert "not logged in" in said and "hf auth login" in said and "HF_TOKEN" in said
+    assert hub.requests == []
+    (said,) = errors(push([HYBRID, "me/model"], HF_TOKEN="hf_anotheranotheranother"))
+    assert "does not accept the token" in said and "hf_another" not in said and hub.repos == {}
+    (said,) = errors(push([HYBRID, "me/model"], HF_HUB_OFFLINE="1"))
+    assert "HF_HUB_OFFLINE is set" in said and "unset it" in said
+    hub.shutdown()
+    hub.server_close()
+    (said,) = errors(push([HYBRID, "me/model"]))
+    assert f"{hub.address} cannot be reached" in said and "check the network" in said
