@@ -10,6 +10,7 @@ import torch
 from mmmamba.examples.shapes import evaluate, tokenizer, world
 from mmmamba.examples.shapes.data import Conversations
 from mmmamba.examples.shapes.folder import make_processor
+from mmmamba.examples.shapes.recall import RecallConversations, recall
 from mmmamba.examples.shapes.world import (
     CELL,
     COLORS,
@@ -205,6 +206,17 @@ def test_batches_hold_every_conversation_once_and_conversations_of_like_length(p
         assert spans != sorted(spans)
     # A run that goes on in the middle reads what it would have read.
     assert torch.equal(Conversations(processor, "train", 0, 4)[size + 5]["input_ids"], rows[size + 5]["input_ids"])
+
+
+def test_what_is_asked_for_was_told(processor):
+    for items in (4, 256):
+        one = recall(0, 7, items, turns=3)
+        told = dict(entry.split(": ") for entry in one.told.removesuffix(".").split(". "))
+        assert len(told) == items
+        assert all(told[question.removesuffix("?")] == answer for question, answer in one.turns)
+    rows = RecallConversations(processor, 0, batch_size=2)
+    lengths = [len(rows[i]["input_ids"]) for i in range(16)]
+    assert max(lengths) < 2048 and max(lengths) > 4 * min(lengths)
 
 
 def test_shuffled_pictures_belong_to_other_questions(examples):

@@ -33,17 +33,16 @@ class Source:
         self.processor = model_processor(teacher)
         self.collate = partial(pack if recipe.packing else pad, pad_token_id=self.processor.tokenizer.pad_token_id)
         self.of_shapes = any("shapes" in entry for entry in recipe.data if isinstance(entry, dict))
-        if self.of_shapes and recipe.data != [{"shapes": "train"}]:
-            raise ValueError(f"data={recipe.data} mixes the picture world with others; give `- shapes: train` alone.")
+        if self.of_shapes and recipe.data not in ([{"shapes": "train"}], [{"shapes": "recall"}]):
+            raise ValueError(
+                f"data={recipe.data} is more than the picture world; give `- shapes: train` alone (or `recall`)."
+            )
 
     def rows(self, stage: int) -> Dataset:
         """Conversations for a stage; another order, or other pictures, for each."""
         recipe, seed = self.recipe, self.recipe.seed * 10 + stage
         if self.of_shapes:
-            from mmmamba.examples.shapes.data import Conversations
-
-            batch_size = recipe.stage(stage).per_device_batch_size
-            return Conversations(self.processor, "train", seed=1 + seed, batch_size=batch_size)
+            return self._shapes("train", 1 + seed, recipe.stage(stage).per_device_batch_size)
         return open_data(recipe.data, self.processor, max_tokens=recipe.max_tokens, seed=seed)
 
     def size(self, rows: Dataset) -> int | None:
@@ -57,9 +56,7 @@ class Source:
             ValueError: if the recipe names none.
         """
         if self.of_shapes:
-            from mmmamba.examples.shapes.data import Conversations
-
-            rows = Conversations(self.processor, "test", seed=10**6, batch_size=batch_size)
+            rows = self._shapes("test", 10**6, batch_size)
         elif self.recipe.held_out is None:
             raise ValueError("strategy='measured' needs held_out in the recipe: data that no stage trains on.")
         else:
@@ -68,6 +65,14 @@ class Source:
         for _ in range(batches):
             batch = self.collate(list(islice(each, batch_size)))
             yield {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+    def _shapes(self, split: str, seed: int, batch_size: int) -> Dataset:
+        from mmmamba.examples.shapes.data import Conversations
+        from mmmamba.examples.shapes.recall import RecallConversations
+
+        if self.recipe.data == [{"shapes": "recall"}]:
+            return RecallConversations(self.processor, seed, batch_size)
+        return Conversations(self.processor, split, seed, batch_size)
 
 
 def model_processor(folder: Path) -> MmMambaProcessor:

@@ -17,22 +17,21 @@ from .tokenizer import SYSTEM_MESSAGE
 from .world import conversation
 
 
-class Conversations(Dataset):
-    """An endless, deterministic series of conversations, in batches of like length so that little of one is padding.
+class InOrder(Dataset):
+    """An endless, deterministic series of rows, in batches of like length so that little of one is padding.
+
+    A subclass makes row number `index` in `row(index)`.
 
     Args:
-        processor: Of the picture world.
-        split: "train" or "test"; no picture occurs in both.
-        seed: Which series.
-        batch_size: Conversations that go together.
+        seed: Of the order of batches.
+        batch_size: Rows that go together.
     """
 
     ordered = True  # to be read from front to back
     pool = 8  # batches that are sorted by length together
 
-    def __init__(self, processor: MmMambaProcessor, split: str = "train", seed: int = 0, batch_size: int = 1):
-        self.encoder = ConversationEncoder(processor)
-        self.split, self.seed, self.batch_size = split, seed, batch_size
+    def __init__(self, seed: int = 0, batch_size: int = 1):
+        self.seed, self.batch_size = seed, batch_size
         self._drawn: tuple[int, list] = (-1, [])  # the pool read last
 
     def __len__(self) -> int:
@@ -52,6 +51,25 @@ class Conversations(Dataset):
             torch.randperm(self.pool, generator=shuffle)
         batches = torch.randperm(self.pool, generator=shuffle).tolist()
         return [rows[batch * self.batch_size + i] for batch in batches for i in range(self.batch_size)]
+
+    def row(self, index: int) -> dict[str, torch.Tensor]:
+        """Row number `index`; see `ConversationEncoder`."""
+        raise NotImplementedError
+
+
+class Conversations(InOrder):
+    """Conversations about the picture world.
+
+    Args:
+        processor: Of the picture world.
+        split: "train" or "test"; no picture occurs in both.
+        seed: Which series.
+        batch_size: Conversations that go together.
+    """
+
+    def __init__(self, processor: MmMambaProcessor, split: str = "train", seed: int = 0, batch_size: int = 1):
+        super().__init__(seed, batch_size)
+        self.encoder, self.split = ConversationEncoder(processor), split
 
     def row(self, index: int) -> dict[str, torch.Tensor]:
         """Conversation number `index`; see `ConversationEncoder`."""
