@@ -90,12 +90,13 @@ class Run:
                     f"{self.folder} holds a run with another {', '.join(changed)}; give another output=FOLDER, or "
                     "remove this one to start anew."
                 )
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and any(entry.name != "recipe.new" for entry in self.folder.iterdir()):
             raise FileExistsError(f"{self.folder} exists and is no run; give another output=FOLDER.")
         PartialState().wait_for_everyone()
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            dump_recipe(self.recipe, file)
+            dump_recipe(self.recipe, file.with_suffix(".new"))
+            file.with_suffix(".new").replace(file)
         PartialState().wait_for_everyone()
 
     # --- steps -------------------------------------------------------------------------------------------------------
@@ -125,6 +126,7 @@ class Run:
         if stage is None:
             raise ValueError(f"The recipe has no stage_{number}; add it.")
         if self._is_there(folder / "model", f"stage {number}"):
+            self._remove(folder / "checkpoints")
             return
         before = self._before(number)
         args = training_arguments(recipe, number, folder / "checkpoints")
@@ -143,7 +145,9 @@ class Run:
                 chunk_size=stage.logits_chunk,
             )
             if stage.gradient_checkpointing:
-                student.gradient_checkpointing_enable()
+                # The second name is that of Transformers before 5.23.
+                enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+                enable()
         else:
             distiller = LayerwiseDistiller(self.teacher, student.train(), number, stage.include_padding)
         trained, share = _trained(distiller, sum(p.numel() for p in self.teacher.parameters()))
@@ -161,7 +165,6 @@ class Run:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         history, tokens = trainer.state.log_history, trainer.state.num_input_tokens_seen
         if self.main:
-            self._write(folder / "model", before, [distiller.student_tensors(state)], f"{self.name}-stage-{number}")
             write_json(folder / "history.json", {"history": history})
             plot_losses(history, f"{self.name}, stage {number}", folder / "loss.png")
             losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -176,8 +179,9 @@ class Run:
                     "bad_rows": bad_rows.count,
                 },
             )
-            # What a finished stage leaves is its model; its checkpoints would be many times that.
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            # With its model a stage is finished, so that comes last. Its checkpoints would be many times that.
+            self._write(folder / "model", before, [distiller.student_tensors(state)], f"{self.name}-stage-{number}")
+            self._remove(folder / "checkpoints")
         del trainer, distiller, student, state
         gc.collect()
         PartialState().wait_for_everyone()
@@ -293,6 +297,10 @@ class Run:
             print(f"{what} is there: {folder}")
         return there
 
+    def _remove(self, folder: Path) -> None:
+        if self.main:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def _tidy(self) -> None:
         """Removes what a killed run left of a folder that it was writing."""
         for folder in self.folder.rglob(".*.unfinished-*"):
@@ -307,7 +315,9 @@ class Run:
         return read_json(file) if file.is_file() else {}
 
     def _note(self, key: str, value) -> None:
-        write_json(self.folder / "results.json", self._results() | {key: value})
+        file = self.folder / "results.json"
+        write_json(file.with_suffix(".new"), self._results() | {key: value})
+        file.with_suffix(".new").replace(file)  # whole at every moment
 
     def _provenance(self) -> Provenance:
         recipe, results = self.recipe, self._results()
