@@ -4,9 +4,10 @@
     python benchmarks/distillation.py --layers 8 --rows 512 # smaller
 
 The straightforward implementation is what one writes first: run the teacher and keep each layer's attention input and
-heads, run every mixer on them (stages 1 and 2) or the whole student (stage 3) under autograd, then one backward pass;
-stage 3 materialises both models' logits over all positions. Both sides do the same work and get the same loss, which
-is checked. Every measurement is a process of its own; the two sides alternate.
+heads, run the student in full beside it under autograd, then one backward pass; stage 3 materialises both models'
+logits over all positions. In stages 1 and 2 the loss needs the student's mixers alone, so its MLPs, which a student in
+full runs, too, are part of what streaming saves. Both sides get the same loss, which is checked. Every measurement is
+a process of its own; the two sides alternate.
 """
 
 import argparse

@@ -21,7 +21,7 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from mmmamba.conversion.distillation.data import pad
-from mmmamba.conversion.distillation.trainer import MarkWhole, last_checkpoint
+from mmmamba.conversion.distillation.trainer import WholeCheckpoints, last_checkpoint
 from mmmamba.examples.shapes.folder import make_processor, save
 from mmmamba.examples.shapes.recall import RecallConversations, recall
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
@@ -64,7 +64,7 @@ def train_teacher(steps: int) -> None:
     )
     rows = RecallConversations(processor, seed=100, batch_size=BATCH_SIZE)
     collate = partial(pad, pad_token_id=processor.tokenizer.pad_token_id)
-    trainer = Trainer(model, options, data_collator=collate, train_dataset=rows, callbacks=[MarkWhole()])
+    trainer = Trainer(model, options, data_collator=collate, train_dataset=rows, callbacks=[WholeCheckpoints()])
     checkpoint = last_checkpoint(checkpoints)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     save(model, folder, "shapes-recall-teacher", f"The shapes teacher after {steps:,} more steps on recall.")

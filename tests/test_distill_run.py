@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import mmmamba
 from mmmamba.conversion.distillation.recipe import load_recipe
 from mmmamba.conversion.distillation.run import distill
-from mmmamba.conversion.distillation.trainer import DistillationTrainer
+from mmmamba.conversion.distillation.trainer import DistillationTrainer, Passes
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 
@@ -208,8 +208,37 @@ def test_a_run_over_a_users_data_goes_on_in_the_middle_of_an_epoch(tmp_path, con
     assert steps == [*range(8), 6, 7]
     expected = weights(tmp_path / "whole")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "cut").items())
-    bad = [json.loads(line) for line in (tmp_path / "cut" / "bad_rows.jsonl").read_text().splitlines()]
+    listed = tmp_path / "cut" / "stage-1" / "bad_rows.jsonl"
+    bad = [json.loads(line) for line in listed.read_text().splitlines()]
     assert bad and all("3-0.png" in row["reason"] for row in bad)
+
+
+def test_a_stage_killed_before_its_model_was_written_takes_no_step_too_many(tmp_path, monkeypatch):
+    options = [*SMALL, "stages=[1]", "stage_1.steps=4"]
+    distill(load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'whole'}"]))
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    recipe = load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'cut'}"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mmmamba.conversion.distillation.run.plot_losses", killed)
+        distill(recipe)
+    distill(recipe)
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "cut").items())
+    tokens = [
+        json.loads((tmp_path / run / "results.json").read_text())["stage_1"]["tokens"] for run in ("whole", "cut")
+    ]
+    assert tokens[0] == tokens[1]
+
+
+def test_every_pass_reads_every_row_in_another_order():
+    rows = list(range(7))
+    read = list(Passes(rows, 17, seed=3))
+    assert sorted(read[:7]) == sorted(read[7:14]) == rows and len(read) == 17
+    assert read[:7] != read[7:14] and read == list(Passes(rows, 17, seed=3))
+    assert read != list(Passes(rows, 17, seed=4))
 
 
 def test_too_many_bad_rows_stop_a_run(tmp_path, conversations):

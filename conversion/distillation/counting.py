@@ -20,9 +20,9 @@ def following(labels: Tensor) -> Tensor:
 
 
 def totals_of(batch: dict[str, Tensor], include_padding: bool = False) -> Tensor:
-    """(2,), fp32: how many positions count in a batch, and how many predict an answer's token."""
+    """(2,), int64: how many positions count in a batch, and how many predict an answer's token."""
     mask = counted(batch)
     labels = batch.get("labels")
     positions = mask.numel() if include_padding else int(mask.sum())
     answers = 0 if labels is None else int((following(labels) != -100).sum())
-    return torch.tensor([positions, answers], dtype=torch.float32)
+    return torch.tensor([positions, answers])

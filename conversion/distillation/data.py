@@ -258,7 +258,9 @@ class BadRows:
 
     Args:
         max_share: Largest share of bad rows among the rows seen.
-        file: JSON Lines file that gets each bad row once (`row` and `reason`), over several runs, too.
+        file: JSON Lines file that gets each bad row once (`row` and `reason`). Rows that it holds already, from
+            before a run was interrupted, count.
+        seen: Rows seen before the run was interrupted.
         size: Rows of the whole dataset, if known; rows beyond are those seen again.
         patience: Rows to see before the share counts, or the whole dataset if it is smaller.
         shown: Bad rows that a message quotes.
@@ -271,6 +273,7 @@ class BadRows:
         size: int | None = None,
         patience: int = 100,
         shown: int = 3,
+        seen: int = 0,
     ):
         if not 0 <= max_share <= 1:
             raise ValueError(f"The largest share of bad rows is {max_share}; give one from 0 to 1.")
@@ -278,9 +281,8 @@ class BadRows:
         self.patience = patience if size is None else min(patience, size)
         self.file = None if file is None else Path(file)
         self.first: list[str] = []
-        self._names: set[str] = set()
-        self._seen = self._bad = 0
-        self._written = set(_names_in(self.file)) if self.file is not None and self.file.is_file() else set()
+        self._seen = seen
+        self._names = set(_names_in(self.file)) if self.file is not None and self.file.is_file() else set()
 
     @property
     def count(self) -> int:
@@ -298,36 +300,32 @@ class BadRows:
             self._names.add(name)
             if len(self.first) < self.shown:
                 self.first.append(message)
-            if name not in self._written:
-                self._written.add(name)
-                lines.append(json.dumps({"row": name, "reason": message[len(name) :].removeprefix(": ")}))
+            lines.append(json.dumps({"row": name, "reason": message[len(name) :].removeprefix(": ")}))
         if lines and self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in lines)
         return len(self._names) - before
 
-    def check(self, seen_rows: int, bad_rows: int | None = None) -> None:
+    def check(self, seen_rows: int) -> None:
         """Stops the run if too many rows are bad.
 
         Args:
-            seen_rows: Rows seen since the last check, over all processes.
-            bad_rows: What `add` returned since the last check, summed over all processes; those of this process if not
-                given.
+            seen_rows: Rows seen since the last check.
 
         Raises:
             ValueError: if their share is above the limit.
         """
         self._seen += seen_rows
-        self._bad = self.count if bad_rows is None else self._bad + bad_rows
         seen = self._seen if self.size is None else min(self._seen, self.size)
-        if seen < max(1, self.patience) or self._bad <= self.max_share * seen:
+        if seen < max(1, self.patience) or self.count <= self.max_share * seen:
             return
-        first = "; ".join(self.first) or "named by the other processes"
+        first = "; ".join(self.first) or "named before the run was interrupted"
         listed = "" if self.file is None else f" (all of them are in {self.file})"
         raise ValueError(
-            f"{self._bad} bad rows among {seen} rows ({self._bad / seen:.2%}) are more than the {self.max_share:.2%} "
-            f"that is allowed; the first are {first}{listed}; repair or remove them, or allow a larger share."
+            f"{self.count} bad rows among {seen} rows ({self.count / seen:.2%}) are more than the "
+            f"{self.max_share:.2%} that is allowed; the first are {first}{listed}; "
+            "repair or remove them, or allow a larger share."
         )
 
 

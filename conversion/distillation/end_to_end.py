@@ -46,7 +46,7 @@ def distillation_loss(
 
     Args:
         student_rows, teacher_rows: (batch, length, hidden), what the heads read.
-        student_head, teacher_head: Rows to logits.
+        student_head, teacher_head: Rows to logits; without gradients of their own.
         batch: `input_ids` (batch, length), and `attention_mask` and `labels` of that shape if any; padding is left
             out, and labels are -100 where there is no answer.
         totals: (2,), positions and answers that the means are over; those of `batch` if not given.
@@ -78,7 +78,7 @@ def distillation_loss(
     student_rows, teacher_rows, soft, targets = student_rows[used], teacher_rows[used], soft[used], targets[used]
 
     def loss_of(chunk: slice) -> Callable[..., Tensor]:
-        def loss(rows: Tensor, *_) -> Tensor:
+        def loss(rows: Tensor) -> Tensor:
             logits = student_head(rows)
             with torch.no_grad():
                 truth = teacher_head(teacher_rows[chunk])
@@ -92,11 +92,10 @@ def distillation_loss(
 
         return loss
 
-    head = [p for p in student_head.parameters() if p.requires_grad]
     losses = []
     for start in range(0, len(student_rows), chunk_size):
         chunk = slice(start, start + chunk_size)
-        losses.append(streamed(loss_of(chunk), student_rows[chunk], *head))
+        losses.append(streamed(loss_of(chunk), student_rows[chunk]))
     # An empty sum still belongs to the graph: a batch in which nothing counts trains nothing and fails nothing.
     return torch.stack(losses).sum() if losses else student_rows.sum() * 0.0
 

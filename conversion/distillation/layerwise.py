@@ -99,7 +99,8 @@ class LayerwiseDistiller(nn.Module):
             mixer = self.mixers[layer]
 
             def error(*_) -> Tensor:
-                heads = mixer.heads(hidden_states, sequences)
+                # The teacher may be held in another dtype.
+                heads = mixer.heads(hidden_states.to(mixer.A_log.dtype), sequences)
                 true_heads = target.view_as(heads)
                 if observe is not None:
                     observe(int(layer), heads, true_heads)

@@ -1,12 +1,13 @@
 """A distillation run: seed, stage 1, 2, 3, export; each a folder that appears whole, so that a run can go on.
 
-runs/mine/recipe.yaml       what is run, with every value
-runs/mine/seeded/           the seeded student
-runs/mine/stage-1/model/    the student after stage 1; beside it checkpoints/, logs/ (TensorBoard) and loss.png
-runs/mine/placed/           after a measured placement: the student whose costliest layers are attention again
-runs/mine/model/            the finished student
-runs/mine/results.json      losses, times, tokens and scores
-runs/mine/bad_rows.jsonl    conversations that could not be read
+    runs/mine/recipe.yaml       what is run, with every value
+    runs/mine/seeded/           the seeded student
+    runs/mine/stage-1/model/    the student after stage 1; beside it checkpoints/, logs/ (TensorBoard) and loss.png
+    runs/mine/placed/           after a measured placement: the student whose costliest layers are attention again
+    runs/mine/model/            the finished student
+    runs/mine/results.json      losses, times, tokens and scores
+
+A stage that met conversations it could not read lists them in its bad_rows.jsonl.
 """
 
 import argparse
@@ -17,13 +18,15 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from huggingface_hub import EvalResult
 from torch import Tensor
-from transformers import set_seed
+from torch.utils.data import IterableDataset
+from transformers import TrainingArguments, set_seed
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.publish import (
@@ -45,7 +48,15 @@ from .layerwise import LayerwiseDistiller
 from .placement import costliest, layer_costs
 from .recipe import Recipe, differences, dump_recipe, load_recipe, resolve
 from .sources import Source
-from .trainer import DistillationTrainer, accumulation, last_checkpoint, plot_losses, training_arguments
+from .trainer import (
+    WHOLE,
+    DistillationTrainer,
+    accumulation,
+    last_checkpoint,
+    plot_losses,
+    readers_of,
+    training_arguments,
+)
 
 
 class Run:
@@ -63,7 +74,8 @@ class Run:
         self.teacher_folder = resolve(recipe.teacher)
         self.config = teacher_config(recipe)
         self.attention = self._attention()
-        PartialState(cpu=not torch.cuda.is_available())  # before anything that depends on how many processes there are
+        # Before anything that depends on how many processes there are. The others wait while one of them writes.
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
         self.main = PartialState().is_main_process
         for number in recipe.stages:
             accumulation(recipe, number)
@@ -129,6 +141,7 @@ class Run:
             self._remove(folder / "checkpoints")
             return
         before = self._before(number)
+        rows = self.source.rows(number)
         args = training_arguments(recipe, number, folder / "checkpoints")
         self._load_teacher()
         set_seed(recipe.seed + number)
@@ -153,12 +166,16 @@ class Run:
         trained, share = _trained(distiller, sum(p.numel() for p in self.teacher.parameters()))
         if self.main:
             print(f"stage {number}: {share}")
-        rows = self.source.rows(number)
-        bad_rows = BadRows(recipe.bad_share, self._bad_rows_file(), size=self.source.size(rows))
-        trainer = DistillationTrainer(distiller, args, rows, self.source.collate, stage, bad_rows, folder / "logs")
         checkpoint = last_checkpoint(folder / "checkpoints")
-        if checkpoint and self.main:
-            print(f"stage {number}: goes on from {checkpoint}")
+        if checkpoint:
+            self._check_resume(number, checkpoint, args, isinstance(rows, IterableDataset))
+        bad_rows = BadRows(
+            recipe.bad_share,
+            folder / "bad_rows.jsonl" if self.main else None,
+            size=self.source.size(rows),
+            seen=int(checkpoint.name.removeprefix("checkpoint-")) * stage.batch_size if checkpoint else 0,
+        )
+        trainer = DistillationTrainer(distiller, args, rows, self.source.collate, stage, bad_rows, folder / "logs")
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - started
@@ -226,7 +243,6 @@ class Run:
             config = MmMambaConfig.from_pretrained(folder)
             card = model_card(self.name, config, provenance=self._provenance())
             (folder / "README.md").write_text(card, encoding="utf-8")
-        PartialState().wait_for_everyone()
 
     # --- pieces ------------------------------------------------------------------------------------------------------
 
@@ -306,9 +322,20 @@ class Run:
         for folder in self.folder.rglob(".*.unfinished-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _bad_rows_file(self) -> Path:
-        rank = PartialState().process_index
-        return self.folder / ("bad_rows.jsonl" if rank == 0 else f"bad_rows.{rank}.jsonl")
+    def _check_resume(self, number: int, checkpoint: Path, args: TrainingArguments, streaming: bool) -> None:
+        before, now = read_json(checkpoint / WHOLE), readers_of(args)
+        if before != now and streaming:
+            raise ValueError(
+                f"{checkpoint} was read by {before} and this run reads by {now}, which changes the order of a stream; "
+                "start it with as many processes and workers as before."
+            )
+        if self.main:
+            print(f"stage {number}: goes on from {checkpoint}")
+            if before["processes"] != now["processes"]:
+                print(
+                    f"WARNING: {before['processes']} processes wrote it and {now['processes']} go on; sums may differ "
+                    "in their last digits."
+                )
 
     def _results(self) -> dict:
         file = self.folder / "results.json"

@@ -4,16 +4,20 @@ What is computed is in `layerwise` and `end_to_end`; devices, precision, accumul
 learning rate are the Trainer's and Accelerate's.
 """
 
+import json
+import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -49,6 +53,8 @@ def training_arguments(recipe: Recipe, number: int, folder: Path) -> TrainingArg
         folder: Of the stage's checkpoints.
     """
     stage, seed = recipe.stage(number), recipe.seed + number
+    # The recipe decides; the Trainer would let a launcher's configuration overrule fp32.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if recipe.precision == "bf16" else "no"
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=stage.steps,
@@ -107,9 +113,12 @@ class DistillationTrainer(Trainer):
     ):
         self.bad_rows, self.include_padding = bad_rows, stage.include_padding
         super().__init__(distiller, args, data_collator=collate, train_dataset=rows)
+        if (plugin := getattr(self.accelerator.state, "fsdp_plugin", None)) is not None:
+            # Autocast chooses precision operation by operation; FSDP would compute decays and sum gradients in bf16.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(MarkWhole())
+        self.add_callback(WholeCheckpoints())
         if self.is_world_process_zero():
             from torch.utils.tensorboard import SummaryWriter
 
@@ -121,10 +130,8 @@ class DistillationTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def _get_train_sampler(self, *args, **kwargs):
-        # Some data has an order of its own, which puts conversations of like length together.
-        if getattr(self.train_dataset, "ordered", False):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-        return super()._get_train_sampler(*args, **kwargs)
+        total = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
+        return Passes(self.train_dataset, total * self.args.world_size, self.args.data_seed)
 
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, IterableDataset):
@@ -141,16 +148,18 @@ class DistillationTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
         """(2,), the step's positions and answers over all micro-batches and processes."""
-        totals, rows, bad = torch.zeros(2), 0, 0
+        totals, rows, bad = torch.zeros(2, dtype=torch.long), 0, []
         for batch in batch_samples:
-            bad += self.bad_rows.add(batch.pop("bad_rows", []))
+            bad += batch.pop("bad_rows", [])
             rows += int((batch["position_ids"] == 0).sum()) if "position_ids" in batch else len(batch["input_ids"])
             totals += totals_of(batch, self.include_padding)
-        counts = torch.cat([totals, torch.tensor([rows, bad], dtype=totals.dtype)]).to(device)
+        counts = torch.cat([totals, torch.tensor([rows, len(bad)])]).to(device)
         counts = self.accelerator.reduce(counts, "sum")
-        positions, _, rows, bad = counts.tolist()
-        self.bad_rows.check(int(rows), int(bad))
-        self.state.num_input_tokens_seen += int(positions)
+        positions, _, rows, named = counts.tolist()
+        # Every process counts the bad rows of all, so that all of them stop together.
+        self.bad_rows.add(gather_object(bad) if named else [])
+        self.bad_rows.check(rows)
+        self.state.num_input_tokens_seen += positions
         return counts[:2].clamp(min=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -162,13 +171,53 @@ class DistillationTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class MarkWhole(TrainerCallback):
-    """Marks a checkpoint once every process has written its part of it."""
+class Passes(Sampler):
+    """Rows for a whole run: all of them in each pass, each pass in another order.
+
+    The Trainer's own epochs may end in the middle of a step; here every step has all its rows, and however many
+    processes share them, they are the same.
+
+    Args:
+        rows: The data set; one that is `ordered` is read from front to back.
+        total: Rows that the run reads.
+        seed: Of the orders.
+    """
+
+    def __init__(self, rows: Dataset, total: int, seed: int):
+        self.rows, self.total, self.seed = rows, total, seed
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        size = len(self.rows)
+        if getattr(self.rows, "ordered", False):
+            yield from (index % size for index in range(self.total))
+            return
+        for number, start in enumerate(range(0, self.total, size)):
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+            yield from torch.randperm(size, generator=generator)[: self.total - start].tolist()
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Marks a checkpoint once every process has written its part of it, with how many processes there were."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # What follows the last step is the finished model. A run that was resumed there would take a step too many.
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+        return control
 
     def on_save(self, args, state, control, **kwargs):
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+            mark = Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE
+            mark.write_text(json.dumps(readers_of(args)), encoding="utf-8")
+
+
+def readers_of(args: TrainingArguments) -> dict[str, int]:
+    """What the order of a stream depends on: processes, and their workers that read data."""
+    return {"processes": args.world_size, "workers": args.dataloader_num_workers}
 
 
 def last_checkpoint(folder: Path) -> Path | None:

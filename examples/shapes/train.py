@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.distillation.data import pad
-from mmmamba.conversion.distillation.trainer import MarkWhole, last_checkpoint
+from mmmamba.conversion.distillation.trainer import WholeCheckpoints, last_checkpoint
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 from .data import Conversations
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         training_arguments(checkpoints, args.steps, args.seed),
         data_collator=partial(pad, pad_token_id=processor.tokenizer.pad_token_id),
         train_dataset=Conversations(processor, "train", args.seed, BATCH_SIZE),
-        callbacks=[MarkWhole()],
+        callbacks=[WholeCheckpoints()],
     )
     checkpoint = last_checkpoint(checkpoints)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
