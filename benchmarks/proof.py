@@ -130,9 +130,32 @@ def report(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     result = {"date": date.today().isoformat(), "machine": machine, "experiments": found}
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if found:
+        plot(found, file.with_suffix(".png"))
     for name, one in found.items():
         each = ", ".join(f"{value:.1f}" for value in one["seeds"])
         print(f"{name:32} {one['mean']:6.1f} ± {one['spread']:4.1f}   ({each})")
+
+
+def plot(found: dict, file: Path) -> None:
+    """Draws each group's means with their spread."""
+    from matplotlib.figure import Figure
+
+    groups = [group for group in GROUPS if any(one["group"] == group for one in found.values())]
+    figure = Figure(figsize=(4 * len(groups), 4), layout="constrained")
+    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        ones = {name.removeprefix(f"{group}-"): one for name, one in found.items() if one["group"] == group}
+        axes.bar(
+            list(ones),
+            [one["mean"] for one in ones.values()],
+            yerr=[one["spread"] for one in ones.values()],
+            capsize=4,
+        )
+        axes.set(title=group, ylim=(0, 102))
+        axes.tick_params(axis="x", rotation=45)
+        axes.grid(axis="y", alpha=0.3)
+    figure.axes[0].set_ylabel("exact match (%)")
+    figure.savefig(file, dpi=120)
 
 
 def main() -> None:
