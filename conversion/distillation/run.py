@@ -27,6 +27,7 @@ from huggingface_hub import EvalResult
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.publish import (
@@ -431,6 +432,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs `mmmamba distill`."""
+    disable_progress_bar()  # of loading weights, which takes a moment; training has one of its own
     recipe = load_recipe(args.recipe, args.overrides)
     if args.cost is not None:
         if args.cost < 1:
