@@ -1,6 +1,10 @@
 """Losses of the three stages against upstream's, and what each stage may and may not change."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,3 +313,13 @@ def test_a_batch_in_which_nothing_counts_trains_nothing():
     distiller = EndToEndDistiller(teacher, student, answers_only=True)
     found = gradients(distiller, batch)
     assert found and all(gradient.abs().max() == 0 for gradient in found.values())
+
+
+def test_sharded_parameters_get_the_gradients_of_one_process():
+    """FSDP2 over two processes, for all stages, with gradient checkpointing in the third."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = Path(__file__).with_name("sharded_gradients.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("gradients agree") == 3
