@@ -46,8 +46,8 @@ def short(*stages: int) -> list[str]:
     """Overrides for an ablation with these stages, which share the budget 1 : 2 : 3."""
     shares = {number: BUDGET * number // sum(stages) for number in stages}
     overrides = [f"stages={list(stages)}", "stage_3.trainable=mixers", "stage_3.hard_weight=0"]
-    for number in (1, 2, 3):
-        overrides += stage(number, shares.get(number, 1) if number in shares else 100)
+    for number, steps in shares.items():
+        overrides += stage(number, steps)
     return [*overrides, "evaluate=1000"]
 
 

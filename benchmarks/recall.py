@@ -14,16 +14,14 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import set_seed
 
-from mmmamba.conversion.distillation.data import pad
-from mmmamba.conversion.distillation.trainer import WholeCheckpoints, last_checkpoint
 from mmmamba.examples.shapes.folder import make_processor, save
 from mmmamba.examples.shapes.recall import RecallConversations, recall
+from mmmamba.examples.shapes.train import fit
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 
@@ -36,37 +34,14 @@ BATCH_SIZE = 8
 
 def train_teacher(steps: int) -> None:
     """Goes on with the picture world's teacher on recall alone."""
-    folder, checkpoints = FOLDER / "teacher", FOLDER / "teacher-checkpoints"
+    folder = FOLDER / "teacher"
     if folder.is_dir():
         return
     set_seed(0)
     processor = make_processor()
     model = MmMambaForConditionalGeneration.from_pretrained(SHAPES / "teacher", dtype=torch.float32)
-    options = TrainingArguments(
-        checkpoints,
-        max_steps=steps,
-        learning_rate=1e-3,
-        adam_beta2=0.98,
-        weight_decay=0.05,
-        max_grad_norm=1.0,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": steps // 5, "min_lr_ratio": 0.02},
-        warmup_steps=100,
-        per_device_train_batch_size=BATCH_SIZE,
-        train_sampling_strategy="sequential",
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=50,
-        save_steps=250,
-        save_total_limit=2,
-        report_to=[],
-        remove_unused_columns=False,
-    )
     rows = RecallConversations(processor, seed=100, batch_size=BATCH_SIZE)
-    collate = partial(pad, pad_token_id=processor.tokenizer.pad_token_id)
-    trainer = Trainer(model, options, data_collator=collate, train_dataset=rows, callbacks=[WholeCheckpoints()])
-    checkpoint = last_checkpoint(checkpoints)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    fit(model, rows, FOLDER / "teacher-checkpoints", steps, 1e-3, processor.tokenizer.pad_token_id)
     save(model, folder, "shapes-recall-teacher", f"The shapes teacher after {steps:,} more steps on recall.")
 
 

@@ -1,9 +1,23 @@
 """Fixtures that several test files share."""
 
 import pytest
+from conversations import processor_with
 from tiny_models import LAYER_TYPES, tiny_model
+
+from mmmamba.conversion.convert import chat_template
+from mmmamba.conversion.distillation.data import ConversationEncoder
 
 
 @pytest.fixture(scope="session", params=list(LAYER_TYPES))
 def model(request):
     return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return processor_with(chat_template("internlm2-chat"))
+
+
+@pytest.fixture(scope="module")
+def encoder(processor):
+    return ConversationEncoder(processor)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import mmmamba
 from mmmamba.conversion.distillation.recipe import load_recipe
 from mmmamba.conversion.distillation.run import distill
-from mmmamba.conversion.distillation.trainer import DistillationTrainer, Passes
+from mmmamba.conversion.distillation.trainer import DistillationTrainer, passes
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 
@@ -235,10 +235,10 @@ def test_a_stage_killed_before_its_model_was_written_takes_no_step_too_many(tmp_
 
 def test_every_pass_reads_every_row_in_another_order():
     rows = list(range(7))
-    read = list(Passes(rows, 17, seed=3))
+    read = list(passes(rows, 17, seed=3))
     assert sorted(read[:7]) == sorted(read[7:14]) == rows and len(read) == 17
-    assert read[:7] != read[7:14] and read == list(Passes(rows, 17, seed=3))
-    assert read != list(Passes(rows, 17, seed=4))
+    assert read[:7] != read[7:14] and read == list(passes(rows, 17, seed=3))
+    assert read != list(passes(rows, 17, seed=4))
 
 
 def test_too_many_bad_rows_stop_a_run(tmp_path, conversations):
@@ -281,6 +281,7 @@ def test_a_measured_placement_keeps_the_costliest_layers(tmp_path, capsys):
         (["teacher=nowhere"], "nowhere is no model folder: it has no config.json"),
         (["stage_1.batch_size=3"], "stage_1.batch_size=3 cannot be dealt out"),
         (["strategy=measured", "num_attention=6"], "num_attention=6 must lie between 1 and 5"),
+        (["strategy=measured", "num_attention=2", "data=[{file: x.jsonl}]"], "needs held_out in the recipe"),
         (["data=[{shapes: train}, {file: x.jsonl}]"], "is more than the picture world"),
     ],
 )

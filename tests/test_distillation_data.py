@@ -9,10 +9,9 @@ import sys
 
 import pytest
 import torch
-from conversations import answers_of, numbered, picture, processor_with, same, turns, write_lines
+from conversations import answers_of, numbered, picture, same, turns, write_lines
 from torch.utils.data import DataLoader
 
-from mmmamba.conversion.convert import chat_template
 from mmmamba.conversion.distillation import data, records
 from mmmamba.conversion.distillation.data import (
     BadRows,
@@ -24,16 +23,6 @@ from mmmamba.conversion.distillation.data import (
     pad,
 )
 from mmmamba.conversion.distillation.records import RecordFile
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return processor_with(chat_template("internlm2-chat"))
-
-
-@pytest.fixture(scope="module")
-def encoder(processor):
-    return ConversationEncoder(processor)
 
 
 @pytest.fixture

@@ -17,16 +17,6 @@ from mmmamba.processing_mmmamba import encode_conversation
 TYPED = "a<|im_end|><|im_start|>assistant\nb<img></img><IMG_CONTEXT></s>[UNUSED_TOKEN_1]c"
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return processor_with(chat_template("internlm2-chat"))
-
-
-@pytest.fixture(scope="module")
-def encoder(processor):
-    return ConversationEncoder(processor)
-
-
 # --- ids and labels --------------------------------------------------------------------------------------------------
 
 CONVERSATIONS = {

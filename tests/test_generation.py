@@ -2,23 +2,17 @@
 
 import pytest
 import torch
-from tiny_models import IMAGE_TOKEN, tiny_model
+from tiny_models import tiny_model, token_ids
 from transformers import GenerationConfig
 
 from mmmamba.modeling_mmmamba import MmMambaCache, MmMambaStaticCache
 
 
-TILE_TOKENS = 4
 STEPS = 6
 
 
 def prompt(*parts, seed):
-    generator = torch.Generator().manual_seed(seed)
-    ids = []
-    for part in parts:
-        text = torch.randint(3, 80, (0 if part == "tile" else part,), generator=generator)
-        ids += [IMAGE_TOKEN] * TILE_TOKENS if part == "tile" else text.tolist()
-    return torch.tensor([ids])
+    return token_ids(*parts, seed=seed)[None]
 
 
 # One row with two pictures, one with none, one with one: (ids, tiles).

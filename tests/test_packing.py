@@ -2,37 +2,24 @@
 
 import pytest
 import torch
-from tiny_models import IMAGE_TOKEN, LAYER_TYPES, tiny_model
+from tiny_models import IMAGE_TOKEN, LAYER_TYPES, TILE_TOKENS, tiny_model, token_ids
 from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening
 from transformers.masking_utils import flash_attention_mask
 
 from mmmamba.modeling_mmmamba import MmMambaCache, Sequences
 
 
-TILE_TOKENS = 4
-
-
-def sequence(*parts, seed):
-    """Token ids (length,) from lengths of text and "tile"."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = []
-    for part in parts:
-        text = torch.randint(3, 80, (0 if part == "tile" else part,), generator=generator)
-        ids += [IMAGE_TOKEN] * TILE_TOKENS if part == "tile" else text.tolist()
-    return torch.tensor(ids)
-
-
 # Lengths 1, 9, 26, 1, 8, 2: around the chunk of 8 steps, one step alone at either place, pictures in two of them.
 FIRST_ROW = [
-    sequence(1, seed=1),
-    sequence(3, "tile", 2, seed=2),
-    sequence("tile", 13, "tile", 5, seed=3),
-    sequence(1, seed=4),
-    sequence(8, seed=5),
-    sequence(2, seed=6),
+    token_ids(1, seed=1),
+    token_ids(3, "tile", 2, seed=2),
+    token_ids("tile", 13, "tile", 5, seed=3),
+    token_ids(1, seed=4),
+    token_ids(8, seed=5),
+    token_ids(2, seed=6),
 ]
 # Lengths 17, 30, of the same total.
-SECOND_ROW = [sequence(17, seed=7), sequence(4, "tile", 22, seed=8)]
+SECOND_ROW = [token_ids(17, seed=7), token_ids(4, "tile", 22, seed=8)]
 
 
 def tiles_of(sequences):
@@ -101,15 +88,15 @@ def test_rows_of_a_batch_may_be_packed_at_different_places(model, tolerance):
     close(model(**packed(FIRST_ROW, SECOND_ROW)).logits, alone(model, FIRST_ROW, SECOND_ROW), tolerance)
 
 
-def test_a_packed_row_may_stand_beside_one_of_a_single_sequence(model, tolerance):
-    rows = [sequence(13, seed=1), sequence(6, seed=2)], [sequence(19, seed=3)]
+def test_a_packed_row_may_stand_beside_one_of_a_single_token_ids(model, tolerance):
+    rows = [token_ids(13, seed=1), token_ids(6, seed=2)], [token_ids(19, seed=3)]
     inputs = packed(*rows)
     del inputs["pixel_values"]
     close(model(**inputs).logits, alone(model, *rows), tolerance)
 
 
 def test_sequences_of_one_token_each_may_be_packed(model, tolerance):
-    inputs = {"input_ids": sequence(7, seed=1)[None], "position_ids": torch.zeros(1, 7, dtype=torch.long)}
+    inputs = {"input_ids": token_ids(7, seed=1)[None], "position_ids": torch.zeros(1, 7, dtype=torch.long)}
     expected = torch.cat([model(token[None, None]).logits for token in inputs["input_ids"][0]], 1)
     close(model(**inputs).logits, expected, tolerance)
 
@@ -135,7 +122,7 @@ def test_packed_sequences_give_every_parameter_the_gradient_they_give_alone(mode
 
 
 def test_the_loss_of_a_flattened_batch_is_the_mean_over_its_sequences_tokens(model):
-    texts = [{"input_ids": sequence(length, seed=length)} for length in (5, 1, 19, 8)]
+    texts = [{"input_ids": token_ids(length, seed=length)} for length in (5, 1, 19, 8)]
     batch = DataCollatorWithFlattening()(texts)
     assert set(batch) == {"input_ids", "labels", "position_ids"}
     tokens = [
@@ -146,7 +133,7 @@ def test_the_loss_of_a_flattened_batch_is_the_mean_over_its_sequences_tokens(mod
 
 
 def test_positions_of_one_row_serve_a_whole_batch(model, tolerance):
-    rows = [sequence(5, seed=1), sequence(14, seed=2)], [sequence(5, seed=3), sequence(14, seed=4)]
+    rows = [token_ids(5, seed=1), token_ids(14, seed=2)], [token_ids(5, seed=3), token_ids(14, seed=4)]
     inputs = packed(*rows)
     close(
         model(inputs["input_ids"], position_ids=inputs["position_ids"][:1]).logits,
@@ -200,8 +187,8 @@ def test_a_packed_row_with_a_cache_is_refused_in_words(kind):
 def test_with_an_attention_mask_nothing_is_packed(kind):
     """Left-padded rows have positions that restart, too, and go on with a cache."""
     model = tiny_model(kind)
-    row, following = sequence(11, seed=1), sequence(3, seed=2)
-    ids = torch.stack([torch.cat([torch.full((4,), 2), row]), sequence(15, seed=3)])
+    row, following = token_ids(11, seed=1), token_ids(3, seed=2)
+    ids = torch.stack([torch.cat([torch.full((4,), 2), row]), token_ids(15, seed=3)])
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
@@ -228,7 +215,7 @@ def test_with_an_attention_mask_nothing_is_packed(kind):
     ids=["flat", "square", "prepared"],
 )
 def test_any_form_of_mask_means_that_rows_are_not_packed(mask):
-    model, ids = tiny_model("linear"), sequence(9, seed=1)[None]
+    model, ids = tiny_model("linear"), token_ids(9, seed=1)[None]
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
     close(model(ids, attention_mask=mask, position_ids=positions, use_cache=True).logits, model(ids).logits)
 
@@ -241,7 +228,7 @@ def test_generation_never_looks_for_packing(kind, use_cache, monkeypatch):
 
     monkeypatch.setattr(Sequences, "of_positions", fail)
     model = tiny_model(kind)
-    rows = [sequence(4, seed=1), sequence(11, seed=2)]
+    rows = [token_ids(4, seed=1), token_ids(11, seed=2)]
     ids = torch.stack([torch.nn.functional.pad(row, (11 - len(row), 0), value=2) for row in rows])
     mask = torch.stack([torch.arange(11) >= 11 - len(row) for row in rows]).long()
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}

@@ -14,6 +14,19 @@ LAYER_TYPES = {
 IMAGE_TOKEN = 90
 
 
+TILE_TOKENS = 4
+
+
+def token_ids(*parts, seed: int) -> torch.Tensor:
+    """Token ids (length,) from lengths of text and "tile"."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = []
+    for part in parts:
+        text = torch.randint(3, 80, (0 if part == "tile" else part,), generator=generator)
+        ids += [IMAGE_TOKEN] * TILE_TOKENS if part == "tile" else text.tolist()
+    return torch.tensor(ids)
+
+
 def tiny_config(kind: str, image_token_id: int = IMAGE_TOKEN, **text) -> MmMambaConfig:
     text_config = {
         "vocab_size": 99,

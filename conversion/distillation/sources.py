@@ -25,7 +25,7 @@ class Source:
         teacher: Model folder; its tokenizer, chat template and image processor encode them.
 
     Raises:
-        ValueError: if the teacher has no tokenizer, or the recipe's data cannot be opened.
+        ValueError: if the teacher has no tokenizer, or the recipe's data do not go together.
     """
 
     def __init__(self, recipe: Recipe, teacher: Path):
@@ -37,6 +37,8 @@ class Source:
             raise ValueError(
                 f"data={recipe.data} is more than the picture world; give `- shapes: train` alone (or `recall`)."
             )
+        if recipe.strategy == "measured" and recipe.held_out is None and not self.of_shapes:
+            raise ValueError("strategy='measured' needs held_out in the recipe: data that no stage trains on.")
 
     def rows(self, stage: int) -> Dataset:
         """Conversations for a stage; another order, or other pictures, for each."""
@@ -50,15 +52,9 @@ class Source:
         return None if self.of_shapes or isinstance(rows, IterableDataset) else len(rows)
 
     def held_out(self, batches: int, batch_size: int, device: torch.device) -> Iterator[dict]:
-        """Batches of conversations that no stage trains on.
-
-        Raises:
-            ValueError: if the recipe names none.
-        """
+        """Batches of conversations that no stage trains on."""
         if self.of_shapes:
             rows = self._shapes("test", 10**6, batch_size)
-        elif self.recipe.held_out is None:
-            raise ValueError("strategy='measured' needs held_out in the recipe: data that no stage trains on.")
         else:
             rows = open_data(self.recipe.held_out, self.processor, max_tokens=self.recipe.max_tokens, seed=0)
         each = iter(rows) if isinstance(rows, IterableDataset) else (rows[i % len(rows)] for i in count())

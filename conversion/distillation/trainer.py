@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -131,7 +131,7 @@ class DistillationTrainer(Trainer):
 
     def _get_train_sampler(self, *args, **kwargs):
         total = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
-        return Passes(self.train_dataset, total * self.args.world_size, self.args.data_seed)
+        return passes(self.train_dataset, total * self.args.world_size, self.args.data_seed)
 
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, IterableDataset):
@@ -171,32 +171,15 @@ class DistillationTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class Passes(Sampler):
-    """Rows for a whole run: all of them in each pass, each pass in another order.
+def passes(rows: Dataset, total: int, seed: int) -> Sampler:
+    """Places of a whole run's rows: all of them in each pass, each pass in another order.
 
     The Trainer's own epochs may end in the middle of a step; here every step has all its rows, and however many
-    processes share them, they are the same.
-
-    Args:
-        rows: The data set; one that is `ordered` is read from front to back.
-        total: Rows that the run reads.
-        seed: Of the orders.
+    processes share them, they are the same. Rows that are `ordered` (and endless) are read from front to back.
     """
-
-    def __init__(self, rows: Dataset, total: int, seed: int):
-        self.rows, self.total, self.seed = rows, total, seed
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __iter__(self) -> Iterator[int]:
-        size = len(self.rows)
-        if getattr(self.rows, "ordered", False):
-            yield from (index % size for index in range(self.total))
-            return
-        for number, start in enumerate(range(0, self.total, size)):
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
-            yield from torch.randperm(size, generator=generator)[: self.total - start].tolist()
+    if getattr(rows, "ordered", False):
+        return SequentialSampler(rows)
+    return RandomSampler(rows, num_samples=total, generator=torch.Generator().manual_seed(seed))
 
 
 class WholeCheckpoints(TrainerCallback):

@@ -7,6 +7,8 @@ A row asks several questions about the same pictures, which shares the work of s
 `chat()` makes, answers included.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch.utils.data import Dataset
 
@@ -17,7 +19,7 @@ from .tokenizer import SYSTEM_MESSAGE
 from .world import conversation
 
 
-class InOrder(Dataset):
+class InOrder(Dataset, ABC):
     """An endless, deterministic series of rows, in batches of like length so that little of one is padding.
 
     A subclass makes row number `index` in `row(index)`.
@@ -52,9 +54,9 @@ class InOrder(Dataset):
         batches = torch.randperm(self.pool, generator=shuffle).tolist()
         return [rows[batch * self.batch_size + i] for batch in batches for i in range(self.batch_size)]
 
+    @abstractmethod
     def row(self, index: int) -> dict[str, torch.Tensor]:
         """Row number `index`; see `ConversationEncoder`."""
-        raise NotImplementedError
 
 
 class Conversations(InOrder):

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
@@ -47,19 +48,37 @@ def config(vocab_size: int, image_token_id: int, end_of_turn_id: int) -> MmMamba
     return MmMambaConfig(text_config=text, vision_config=vision, image_token_id=image_token_id)
 
 
-def training_arguments(folder: Path, steps: int, seed: int) -> TrainingArguments:
-    """Warm up, keep the learning rate, and let it fall for the last fifth of the steps."""
-    return TrainingArguments(
-        output_dir=folder,
+def fit(
+    model: MmMambaForConditionalGeneration,
+    rows: Dataset,
+    checkpoints: Path,
+    steps: int,
+    learning_rate: float = 2e-3,
+    pad_token_id: int = 2,
+    seed: int = 0,
+) -> None:
+    """Trains a model on answers: warm up, keep the learning rate, let it fall for the last fifth of the steps.
+
+    Args:
+        model: Changed in place.
+        rows: An `InOrder`; its `batch_size` is a step's.
+        checkpoints: Folder to go on from if it is there; removed in the end.
+        steps: Optimiser steps.
+        learning_rate: At the top.
+        pad_token_id: Fills short rows.
+        seed: Of all but the rows.
+    """
+    options = TrainingArguments(
+        output_dir=checkpoints,
         max_steps=steps,
-        learning_rate=2e-3,
+        learning_rate=learning_rate,
         adam_beta2=0.98,
         weight_decay=0.05,
         max_grad_norm=1.0,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": steps // 5, "min_lr_ratio": 0.02},
         warmup_steps=min(200, steps // 5),
-        per_device_train_batch_size=BATCH_SIZE,
+        per_device_train_batch_size=rows.batch_size,
         train_sampling_strategy="sequential",
         dataloader_num_workers=1,
         dataloader_prefetch_factor=8,
@@ -72,6 +91,11 @@ def training_arguments(folder: Path, steps: int, seed: int) -> TrainingArguments
         seed=seed,
         remove_unused_columns=False,
     )
+    collate = partial(pad, pad_token_id=pad_token_id)
+    trainer = Trainer(model, options, data_collator=collate, train_dataset=rows, callbacks=[WholeCheckpoints()])
+    checkpoint = last_checkpoint(checkpoints)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    shutil.rmtree(checkpoints)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -93,22 +117,10 @@ def main(argv: list[str] | None = None) -> None:
         config(len(processor.tokenizer), *ids), attn_implementation="eager", dtype=torch.float32
     )
     checkpoints = args.folder.with_name(args.folder.name + "-checkpoints")
-    trainer = Trainer(
-        model,
-        training_arguments(checkpoints, args.steps, args.seed),
-        data_collator=partial(pad, pad_token_id=processor.tokenizer.pad_token_id),
-        train_dataset=Conversations(processor, "train", args.seed, BATCH_SIZE),
-        callbacks=[WholeCheckpoints()],
-    )
-    checkpoint = last_checkpoint(checkpoints)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    save(
-        model,
-        args.folder,
-        "shapes-teacher",
-        f"Trained from nothing on the shapes picture world, {args.steps:,} steps.",
-    )
-    shutil.rmtree(checkpoints)
+    rows = Conversations(processor, "train", args.seed, BATCH_SIZE)
+    fit(model, rows, checkpoints, args.steps, pad_token_id=processor.tokenizer.pad_token_id, seed=args.seed)
+    origin = f"Trained from nothing on the shapes picture world, {args.steps:,} steps."
+    save(model, args.folder, "shapes-teacher", origin)
 
 
 if __name__ == "__main__":
