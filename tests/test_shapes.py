@@ -145,7 +145,7 @@ def test_every_kind_has_its_share_of_training(monkeypatch):
             monkeypatch.setitem(kinds, kind, counting)
     for index in range(500):
         by_question = {}
-        _, turns = conversation("train", 0, index)
+        _, turns = conversation("train", 0, index, **world.TRAINING)
         asked.update(by_question[question] for question, _ in turns)
     assert set(asked) == set(KINDS)
     assert min(asked.values()) >= 0.05 * sum(asked.values())
@@ -164,7 +164,7 @@ def test_training_rows_are_what_chat_reads(processor):
     rows = Conversations(processor, "train", 0)
     for index in (0, 3, 8):
         row = rows.row(index)
-        pictures, turns = conversation("train", 0, index)
+        pictures, turns = conversation("train", 0, index, **world.TRAINING)
         history, (question, _) = turns[:-1], turns[-1]
         places = "<image>" * len(pictures) + "\n"
         if history:
@@ -180,7 +180,7 @@ def test_training_rows_are_what_chat_reads(processor):
 def test_labels_hold_every_answer_of_the_conversation(processor):
     rows = Conversations(processor, "train", 0)
     for index in range(10):
-        row, (_, turns) = rows.row(index), conversation("train", 0, index)
+        row, (_, turns) = rows.row(index), conversation("train", 0, index, **world.TRAINING)
         kept = row["labels"][row["labels"] != -100].tolist()
         assert kept == row["input_ids"][row["labels"] != -100].tolist()
         end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")

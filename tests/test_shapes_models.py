@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 
 import mmmamba
+from mmmamba import cli
 from mmmamba.examples.shapes import evaluate, train
 from mmmamba.examples.shapes.world import example
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
@@ -74,3 +75,12 @@ def test_the_teachers_recipe_makes_a_model_folder(tmp_path):
     assert model.config.text_config.layer_types == ["full_attention"] * 6
     with pytest.raises(SystemExit):
         train.main([str(tmp_path / "teacher")])
+
+
+def test_the_demonstration_asks_what_its_picture_shows_and_is_answered_right(capsys):
+    cli.main(["chat"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    truths = [(lines[i - 1], line) for i, line in enumerate(lines) if line.startswith("(right: ")]
+    assert len(truths) == 3
+    for given, truth in truths:
+        assert truth == f"(right: {given})"

@@ -16,7 +16,7 @@ from mmmamba.conversion.distillation.data import ConversationEncoder
 from mmmamba.processing_mmmamba import MmMambaProcessor
 
 from .tokenizer import SYSTEM_MESSAGE
-from .world import conversation
+from .world import TRAINING, conversation
 
 
 class InOrder(Dataset, ABC):
@@ -75,7 +75,7 @@ class Conversations(InOrder):
 
     def row(self, index: int) -> dict[str, torch.Tensor]:
         """Conversation number `index`; see `ConversationEncoder`."""
-        pictures, turns = conversation(self.split, self.seed, index)
+        pictures, turns = conversation(self.split, self.seed, index, **TRAINING)
         messages = [{"role": "system", "content": SYSTEM_MESSAGE}]
         places = "<image>" * len(pictures) + "\n"
         for question, answer in turns:

@@ -24,8 +24,7 @@ def corpus() -> list[str]:
     """The pieces of text that stand between special tokens, which are encoded one by one."""
     pieces = []
     for index in range(4000):
-        # Apart from what training prefers, so that the tokenizer stays as it is when that changes.
-        _, turns = conversation("train", 1, index, turns=8, several_pictures=0.22, times={"which": 3, "pick": 3})
+        _, turns = conversation("train", 1, index)
         for question, answer in turns:
             pieces += [f"user\n{question}", f"\n{question}", f"assistant\n{answer}"]
     # Rare words must be frequent enough to become one piece, also at the start of an answer.

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 from zlib import crc32
 
@@ -390,8 +391,8 @@ ONE_PICTURE = {
 }
 SEVERAL_PICTURES = {"which": _ask_which, "pick": _ask_pick}
 KINDS = (*ONE_PICTURE, *SEVERAL_PICTURES)
-# How often a conversation may ask a kind; one time where it is not named. What is hard to learn is asked more often.
-TIMES = {"corner": 2, "where": 3, "which": 6, "pick": 3}
+# How `conversation` asks for training: what is hard to learn more often. Its defaults ask for all kinds much alike.
+TRAINING = {"turns": 10, "several_pictures": 0.3, "times": {"corner": 2, "where": 3, "which": 6, "pick": 3}}
 
 
 # --- examples and conversations --------------------------------------------------------------------------------------
@@ -430,9 +431,9 @@ def conversation(
     split: str,
     seed: int,
     index: int,
-    turns: int = 10,
-    several_pictures: float = 0.3,
-    times: Mapping[str, int] = TIMES,
+    turns: int = 8,
+    several_pictures: float = 0.22,
+    times: Mapping[str, int] = MappingProxyType({"which": 3, "pick": 3}),
 ) -> tuple[tuple[Picture, ...], list[tuple[str, str]]]:
     """Conversation number `index` of a stream: pictures and up to `turns` (question, answer) pairs about them.
 
