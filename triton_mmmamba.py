@@ -1,0 +1,815 @@
+"""The same operations as `ssm_mmmamba`, as Triton kernels: nothing to compile at install.
+
+Rows of a batch, padded rows and packed sequences are one case here: tokens lie in one flat axis, `Chunks` says which of
+them belong together. Letters as in `ssm_mmmamba`, and T tokens in all, S sequences.
+
+The scan (arXiv 2405.21060, section 6) is three kernels: what each chunk writes to the state, the states passed from
+chunk to chunk, what each step reads. Query heads read the key/value head of their group in place. Its gradient
+recomputes the states, so that only inputs are kept. With s the log decay since the start of a chunk, a pair j <= i of
+steps carries E = exp(s_i - s_j) dt_j (q_i . k_j)(dy_i . v_j); the gradient of the log decay at t is the sum of what
+crosses t: pairs inside the chunk, reads of what came in, writes that go out, and what passes through.
+
+Launches have fixed block sizes: a first call compiles each kernel once per dtype and head size and tries nothing out.
+"""
+
+import os
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+try:  # Transformers wants every import outside of `try` installed before it loads a model.
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
+
+
+CHUNK = 128  # steps between two states that are in memory
+BLOCK = 64  # steps in one matrix product
+NORM_PROGRAMS = 512  # programs that share the rows of a norm's gradient
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+class Chunks(NamedTuple):
+    """How T flat tokens are cut into pieces of at most `CHUNK` steps of one sequence.
+
+    Attributes:
+        table: (chunks, 3), int32: first token, token after the last, sequence. Entries after the last are empty.
+        offsets: (S + 1,), int32: where each sequence begins, and T.
+        first: (S,), int32: the first chunk of each sequence.
+        count: (S,), int32: how many chunks it has.
+    """
+
+    table: Tensor
+    offsets: Tensor
+    first: Tensor
+    count: Tensor
+
+    @classmethod
+    def of_offsets(cls, offsets: Tensor, tokens: int) -> "Chunks":
+        """Args: offsets (S + 1,), ascending, from 0 to `tokens`. Does not wait for the device."""
+        lengths = offsets.diff()
+        count = (lengths + CHUNK - 1) // CHUNK
+        ends = count.cumsum(0)
+        index = torch.arange(tokens // CHUNK + len(lengths), device=offsets.device)
+        sequence = torch.searchsorted(ends, index, right=True).clamp(max=len(lengths) - 1)
+        start = offsets[sequence] + (index - (ends - count)[sequence]) * CHUNK
+        end = torch.minimum(start + CHUNK, offsets[sequence + 1])
+        start = torch.minimum(start, end)  # beyond the last chunk: empty
+        table = torch.stack([start, end, sequence], 1)
+        return cls(table.int(), offsets.int(), (ends - count).int(), count.int())
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def of_rows(cls, rows: int, length: int, device: torch.device) -> "Chunks":
+        """Rows of `length` valid steps each."""
+        return cls.of_offsets(torch.arange(rows + 1, device=device) * length, rows * length)
+
+
+def _power(size: int, least: int = 16) -> int:
+    """The block that holds `size`: matrix products need powers of two of at least 16."""
+    return max(least, triton.next_power_of_2(size))
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+# --- scan -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile(base, rows, stride, inside, columns, width):
+    """Rows `rows` of a matrix, zeros outside."""
+    places = base + rows[:, None] * stride + columns[None, :]
+    return tl.load(places, mask=inside[:, None] & (columns < width)[None, :], other=0.0)
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    if INTERPRETED:  # its bf16 is a bare uint16; the products of two bf16 numbers are exact in fp32
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _bounds(table, chunk):
+    return tl.load(table + 3 * chunk).to(tl.int64), tl.load(table + 3 * chunk + 1).to(tl.int64)
+
+
+@triton.jit
+def _decay_kernel(dt, A, since, table, tokens, HEADS: tl.constexpr, CHUNK: tl.constexpr):
+    """since (H, T): the log decay from the start of the chunk up to and with each step."""
+    head = tl.program_id(1)
+    start, end = _bounds(table, tl.program_id(0))
+    t = start + tl.arange(0, CHUNK)
+    step = tl.load(dt + t * HEADS + head, mask=t < end, other=0.0)
+    tl.store(since + head * tokens + t, tl.cumsum(step * tl.load(A + head), 0), mask=t < end)
+
+
+@triton.jit
+def _chunk_outer_kernel(
+    left, right, dt, since, out, table, left_stride, right_stride, tokens,
+    HEADS: tl.constexpr, LEFT_GROUP: tl.constexpr, RIGHT_GROUP: tl.constexpr, WRITTEN: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out (chunks, H, P, N): the sum over a chunk's steps of weight * left right^T.
+
+    Of v and k, weighted by dt and the decay after the step: what the chunk writes to the state (WRITTEN). Of dy and q,
+    weighted by the decay before the step: the gradient of the state that comes in.
+    """
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    start, end = _bounds(table, chunk)
+    if start >= end:
+        return
+    p, n = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    since += head * tokens
+    total = tl.load(since + end - 1)
+    sums = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for begin in range(start, end, BLOCK):
+        t = begin + tl.arange(0, BLOCK)
+        inside = t < end
+        decay = tl.load(since + t, mask=inside, other=0.0)
+        if WRITTEN:
+            weight = tl.exp(total - decay) * tl.load(dt + t * HEADS + head, mask=inside, other=0.0)
+        else:
+            weight = tl.exp(decay)
+        ours = _tile(left + (head // LEFT_GROUP) * P, t, left_stride, inside, p, P)
+        theirs = _tile(right + (head // RIGHT_GROUP) * N, t, right_stride, inside, n, N)
+        theirs = (theirs * weight[:, None]).to(theirs.dtype)
+        sums += _dot(tl.trans(ours), theirs, PRECISION)
+    out += (chunk.to(tl.int64) * HEADS + head) * P * N
+    tl.store(out + p[:, None] * N + n[None, :], sums, mask=(p < P)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _pass_kernel(
+    states, initial, final, since, table, first, count, tokens,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Puts in place of what each chunk adds to the state the state that it meets; `final` is what the last one leaves.
+
+    Gradients obey the same recurrence from the last chunk to the first (REVERSE).
+    """
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    e = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    own = (sequence.to(tl.int64) * HEADS + head) * SIZE + e
+    running = tl.load(initial + own, mask=e < SIZE, other=0.0)
+    begin, chunks = tl.load(first + sequence), tl.load(count + sequence)
+    for index in range(chunks):
+        if REVERSE:
+            chunk = begin + chunks - 1 - index
+        else:
+            chunk = begin + index
+        place = states + (chunk.to(tl.int64) * HEADS + head) * SIZE + e
+        added = tl.load(place, mask=e < SIZE, other=0.0)
+        tl.store(place, running, mask=e < SIZE)
+        last = tl.load(table + 3 * chunk + 1) - 1
+        running = running * tl.exp(tl.load(since + head * tokens + last)) + added
+    tl.store(final + own, running, mask=e < SIZE)
+
+
+@triton.jit
+def _output_kernel(
+    v, k, q, dt, since, states, y, table, v_stride, k_stride, q_stride, tokens,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y (T, H, P): what each step reads from the state that met its chunk, and from the steps before it in the chunk."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    start, end = _bounds(table, chunk)
+    parts = tl.cdiv(P, BLOCK_P)
+    begin = start + (tl.program_id(2) // parts) * BLOCK
+    if begin >= end:
+        return
+    p, n = (tl.program_id(2) % parts) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    v, k, since = v + (head // GROUP) * P, k + (head // GROUP) * N, since + head * tokens
+    i = begin + tl.arange(0, BLOCK)
+    q_i = _tile(q + head * N, i, q_stride, i < end, n, N)
+    s_i = tl.load(since + i, mask=i < end, other=0.0)
+    state = _tile(states + (chunk.to(tl.int64) * HEADS + head) * P * N, p, N, p < P, n, N)
+    sums = _dot(q_i, tl.trans(state).to(q_i.dtype), PRECISION) * tl.exp(s_i)[:, None]
+    for other in range(start, begin + 1, BLOCK):
+        j = other + tl.arange(0, BLOCK)
+        s_j = tl.load(since + j, mask=j < end, other=0.0)
+        dt_j = tl.load(dt + j * HEADS + head, mask=j < end, other=0.0)
+        k_j, v_j = _tile(k, j, k_stride, j < end, n, N), _tile(v, j, v_stride, j < end, p, P)
+        weights = _dot(q_i, tl.trans(k_j), PRECISION)
+        weights = weights * tl.exp(s_i[:, None] - s_j[None, :]) * dt_j[None, :]
+        weights = tl.where(i[:, None] >= j[None, :], weights, 0.0)  # the decay towards the past overflows
+        sums += _dot(weights.to(v_j.dtype), v_j, PRECISION)
+    out = y + (i * HEADS + head)[:, None] * P + p[None, :]
+    tl.store(out, sums.to(y.dtype.element_ty), mask=(i < end)[:, None] & (p < P)[None, :])
+
+
+@triton.jit
+def _query_gradient_kernel(
+    v, k, q, dy, dt, since, states, dq, reads, table, v_stride, k_stride, q_stride, tokens,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq (T, H, N), and reads (H, T): for each step i the sum over j of E, with what it read of the state."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    start, end = _bounds(table, chunk)
+    begin = start + tl.program_id(2) * BLOCK
+    if begin >= end:
+        return
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    v, k, since = v + (head // GROUP) * P, k + (head // GROUP) * N, since + head * tokens
+    i = begin + tl.arange(0, BLOCK)
+    q_i, dy_i = _tile(q + head * N, i, q_stride, i < end, n, N), _tile(dy + head * P, i, HEADS * P, i < end, p, P)
+    s_i = tl.load(since + i, mask=i < end, other=0.0)
+    state = _tile(states + (chunk.to(tl.int64) * HEADS + head) * P * N, p, N, p < P, n, N)
+    sums = _dot(dy_i, state.to(dy_i.dtype), PRECISION) * tl.exp(s_i)[:, None]
+    read = tl.sum(q_i * sums, 1)
+    for other in range(start, begin + 1, BLOCK):
+        j = other + tl.arange(0, BLOCK)
+        s_j = tl.load(since + j, mask=j < end, other=0.0)
+        dt_j = tl.load(dt + j * HEADS + head, mask=j < end, other=0.0)
+        k_j, v_j = _tile(k, j, k_stride, j < end, n, N), _tile(v, j, v_stride, j < end, p, P)
+        weights = _dot(dy_i, tl.trans(v_j), PRECISION)
+        weights = weights * tl.exp(s_i[:, None] - s_j[None, :]) * dt_j[None, :]
+        weights = tl.where(i[:, None] >= j[None, :], weights, 0.0)
+        read += tl.sum(weights * _dot(q_i, tl.trans(k_j), PRECISION), 1)
+        sums += _dot(weights.to(k_j.dtype), k_j, PRECISION)
+    out = dq + (i * HEADS + head)[:, None] * N + n[None, :]
+    tl.store(out, sums.to(dq.dtype.element_ty), mask=(i < end)[:, None] & (n < N)[None, :])
+    tl.store(reads + head * tokens + i, read, mask=i < end)
+
+
+@triton.jit
+def _key_value_gradient_kernel(
+    v, k, q, dy, dt, since, dstates, dv, dk, pairs, writes, table, v_stride, k_stride, q_stride, tokens,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv (T, K, P) and dk (T, K, N), summed over the group's heads; per head and step j, over dt_j: `pairs` (H, T), the
+    sum over i of E, and `writes` (H, T), what it wrote to the state that leaves."""
+    chunk, shared = tl.program_id(0), tl.program_id(1)
+    start, end = _bounds(table, chunk)
+    begin = start + tl.program_id(2) * BLOCK
+    if begin >= end:
+        return
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    j = begin + tl.arange(0, BLOCK)
+    k_j, v_j = _tile(k + shared * N, j, k_stride, j < end, n, N), _tile(v + shared * P, j, v_stride, j < end, p, P)
+    dk_j, dv_j = tl.zeros((BLOCK, BLOCK_N), tl.float32), tl.zeros((BLOCK, BLOCK_P), tl.float32)
+    for head in range(shared * GROUP, (shared + 1) * GROUP):
+        s_j = tl.load(since + head * tokens + j, mask=j < end, other=0.0)
+        dt_j = tl.load(dt + j * HEADS + head, mask=j < end, other=0.0)
+        remains = tl.exp(tl.load(since + head * tokens + end - 1) - s_j)
+        dstate = _tile(dstates + (chunk.to(tl.int64) * HEADS + head) * P * N, p, N, p < P, n, N).to(k_j.dtype)
+        to_v = _dot(k_j, tl.trans(dstate), PRECISION) * remains[:, None]
+        to_k = _dot(v_j, dstate, PRECISION) * remains[:, None]
+        write = tl.sum(v_j * to_v, 1)
+        pair = tl.zeros((BLOCK,), tl.float32)
+        for other in range(begin, end, BLOCK):
+            i = other + tl.arange(0, BLOCK)
+            s_i = tl.load(since + head * tokens + i, mask=i < end, other=0.0)
+            q_i = _tile(q + head * N, i, q_stride, i < end, n, N)
+            dy_i = _tile(dy + head * P, i, HEADS * P, i < end, p, P)
+            crosses = (i[None, :] >= j[:, None]) & (i < end)[None, :]
+            decay = tl.where(crosses, tl.exp(s_i[None, :] - s_j[:, None]), 0.0)
+            scores = _dot(k_j, tl.trans(q_i), PRECISION) * decay
+            gains = _dot(v_j, tl.trans(dy_i), PRECISION)
+            pair += tl.sum(scores * gains, 1)
+            to_v += _dot(scores.to(dy_i.dtype), dy_i, PRECISION)
+            to_k += _dot((gains * decay).to(q_i.dtype), q_i, PRECISION)
+        dv_j += dt_j[:, None] * to_v
+        dk_j += dt_j[:, None] * to_k
+        tl.store(pairs + head * tokens + j, pair, mask=j < end)
+        tl.store(writes + head * tokens + j, write, mask=j < end)
+    kv_heads = HEADS // GROUP
+    out_k = dk + (j * kv_heads + shared)[:, None] * N + n[None, :]
+    out_v = dv + (j * kv_heads + shared)[:, None] * P + p[None, :]
+    tl.store(out_k, dk_j.to(dk.dtype.element_ty), mask=(j < end)[:, None] & (n < N)[None, :])
+    tl.store(out_v, dv_j.to(dv.dtype.element_ty), mask=(j < end)[:, None] & (p < P)[None, :])
+
+
+@triton.jit
+def _step_gradient_kernel(
+    dt, A, since, states, dstates, reads, pairs, writes, ddt, dA, table, tokens,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ddt (T, H), and dA (chunks, H) to be summed over chunks."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    start, end = _bounds(table, chunk)
+    if start >= end:
+        tl.store(dA + chunk * HEADS + head, 0.0)
+        return
+    through = tl.zeros((BLOCK,), tl.float32)
+    both = (chunk.to(tl.int64) * HEADS + head) * SIZE
+    for first in range(0, SIZE, BLOCK):
+        e = first + tl.arange(0, BLOCK)
+        came = tl.load(states + both + e, mask=e < SIZE, other=0.0)
+        through += came * tl.load(dstates + both + e, mask=e < SIZE, other=0.0)
+    passed = tl.sum(through, 0) * tl.exp(tl.load(since + head * tokens + end - 1))
+    t = start + tl.arange(0, CHUNK)
+    inside = t < end
+    step = tl.load(dt + t * HEADS + head, mask=inside, other=0.0)
+    read = tl.load(reads + head * tokens + t, mask=inside, other=0.0)
+    pair = tl.load(pairs + head * tokens + t, mask=inside, other=0.0)
+    write = tl.load(writes + head * tokens + t, mask=inside, other=0.0)
+    # What crosses t from before it to t or after: reads less pairs that begin at t or after; writes before t.
+    crossing = tl.cumsum(read - step * pair, 0, reverse=True) + tl.cumsum(step * write, 0) - step * write + passed
+    tl.store(ddt + t * HEADS + head, pair + write + tl.load(A + head) * crossing, mask=inside)
+    tl.store(dA + chunk * HEADS + head, tl.sum(tl.where(inside, step * crossing, 0.0), 0))
+
+
+class _Scan(torch.autograd.Function):
+    """v (T, K, P), k (T, K, N), q (T, H, N), dt (T, H), state (S, H, P, N); the last axes contiguous, fp32 from dt on."""
+
+    @staticmethod
+    def sizes(v: Tensor, k: Tensor, q: Tensor) -> dict:
+        heads, head_dim, state_size = q.shape[1], v.shape[2], k.shape[2]
+        return {
+            "HEADS": heads, "GROUP": heads // v.shape[1], "P": head_dim, "N": state_size,
+            "BLOCK_P": _power(head_dim), "BLOCK_N": _power(state_size), "PRECISION": _precision(),
+            # Large heads leave room for fewer steps at once; fp32 takes twice the room.
+            "BLOCK": BLOCK if max(head_dim, state_size) * v.element_size() <= 256 else BLOCK // 2,
+        }  # fmt: skip
+
+    @staticmethod
+    def states(v, k, q, dt, A, state, chunks, sizes) -> tuple[Tensor, Tensor, Tensor]:
+        """Log decays (H, T), the state that meets each chunk (chunks, H, P, N), the last states (S, H, P, N)."""
+        heads, size = sizes["HEADS"], sizes["P"] * sizes["N"]
+        tokens, count = len(dt), len(chunks.table)
+        since = torch.empty(heads, tokens, device=dt.device)
+        _decay_kernel[count, heads](dt, A, since, chunks.table, tokens, HEADS=heads, CHUNK=CHUNK)
+        states = torch.empty(count, *state.shape[1:], device=dt.device)
+        outer = {name: value for name, value in sizes.items() if name != "GROUP"} | {
+            "BLOCK_P": min(64, sizes["BLOCK_P"])
+        }
+        _chunk_outer_kernel[count, heads, triton.cdiv(sizes["P"], outer["BLOCK_P"])](
+            v, k, dt, since, states, chunks.table, v.stride(0), k.stride(0), tokens,
+            LEFT_GROUP=sizes["GROUP"], RIGHT_GROUP=sizes["GROUP"], WRITTEN=True, **outer,
+        )  # fmt: skip
+        last = torch.empty_like(state)
+        _pass_kernel[len(state), heads, triton.cdiv(size, 1024)](
+            states, state, last, since, chunks.table, chunks.first, chunks.count, tokens,
+            HEADS=heads, SIZE=size, BLOCK=1024, REVERSE=False,
+        )  # fmt: skip
+        return since, states, last
+
+    @staticmethod
+    def forward(ctx, v, k, q, dt, A, state, chunks):
+        sizes = _Scan.sizes(v, k, q)
+        since, states, last = _Scan.states(v, k, q, dt, A, state, chunks, sizes)
+        y = torch.empty(*q.shape[:2], v.shape[2], device=v.device, dtype=v.dtype)
+        narrow = sizes | {"BLOCK_P": min(128, sizes["BLOCK_P"])}
+        blocks = CHUNK // narrow["BLOCK"] * triton.cdiv(narrow["P"], narrow["BLOCK_P"])
+        _output_kernel[len(chunks.table), narrow["HEADS"], blocks](
+            v, k, q, dt, since, states, y, chunks.table, v.stride(0), k.stride(0), q.stride(0), len(dt), **narrow
+        )
+        ctx.save_for_backward(v, k, q, dt, A, state)
+        ctx.chunks = chunks
+        return y, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dlast):
+        (v, k, q, dt, A, state), chunks = ctx.saved_tensors, ctx.chunks
+        sizes = _Scan.sizes(v, k, q)
+        heads, size, tokens, count = sizes["HEADS"], sizes["P"] * sizes["N"], len(dt), len(chunks.table)
+        dy, dlast = dy.contiguous(), dlast.contiguous()
+        since, states, _ = _Scan.states(v, k, q, dt, A, state, chunks, sizes)
+        dstates, dstate = torch.empty_like(states), torch.empty_like(state)
+        outer = {name: value for name, value in sizes.items() if name != "GROUP"} | {
+            "BLOCK_P": min(64, sizes["BLOCK_P"])
+        }
+        _chunk_outer_kernel[count, heads, triton.cdiv(sizes["P"], outer["BLOCK_P"])](
+            dy, q, dt, since, dstates, chunks.table, dy.stride(0), q.stride(0), tokens,
+            LEFT_GROUP=1, RIGHT_GROUP=1, WRITTEN=False, **outer,
+        )  # fmt: skip
+        _pass_kernel[len(state), heads, triton.cdiv(size, 1024)](
+            dstates, dlast, dstate, since, chunks.table, chunks.first, chunks.count, tokens,
+            HEADS=heads, SIZE=size, BLOCK=1024, REVERSE=True,
+        )  # fmt: skip
+        strides = (v.stride(0), k.stride(0), q.stride(0))
+        dv, dk, dq = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (v, k, q))
+        reads, pairs, writes = torch.empty(3, heads, tokens, device=dt.device)
+        blocks = CHUNK // sizes["BLOCK"]
+        _query_gradient_kernel[count, heads, blocks](
+            v, k, q, dy, dt, since, states, dq, reads, chunks.table, *strides, tokens, **sizes
+        )
+        _key_value_gradient_kernel[count, heads // sizes["GROUP"], blocks](
+            v, k, q, dy, dt, since, dstates, dv, dk, pairs, writes, chunks.table, *strides, tokens, **sizes
+        )
+        ddt, dA = torch.empty_like(dt), torch.empty(count, heads, device=dt.device)
+        _step_gradient_kernel[count, heads](
+            dt, A, since, states, dstates, reads, pairs, writes, ddt, dA, chunks.table, tokens,
+            HEADS=heads, SIZE=size, CHUNK=CHUNK, BLOCK=1024,
+        )  # fmt: skip
+        return dv, dk, dq, ddt, dA.sum(0), dstate, None
+
+
+def ssd_scan(v: Tensor, k: Tensor, q: Tensor, dt: Tensor, A: Tensor, state: Tensor | None, chunks: Chunks):
+    """See `ssm_mmmamba.ssd_scan`; tokens in one flat axis: v (T, K, P), k (T, K, N), q (T, H, N), dt (T, H).
+
+    Returns y (T, H, P) in `v`'s dtype and the last states (S, H, P, N), fp32.
+    """
+    if state is None:
+        state = torch.zeros(len(chunks.count), q.shape[1], v.shape[2], k.shape[2], device=v.device)
+    return _Scan.apply(v, k, q, dt.float().contiguous(), A.float().contiguous(), state.float().contiguous(), chunks)
+
+
+# --- convolution ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _before_silu(x, weight, bias, state, t, begin, inside, c, stride, C, TAPS: tl.constexpr):
+    """The convolution at steps t (steps, 1) of channels c (1, channels); `state` holds the steps before `begin`."""
+    sums = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32) + tl.zeros(t.shape, tl.float32)
+    for tap in tl.static_range(TAPS):
+        source = t - (TAPS - 1) + tap
+        given = tl.load(x + source * stride + c, mask=inside & (source >= begin) & (c < C), other=0.0)
+        kept = state + c * (TAPS - 1) + (source - begin + TAPS - 1)
+        kept = tl.load(kept, mask=inside & (source < begin) & (c < C), other=0.0)
+        sums += tl.load(weight + c * TAPS + tap, mask=c < C, other=0.0).to(tl.float32) * tl.where(
+            source >= begin, given, kept
+        ).to(tl.float32)
+    return sums
+
+
+@triton.jit
+def _conv_kernel(
+    x, weight, bias, state, y, last, table, offsets, stride, C,
+    TAPS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    start, end = _bounds(table, tl.program_id(0))
+    if start >= end:
+        return
+    sequence = tl.load(table + 3 * tl.program_id(0) + 2).to(tl.int64)
+    begin, finish = tl.load(offsets + sequence).to(tl.int64), tl.load(offsets + sequence + 1).to(tl.int64)
+    state += sequence * C * (TAPS - 1)
+    t = (start + tl.arange(0, CHUNK))[:, None]
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    z = _before_silu(x, weight, bias, state, t, begin, t < end, c, stride, C, TAPS)
+    tl.store(y + t * C + c, (z * tl.sigmoid(z)).to(y.dtype.element_ty), mask=(t < end) & (c < C))
+    if end == finish:
+        for column in tl.static_range(TAPS - 1):
+            source = finish - (TAPS - 1) + column + tl.zeros(c.shape, tl.int64)
+            given = tl.load(x + source * stride + c, mask=(source >= begin) & (c < C), other=0.0)
+            kept = state + c * (TAPS - 1) + (source - begin + TAPS - 1)
+            kept = tl.load(kept, mask=(source < begin) & (c < C), other=0.0)
+            tl.store(
+                last + (sequence * C + c) * (TAPS - 1) + column, tl.where(source >= begin, given, kept), mask=c < C
+            )
+
+
+@triton.jit
+def _conv_gradient_kernel(
+    x, weight, bias, state, dy, dlast, dx, dstate, dweight, dbias, table, offsets, stride, C,
+    TAPS: tl.constexpr, STEPS: tl.constexpr, BLOCK_C: tl.constexpr, OF_STATE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a chunk's inputs, weights and bias; or (OF_STATE) of the inputs before a sequence, dstate."""
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    if OF_STATE:
+        sequence = tl.program_id(0).to(tl.int64)
+        begin, finish = tl.load(offsets + sequence).to(tl.int64), tl.load(offsets + sequence + 1).to(tl.int64)
+        start, end = begin - (TAPS - 1), begin
+    else:
+        start, end = _bounds(table, tl.program_id(0))
+        if start >= end:
+            return
+        sequence = tl.load(table + 3 * tl.program_id(0) + 2).to(tl.int64)
+        begin, finish = tl.load(offsets + sequence).to(tl.int64), tl.load(offsets + sequence + 1).to(tl.int64)
+    state += sequence * C * (TAPS - 1)
+    s = (start + tl.arange(0, STEPS))[:, None]  # the inputs whose gradient is wanted
+    wanted = (s < end) & (c < C)
+    kept = s - (finish - (TAPS - 1))  # their place in the last state
+    kept_place = dlast + (sequence * C + c) * (TAPS - 1) + kept
+    sums = tl.load(kept_place, mask=wanted & (kept >= 0), other=0.0).to(tl.float32)
+    for shift in tl.static_range(TAPS):  # the steps that read them
+        t = s + shift
+        inside = (t >= begin) & (t < finish) & wanted
+        z = _before_silu(x, weight, bias, state, t, begin, inside, c, stride, C, TAPS)
+        gate = tl.sigmoid(z)
+        dz = tl.load(dy + t * C + c, mask=inside, other=0.0).to(tl.float32) * gate * (1 + z * (1 - gate))
+        tap = tl.load(weight + c * TAPS + (TAPS - 1 - shift), mask=c < C, other=0.0).to(tl.float32)
+        sums += tap * dz
+        if not OF_STATE:
+            if shift == 0:
+                part = tl.program_id(0).to(tl.int64) * C + c
+                tl.store(dbias + part, tl.sum(dz, 0)[None, :], mask=c < C)
+                for back in tl.static_range(TAPS):
+                    source = t - (TAPS - 1) + back
+                    given = tl.load(x + source * stride + c, mask=inside & (source >= begin), other=0.0)
+                    old = state + c * (TAPS - 1) + (source - begin + TAPS - 1)
+                    old = tl.load(old, mask=inside & (source < begin), other=0.0)
+                    grown = tl.sum(dz * tl.where(source >= begin, given, old).to(tl.float32), 0)[None, :]
+                    tl.store(dweight + part * TAPS + back, grown, mask=c < C)
+    if OF_STATE:
+        place = dstate + (sequence * C + c) * (TAPS - 1) + (s - start)
+        tl.store(place, sums.to(dstate.dtype.element_ty), mask=wanted)
+    else:
+        tl.store(dx + s * C + c, sums.to(dx.dtype.element_ty), mask=wanted)
+
+
+class _Conv(torch.autograd.Function):
+    """x (T, C) with contiguous rows, state (S, C, W - 1); see `causal_conv`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, state, chunks):
+        (tokens, channels), taps = x.shape, weight.shape[1]
+        y = torch.empty(tokens, channels, device=x.device, dtype=x.dtype)
+        last = state.clone()  # stays where a sequence has no step
+        _conv_kernel[len(chunks.table), triton.cdiv(channels, 32)](
+            x, weight, bias, state, y, last, chunks.table, chunks.offsets, x.stride(0), channels,
+            TAPS=taps, CHUNK=CHUNK, BLOCK_C=32,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, state)
+        ctx.chunks = chunks
+        return y, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dlast):
+        (x, weight, bias, state), chunks = ctx.saved_tensors, ctx.chunks
+        (tokens, channels), taps, count = x.shape, weight.shape[1], len(chunks.table)
+        dx = torch.empty(tokens, channels, device=x.device, dtype=x.dtype)
+        dstate = torch.empty_like(state)
+        # Chunks that are empty leave their part as it is.
+        dweight, dbias = (
+            x.new_zeros(count, channels, taps, dtype=torch.float32),
+            x.new_zeros(count, channels, dtype=torch.float32),
+        )
+        arguments = (
+            x, weight, bias, state, dy.contiguous(), dlast.contiguous(), dx, dstate, dweight, dbias,
+            chunks.table, chunks.offsets, x.stride(0), channels,
+        )  # fmt: skip
+        blocks = triton.cdiv(channels, 32)
+        _conv_gradient_kernel[count, blocks](*arguments, TAPS=taps, STEPS=CHUNK, BLOCK_C=32, OF_STATE=False)
+        _conv_gradient_kernel[len(state), blocks](
+            *arguments, TAPS=taps, STEPS=_power(taps - 1, 1), BLOCK_C=32, OF_STATE=True
+        )
+        return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype), dstate, None
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None, chunks: Chunks
+) -> tuple[Tensor, Tensor]:
+    """See `ssm_mmmamba.causal_conv`; tokens in one flat axis: x (T, C) to y (T, C), and states (S, C, W - 1)."""
+    if state is None:
+        state = x.new_zeros(len(chunks.count), x.shape[1], weight.shape[1] - 1)
+    return _Conv.apply(x, weight.contiguous(), bias, state.to(x.dtype).contiguous(), chunks)
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gated_norm_kernel(
+    y, gate, weight, out, gate_stride, rows, eps, HEADS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    r, p = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_P)
+    y_r = _tile(y, r, P, r < rows, p, P).to(tl.float32)
+    g_r = _tile(gate, (r // HEADS) * gate_stride + (r % HEADS) * P, 1, r < rows, p, P).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(y_r * y_r, 1) / P + eps)
+    result = y_r * scale[:, None] * tl.load(weight + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
+    result *= g_r * tl.sigmoid(g_r)
+    places = out + r[:, None] * P + p[None, :]
+    tl.store(places, result.to(out.dtype.element_ty), mask=(r < rows)[:, None] & (p < P)[None, :])
+
+
+@triton.jit
+def _gated_norm_gradient_kernel(
+    y, gate, weight, dout, dy, dgate, dweight, gate_stride, rows, eps,
+    HEADS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    p = tl.arange(0, BLOCK_P)
+    w = tl.load(weight + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
+    grown = tl.zeros((BLOCK_P,), tl.float32)
+    for first in range(tl.program_id(0).to(tl.int64) * ROWS, rows, tl.num_programs(0) * ROWS):
+        r = first + tl.arange(0, ROWS)
+        y_r, d_r = _tile(y, r, P, r < rows, p, P).to(tl.float32), _tile(dout, r, P, r < rows, p, P).to(tl.float32)
+        g_r = _tile(gate, (r // HEADS) * gate_stride + (r % HEADS) * P, 1, r < rows, p, P).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(y_r * y_r, 1) / P + eps)[:, None]
+        normed, opened = y_r * scale, tl.sigmoid(g_r)
+        grown += tl.sum(d_r * normed * g_r * opened, 0)
+        d_gate = d_r * normed * w * opened * (1 + g_r * (1 - opened))
+        d_normed = d_r * w * g_r * opened
+        d_y = scale * (d_normed - normed * (tl.sum(d_normed * normed, 1) / P)[:, None])
+        places, mask = r[:, None] * P + p[None, :], (r < rows)[:, None] & (p < P)[None, :]
+        tl.store(dy + places, d_y.to(dy.dtype.element_ty), mask=mask)
+        tl.store(dgate + places, d_gate.to(dgate.dtype.element_ty), mask=mask)
+    tl.store(dweight + tl.program_id(0) * P + p, grown, mask=p < P)
+
+
+class _GatedNorm(torch.autograd.Function):
+    """y (T, H, P), gate (T, H * P) with contiguous rows."""
+
+    @staticmethod
+    def forward(ctx, y, gate, weight, eps):
+        (tokens, heads, head_dim), rows = y.shape, max(1, 4096 // _power(y.shape[2]))
+        out = torch.empty(tokens, heads, head_dim, device=y.device, dtype=gate.dtype)
+        _gated_norm_kernel[(triton.cdiv(tokens * heads, rows),)](
+            y, gate, weight, out, gate.stride(0), tokens * heads, eps,
+            HEADS=heads, P=head_dim, BLOCK_P=_power(head_dim), ROWS=rows,
+        )  # fmt: skip
+        ctx.save_for_backward(y, gate, weight)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        y, gate, weight = ctx.saved_tensors
+        (tokens, heads, head_dim), rows = y.shape, max(1, 2048 // _power(y.shape[2]))
+        programs = min(NORM_PROGRAMS, triton.cdiv(tokens * heads, rows))
+        dy, dgate = torch.empty_like(y), torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
+        dweight = torch.empty(programs, head_dim, device=y.device)
+        _gated_norm_gradient_kernel[(programs,)](
+            y, gate, weight, dout.contiguous(), dy, dgate, dweight, gate.stride(0), tokens * heads, ctx.eps,
+            HEADS=heads, P=head_dim, BLOCK_P=_power(head_dim), ROWS=rows,
+        )  # fmt: skip
+        return dy, dgate, dweight.sum(0).to(weight.dtype), None
+
+
+def gated_rmsnorm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `ssm_mmmamba.gated_rmsnorm`; y (T, H, P), gate (T, H, P) whose heads lie side by side."""
+    return _GatedNorm.apply(y.contiguous(), gate.flatten(1), weight, eps)
+
+
+@triton.jit
+def _norm_kernel(x, residual, weight, normed, total, width, eps, BLOCK: tl.constexpr):
+    row, d = tl.program_id(0).to(tl.int64) * width, tl.arange(0, BLOCK)
+    x_r = tl.load(x + row + d, mask=d < width, other=0.0).to(tl.float32)
+    x_r = (x_r + tl.load(residual + row + d, mask=d < width, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
+    tl.store(total + row + d, x_r, mask=d < width)
+    x_r = x_r.to(tl.float32)
+    x_r *= tl.rsqrt(tl.sum(x_r * x_r, 0) / width + eps)
+    # As Llama's: the row is rounded to its dtype before the weight.
+    out = x_r.to(normed.dtype.element_ty).to(tl.float32)
+    out *= tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32)
+    tl.store(normed + row + d, out.to(normed.dtype.element_ty), mask=d < width)
+
+
+@triton.jit
+def _norm_gradient_kernel(total, weight, dnormed, dtotal, dx, dweight, rows, width, eps, BLOCK: tl.constexpr):
+    d = tl.arange(0, BLOCK)
+    w = tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32)
+    grown = tl.zeros((BLOCK,), tl.float32)
+    for index in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        row = index * width
+        x_r = tl.load(total + row + d, mask=d < width, other=0.0).to(tl.float32)
+        d_r = tl.load(dnormed + row + d, mask=d < width, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x_r * x_r, 0) / width + eps)
+        normed = x_r * scale
+        grown += d_r * normed
+        d_r *= w
+        d_x = scale * (d_r - normed * (tl.sum(d_r * normed, 0) / width))
+        d_x += tl.load(dtotal + row + d, mask=d < width, other=0.0).to(tl.float32)
+        tl.store(dx + row + d, d_x.to(dx.dtype.element_ty), mask=d < width)
+    tl.store(dweight + tl.program_id(0) * width + d, grown, mask=d < width)
+
+
+class _AddNorm(torch.autograd.Function):
+    """x and residual (rows, width)."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        rows, width = x.shape
+        normed, total = torch.empty_like(x), torch.empty_like(x)
+        _norm_kernel[(rows,)](x, residual, weight, normed, total, width, eps, BLOCK=_power(width))
+        ctx.save_for_backward(total, weight)
+        ctx.eps = eps
+        return normed, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dnormed, dtotal):
+        total, weight = ctx.saved_tensors
+        rows, width = total.shape
+        programs = min(NORM_PROGRAMS, rows)
+        dx, dweight = torch.empty_like(total), torch.empty(programs, width, device=total.device)
+        _norm_gradient_kernel[(programs,)](
+            total,
+            weight,
+            dnormed.contiguous(),
+            dtotal.contiguous(),
+            dx,
+            dweight,
+            rows,
+            width,
+            ctx.eps,
+            BLOCK=_power(width),
+        )
+        return dx, dx, dweight.sum(0).to(weight.dtype), None
+
+
+def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `ssm_mmmamba.add_rmsnorm`."""
+    rows = (-1, x.shape[-1])
+    normed, total = _AddNorm.apply(x.reshape(rows).contiguous(), residual.reshape(rows).contiguous(), weight, eps)
+    return normed.view(x.shape), total.view(x.shape)
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _conv_step(x, weight, bias, state, c, C, inside, TAPS: tl.constexpr):
+    """SiLU of the convolution at one step for channels c; `state` as it was before the step."""
+    sums = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    for tap in tl.static_range(TAPS - 1):
+        kept = tl.load(state + c * (TAPS - 1) + tap, mask=inside, other=0.0).to(tl.float32)
+        sums += tl.load(weight + c * TAPS + tap, mask=inside, other=0.0).to(tl.float32) * kept
+    now = tl.load(x + c, mask=inside, other=0.0).to(tl.float32)
+    sums += tl.load(weight + c * TAPS + TAPS - 1, mask=inside, other=0.0).to(tl.float32) * now
+    # Rounded as the convolution of a whole sequence is.
+    return (sums * tl.sigmoid(sums)).to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _softplus(x):
+    grown = tl.exp(tl.minimum(x, 20.0))
+    rounded = 1 + grown
+    exact = rounded == 1  # small steps matter: log(1 + e) with the rounding of 1 + e undone
+    log1p = tl.where(exact, grown, tl.log(rounded) * grown / tl.where(exact, 1.0, rounded - 1))
+    return tl.where(x > 20, x, log1p)
+
+
+@triton.jit
+def _decode_kernel(
+    projected, conv_weight, conv_bias, A_log, dt_bias, norm_weight, conv_state, state, out, stride, eps,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, TAPS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAPS: tl.constexpr,
+):  # fmt: skip
+    """One step of a group's heads, from the input projection to the gated norm; both states change in place."""
+    row, shared = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    KV: tl.constexpr = HEADS // GROUP
+    C: tl.constexpr = (2 * KV + HEADS) * P
+    x, conv_state = projected + row * stride, conv_state + row * C * (TAPS - 1)
+    p = tl.arange(0, BLOCK_P)
+    v = _conv_step(x, conv_weight, conv_bias, conv_state, shared * P + p, C, p < P, TAPS)
+    for head in range(shared * GROUP, (shared + 1) * GROUP):
+        dt = tl.load(x + C + HEADS * P + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
+        dt = _softplus(dt)
+        decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * dt)
+        y = tl.zeros((BLOCK_P,), tl.float32)
+        for first in tl.static_range(0, P, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            k = _conv_step(x, conv_weight, conv_bias, conv_state, (KV + shared) * P + n, C, n < P, TAPS)
+            q = _conv_step(x, conv_weight, conv_bias, conv_state, (2 * KV + head) * P + n, C, n < P, TAPS)
+            places = state + ((row * HEADS + head) * P + p[:, None]) * P + n[None, :]
+            inside = (p < P)[:, None] & (n < P)[None, :]
+            S = tl.load(places, mask=inside, other=0.0) * decay + (dt * v)[:, None] * k[None, :]
+            tl.store(places, S, mask=inside)
+            y += tl.sum(S * q[None, :], 1)
+        gate = tl.load(x + C + head * P + p, mask=p < P, other=0.0).to(tl.float32)
+        y *= tl.rsqrt(tl.sum(y * y, 0) / P + eps) * tl.load(norm_weight + p, mask=p < P, other=0.0).to(tl.float32)
+        y *= gate * tl.sigmoid(gate)
+        tl.store(out + (row * HEADS + head) * P + p, y.to(out.dtype.element_ty), mask=p < P)
+    # The convolution's states of the group's channels move up by one, once every thread has read them.
+    tl.debug_barrier()
+    for part in tl.static_range(GROUP + 2):
+        if part < 2:
+            c = (part * KV + shared) * P + p
+        else:
+            c = (2 * KV + shared * GROUP + part - 2) * P + p
+        tap = tl.arange(0, BLOCK_TAPS)[None, :]
+        places = conv_state + c[:, None] * (TAPS - 1) + tap
+        later = tl.load(places + 1, mask=(p < P)[:, None] & (tap < TAPS - 2), other=0.0)
+        now = tl.load(x + c, mask=p < P, other=0.0)
+        tl.debug_barrier()
+        tl.store(places, tl.where(tap == TAPS - 2, now[:, None], later), mask=(p < P)[:, None] & (tap < TAPS - 1))
+
+
+def decode_step(
+    projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor,
+    eps: float, kv_heads: int, conv_state: Tensor, state: Tensor,
+) -> Tensor:  # fmt: skip
+    """One step of the whole mixer between its two projections, in one launch; the states change in place.
+
+    Args:
+        projected: (B, C + H * P + H), the input projection: v|k|q, gate, dt before bias and softplus.
+        conv_weight: (C, W), C = (2 K + H) P.
+        conv_bias: (C,).
+        A_log: (H,).
+        dt_bias: (H,).
+        norm_weight: (P,).
+        eps: Of the norm.
+        kv_heads: K.
+        conv_state: (B, C, W - 1), contiguous, in `projected`'s dtype.
+        state: (B, H, P, P), contiguous, fp32.
+
+    Returns:
+        (B, H, P) in `projected`'s dtype. No gradient.
+    """
+    (batch, heads, head_dim, _), taps = state.shape, conv_weight.shape[1]
+    out = torch.empty(batch, heads, head_dim, device=projected.device, dtype=projected.dtype)
+    block = _power(head_dim)
+    _decode_kernel[batch, kv_heads](
+        projected, conv_weight, conv_bias, A_log, dt_bias, norm_weight, conv_state, state, out, projected.stride(0), eps,
+        HEADS=heads, GROUP=heads // kv_heads, P=head_dim, TAPS=taps, BLOCK_P=block, BLOCK_N=min(block, 64),
+        BLOCK_TAPS=_power(taps - 1, 1), num_warps=8,
+    )  # fmt: skip
+    return out
