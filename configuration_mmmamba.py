@@ -12,12 +12,20 @@ from transformers.activations import ACT2FN
 
 
 LAYER_TYPES = ("full_attention", "linear_attention")
+SSM_IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
 
 
 def _positive(config: PreTrainedConfig, *names: str) -> None:
     for name in names:
         if getattr(config, name) <= 0:
             raise ValueError(f"{name}={getattr(config, name)} is not a positive number; give a value above 0.")
+
+
+def _known(ssm_implementation: str) -> None:
+    if ssm_implementation not in SSM_IMPLEMENTATIONS:
+        raise ValueError(
+            f"ssm_implementation={ssm_implementation!r} is unknown; use {', '.join(SSM_IMPLEMENTATIONS)}."
+        )
 
 
 @strict
@@ -89,6 +97,8 @@ class MmMambaTextConfig(PreTrainedConfig):
         conv_kernel: Taps of the mixer's causal convolution.
         ssm_chunk_size: Steps that the chunked scan treats with one matrix product.
         ssm_norm_eps: Epsilon of the mixer's gated norm.
+        ssm_implementation: What runs the mixer: "torch", "triton", "cuda" (mamba_ssm), or "auto" for the fastest that
+            can run where the tensors are.
     """
 
     model_type = "mmmamba_text"
@@ -118,6 +128,7 @@ class MmMambaTextConfig(PreTrainedConfig):
     conv_kernel: int = 2
     ssm_chunk_size: int = 128
     ssm_norm_eps: float = 1e-5
+    ssm_implementation: str = "auto"
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = 2
@@ -159,6 +170,7 @@ class MmMambaTextConfig(PreTrainedConfig):
             raise ValueError(
                 f"conv_kernel={self.conv_kernel} is below 2, the fewest taps that reach a previous token."
             )
+        _known(self.ssm_implementation)
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is no activation that Transformers knows; use 'silu'.")
 
@@ -199,6 +211,16 @@ class MmMambaConfig(PreTrainedConfig):
         if not isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = MmMambaVisionConfig(**(self.vision_config or {}))
         super().__post_init__(**kwargs)
+
+    @property
+    def ssm_implementation(self) -> str:
+        """The decoder's; `from_pretrained(..., ssm_implementation=...)` sets it here."""
+        return self.text_config.ssm_implementation
+
+    @ssm_implementation.setter
+    def ssm_implementation(self, value: str):
+        _known(value)
+        self.text_config.ssm_implementation = value
 
     def validate_architecture(self):
         """Refuses an image token outside the vocabulary. Raises ValueError."""

@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
 from .processing_mmmamba import encode_conversation
-from .ssm_mmmamba import causal_conv, gated_rmsnorm, ssd_scan, ssd_step
+from .ssm_mmmamba import Sequences, backend, state_dtype
 
 
 class _CountsTokens:
@@ -96,11 +96,27 @@ class MmMambaVisionEmbeddings(nn.Module):
         return self.projector(blocks.flatten(3).flatten(1, 2))
 
 
+class MmMambaRMSNorm(LlamaRMSNorm):
+    """Llama's norm, which can add to the residual stream on the way."""
+
+    def __init__(self, config: MmMambaTextConfig, eps: float):
+        super().__init__(config.hidden_size, eps=eps)
+        self.config = config
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Args: (batch, length, hidden) each. Returns the norm; with a residual of the sum, and the sum."""
+        if residual is None:
+            return super().forward(hidden_states)
+        ops = backend(hidden_states.device, hidden_states.dtype, self.config.ssm_implementation)
+        return ops.add_rmsnorm(hidden_states, residual, self.weight, self.variance_epsilon)
+
+
 class MmMambaMixer(nn.Module):
     """The Mamba-2 mixer with grouped keys and values (arXiv 2502.13145, section 3)."""
 
     def __init__(self, config: MmMambaTextConfig, layer_idx: int):
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.num_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
@@ -119,119 +135,38 @@ class MmMambaMixer(nn.Module):
         self.norm = LlamaRMSNorm(self.head_dim, eps=self.norm_eps)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def heads(self, hidden_states: Tensor, sequences: "Sequences | None" = None, cache: Cache | None = None) -> Tensor:
+    def heads(self, hidden_states: Tensor, sequences: Sequences | None = None, cache: Cache | None = None) -> Tensor:
         """The mixer before its output projection: (batch, length, hidden) to (batch, length, heads, head_dim)."""
-        vkq, gate, dt = self.in_proj(hidden_states).split(self.splits, dim=-1)
-        acc = torch.promote_types(dt.dtype, torch.float32)
-        dt = F.softplus(dt.to(acc) + self.dt_bias.to(acc))
-        A = -self.A_log.to(acc).exp()
-
-        conv_state = recurrent_state = None
+        projected = self.in_proj(hidden_states)
+        ops = backend(projected.device, projected.dtype, self.config.ssm_implementation)
+        conv = (self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        conv_state = state = None
         if cache is not None and cache.has_previous_state(self.layer_idx):
             conv_state = cache.layers[self.layer_idx].conv_states[0]
-            recurrent_state = cache.layers[self.layer_idx].recurrent_states[0]
-        if sequences is not None:
-            vkq, dt = sequences.to_front(vkq), sequences.to_front(dt) * sequences.valid[..., None]
+            state = cache.layers[self.layer_idx].recurrent_states[0]
+            if hidden_states.shape[1] == 1 and sequences is None and not torch.is_grad_enabled():
+                scales = (self.A_log, self.dt_bias, self.norm.weight, self.norm_eps)
+                return ops.decode_step(projected[:, 0], *conv, *scales, conv_state, state)[:, None]
 
-        vkq, conv_state = causal_conv(
-            vkq, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, sequences.lengths if sequences else None
-        )
+        vkq, gate, dt = projected.split(self.splits, dim=-1)
+        acc = state_dtype(dt.dtype)
+        dt = F.softplus(dt.to(acc) + self.dt_bias.to(acc))
+        if sequences is not None:
+            vkq, dt = sequences.take(vkq), sequences.take(dt)
+        vkq, conv_state = ops.causal_conv(vkq, *conv, conv_state, sequences)
         shared = self.num_key_value_heads * self.head_dim
         v, k, q = (x.unflatten(-1, (-1, self.head_dim)) for x in vkq.split([shared, shared, self.splits[1]], dim=-1))
-        if hidden_states.shape[1] == 1 and recurrent_state is not None:
-            y, recurrent_state = ssd_step(v[:, 0], k[:, 0], q[:, 0], dt[:, 0], A, recurrent_state)
-            y = y[:, None]
-        else:
-            y, recurrent_state = ssd_scan(v, k, q, dt, A, recurrent_state, self.chunk_size)
-
+        y, state = ops.ssd_scan(v, k, q, dt, -self.A_log.to(acc).exp(), state, self.chunk_size, sequences)
         if cache is not None:
             cache.update_conv_state(conv_state, self.layer_idx)
-            cache.update_recurrent_state(recurrent_state, self.layer_idx)
+            cache.update_recurrent_state(state, self.layer_idx)
         if sequences is not None:
-            y = sequences.to_place(y)
-        return gated_rmsnorm(y, gate.unflatten(-1, (-1, self.head_dim)), self.norm.weight, self.norm_eps)
+            y = sequences.put(y)
+        return ops.gated_rmsnorm(y, gate.unflatten(-1, (-1, self.head_dim)), self.norm.weight, self.norm_eps)
 
-    def forward(
-        self, hidden_states: Tensor, sequences: "Sequences | None" = None, cache: Cache | None = None
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, sequences: Sequences | None = None, cache: Cache | None = None) -> Tensor:
         """Args: hidden_states (batch, length, hidden). Returns the same shape."""
         return self.out_proj(self.heads(hidden_states, sequences, cache).flatten(2))
-
-
-class Sequences:
-    """Which steps of a batch belong to which sequence, where that is not simply one whole row each.
-
-    The recurrence runs over rows of one sequence each, valid steps in front: a state then starts at its sequence's
-    first step, sees no padding and no neighbour, and ends at its last valid step. A padded batch keeps its rows, so
-    that states stay those of the batch; a packed one gets a row for every sequence.
-
-    Args:
-        places: (batch, length), where each step goes among the rows' steps, counted row after row.
-        lengths: (rows,), how many steps of each row are valid.
-        longest: Steps in a row.
-    """
-
-    def __init__(self, places: Tensor, lengths: Tensor, longest: int):
-        self.places = places
-        self.lengths = lengths
-        self.longest = longest
-        self.valid = torch.arange(longest, device=places.device) < lengths[:, None]  # (rows, longest)
-
-    @classmethod
-    def of_mask(cls, mask: Tensor) -> "Sequences | None":
-        """The rows of a padded batch. Args: mask (batch, length), 1 where a step is valid. None if all are."""
-        mask = mask.bool()
-        if mask.all():
-            return None
-        batch, length = mask.shape
-        lengths = mask.sum(1)
-        # A state is read after `lengths` steps; padding waits behind it, where nothing sees it.
-        order = torch.where(mask, mask.cumsum(1), lengths[:, None] + (~mask).cumsum(1)) - 1
-        rows = torch.arange(batch, device=mask.device)[:, None]
-        return cls(rows * length + order, lengths, length)
-
-    @classmethod
-    def of_positions(cls, position_ids: Tensor) -> "Sequences | None":
-        """The sequences of a packed batch, in order over the flattened batch.
-
-        Args:
-            position_ids: (batch, length). Wherever they do not go up by one, a sequence begins: the rule by which
-                Transformers' attention masks tell packed sequences apart.
-
-        Returns:
-            None if every row is one sequence.
-        """
-        starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1
-        firsts = starts.flatten().nonzero().squeeze(1)  # (sequences,)
-        if len(firsts) == len(position_ids):
-            return None
-        lengths = F.pad(firsts, (0, 1), value=starts.numel()).diff()
-        longest = int(lengths.max())
-        sequence = starts.flatten().cumsum(0) - 1  # (batch * length,)
-        steps = torch.arange(starts.numel(), device=starts.device) - firsts[sequence]
-        return cls((sequence * longest + steps).view_as(starts), lengths, longest)
-
-    def to_front(self, x: Tensor) -> Tensor:
-        """Args: x (batch, length, channels). Returns (rows, longest, channels), 0 where no step goes."""
-        rows = x.new_zeros(self.valid.numel(), x.shape[2])
-        return rows.index_copy(0, self.places.flatten(), x.flatten(0, 1)).unflatten(0, self.valid.shape)
-
-    def to_place(self, x: Tensor) -> Tensor:
-        """Args: x (rows, longest, heads, head_dim). Returns (batch, length, heads, head_dim); undoes `to_front`."""
-        return x.flatten(0, 1).index_select(0, self.places.flatten()).unflatten(0, self.places.shape)
-
-    def attention_kwargs(self) -> dict[str, Tensor | int]:
-        """Boundaries of packed sequences as flash attention takes them.
-
-        It would find them in `position_ids`, but once per layer and only in a batch of one row.
-        """
-        ends = F.pad(self.lengths.cumsum(0), (1, 0)).int()
-        return {
-            "cu_seq_lens_q": ends,
-            "cu_seq_lens_k": ends,
-            "max_length_q": self.longest,
-            "max_length_k": self.longest,
-        }
 
 
 class MmMambaDecoderLayer(GradientCheckpointingLayer):
@@ -247,13 +182,13 @@ class MmMambaDecoderLayer(GradientCheckpointingLayer):
         self.mlp = LlamaMLP(config)
         in_embedding = layer_idx < config.num_embedding_layers
         eps = config.embedding_rms_norm_eps if in_embedding else config.rms_norm_eps
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=eps)
+        self.input_layernorm = MmMambaRMSNorm(config, eps)
+        self.post_attention_layernorm = MmMambaRMSNorm(config, eps)
 
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: "Tensor | Sequences | None" = None,
+        attention_mask: Tensor | Sequences | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
@@ -270,8 +205,8 @@ class MmMambaDecoderLayer(GradientCheckpointingLayer):
             )
         else:
             mixed = self.mamba(normed, attention_mask, past_key_values)
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        normed, hidden_states = self.post_attention_layernorm(mixed, hidden_states)
+        return hidden_states + self.mlp(normed)
 
 
 class MmMambaPreTrainedModel(PreTrainedModel):

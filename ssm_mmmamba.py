@@ -1,16 +1,133 @@
-"""The state-space maths of the Mamba-2 mixer, in plain torch.
+"""The state-space maths of the Mamba-2 mixer: its reference in plain torch, and the choice of what runs it.
 
 Letters: B batch, L length, H query heads, K key/value heads, G = H / K heads per group, P head size, N state size,
-C channels, W convolution taps. Query head h uses key/value head h // G.
+C channels, W convolution taps, S sequences. Query head h uses key/value head h // G.
 
     S_t = exp(A dt_t) S_{t-1} + dt_t v_t k_t^T        y_t = S_t q_t        (arXiv 2502.13145, eq. 2)
 
-Matrix products run in the inputs' dtype; decays, states and norms in at least fp32 (`state_dtype`).
+Matrix products run in the inputs' dtype; decays, states and norms in at least fp32 (`state_dtype`). The functions
+below are the `torch` backend. `triton` (our kernels) and `cuda` (mamba_ssm's and causal_conv1d's) have the same five.
 """
+
+import os
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+BACKENDS = ("torch", "triton", "cuda")
+
+
+class Backend(NamedTuple):
+    """One implementation of the mixer's operations; see the functions of the same names in this file."""
+
+    name: str
+    causal_conv: Callable
+    ssd_scan: Callable
+    decode_step: Callable
+    gated_rmsnorm: Callable
+    add_rmsnorm: Callable
+
+
+class Sequences:
+    """Which steps of a batch belong to which sequence, where that is not simply one whole row each.
+
+    Valid steps are taken out of the batch and laid end to end, so that a state starts at its sequence's first step,
+    sees no padding and no neighbour, and ends at its last valid step.
+
+    Args:
+        offsets: (S + 1,), where each sequence begins among the steps, and their number T. A sequence may be empty.
+        steps: (T,), the place of each step in the flattened batch; None if the batch is these steps.
+        shape: (batch, length).
+    """
+
+    def __init__(self, offsets: Tensor, steps: Tensor | None, shape: tuple[int, int]):
+        self.offsets = offsets
+        self.steps = steps
+        self.shape = shape
+        self.kept = {}  # what a backend works out once for all layers
+
+    @classmethod
+    def of_mask(cls, mask: Tensor) -> "Sequences | None":
+        """The rows of a padded batch. Args: mask (batch, length), 1 where a step is valid. None if all are."""
+        mask = mask.bool()
+        if mask.all():
+            return None
+        return cls(F.pad(mask.sum(1).cumsum(0), (1, 0)), mask.flatten().nonzero().squeeze(1), tuple(mask.shape))
+
+    @classmethod
+    def of_positions(cls, position_ids: Tensor) -> "Sequences | None":
+        """The sequences of a packed batch, in order over the flattened batch.
+
+        Args:
+            position_ids: (batch, length). Wherever they do not go up by one, a sequence begins: the rule by which
+                Transformers' attention masks tell packed sequences apart.
+
+        Returns:
+            None if every row is one sequence.
+        """
+        starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1
+        firsts = starts.flatten().nonzero().squeeze(1)  # (S,)
+        if len(firsts) == len(position_ids):
+            return None
+        return cls(F.pad(firsts, (0, 1), value=starts.numel()), None, tuple(starts.shape))
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(S,)"""
+        return self.offsets.diff()
+
+    @cached_property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+    def take(self, x: Tensor) -> Tensor:
+        """Args: x (batch, length, ...). Returns (1, T, ...)."""
+        x = x.flatten(0, 1)
+        return (x if self.steps is None else x.index_select(0, self.steps))[None]
+
+    def put(self, x: Tensor) -> Tensor:
+        """Args: x (1, T, ...). Returns (batch, length, ...), 0 where no step is valid; undoes `take`."""
+        x = x[0]
+        if self.steps is not None:
+            x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, self.steps, x)
+        return x.unflatten(0, self.shape)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """(T,), where each step goes if every sequence has a row of `longest` steps."""
+        steps = torch.arange(int(self.offsets[-1]), device=self.offsets.device)
+        sequence = torch.repeat_interleave(self.lengths)
+        return sequence * self.longest + steps - self.offsets[sequence]
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """Args: x (1, T, ...). Returns (S, longest, ...), a row per sequence, 0 behind its end."""
+        rows = x.new_zeros(len(self.lengths) * self.longest, *x.shape[2:]).index_copy(0, self._places, x[0])
+        return rows.unflatten(0, (len(self.lengths), self.longest))
+
+    def from_rows(self, x: Tensor) -> Tensor:
+        """Args: x (S, longest, ...). Returns (1, T, ...); undoes `to_rows`."""
+        return x.flatten(0, 1).index_select(0, self._places)[None]
+
+    def attention_kwargs(self) -> dict[str, Tensor | int]:
+        """Boundaries of packed sequences as flash attention takes them.
+
+        It would find them in `position_ids`, but once per layer and only in a batch of one row.
+        """
+        ends = self.offsets.int()
+        return {
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+        }
+
+
+# --- the reference ---------------------------------------------------------------------------------------------------
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -19,51 +136,63 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None, lengths: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None, sequences: Sequences | None = None
 ) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution and SiLU, from and to a state.
 
     Args:
-        x: (B, L, C), valid steps first.
+        x: (B, L, C); with `sequences`, their steps (1, T, C).
         weight: (C, W); the last tap meets the current step.
         bias: (C,).
-        state: (B, C, W - 1), the inputs before `x`; zeros if None.
-        lengths: (B,), how many of the L steps are valid; all if None.
+        state: (S, C, W - 1), the inputs before each row or sequence; zeros if None.
+        sequences: What belongs together, if not each row.
 
     Returns:
-        (B, L, C), and the state after the last valid step, (B, C, W - 1).
+        The shape of `x`, and the state after each row or sequence, (S, C, W - 1).
     """
+    if sequences is not None:
+        x = sequences.to_rows(x)
     length, taps = x.shape[1], weight.shape[1]
     if state is None:
-        padded = F.pad(x, (0, 0, taps - 1, 0))  # (B, W - 1 + L, C)
+        padded = F.pad(x, (0, 0, taps - 1, 0))  # (S, W - 1 + L, C)
     else:
         padded = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
     out = bias + sum(weight[:, tap] * padded[:, tap : tap + length] for tap in range(taps))
-    if lengths is None:
-        last = padded[:, length:]
-    else:
-        steps = lengths[:, None] + torch.arange(taps - 1, device=x.device)  # (B, W - 1)
-        last = padded.gather(1, steps[..., None].expand(-1, -1, x.shape[2]))
-    return F.silu(out), last.transpose(1, 2)
+    out = F.silu(out)
+    if sequences is None:
+        return out, padded[:, length:].transpose(1, 2)
+    steps = sequences.lengths[:, None] + torch.arange(taps - 1, device=x.device)  # (S, W - 1)
+    last = padded.gather(1, steps[..., None].expand(-1, -1, x.shape[2]))
+    return sequences.from_rows(out), last.transpose(1, 2)
 
 
 def ssd_scan(
-    v: Tensor, k: Tensor, q: Tensor, dt: Tensor, A: Tensor, state: Tensor | None, chunk_size: int = 128
+    v: Tensor,
+    k: Tensor,
+    q: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    state: Tensor | None,
+    chunk_size: int = 128,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence over a whole sequence, one chunk of matrix products at a time (arXiv 2405.21060, section 6).
+    """The recurrence over whole sequences, one chunk of matrix products at a time (arXiv 2405.21060, section 6).
 
     Args:
-        v: (B, L, K, P).
+        v: (B, L, K, P); with `sequences`, B = 1 and L = T.
         k: (B, L, K, N).
         q: (B, L, H, N).
         dt: (B, L, H), step sizes after softplus; 0 leaves the state as it is.
         A: (H,), negative decay rates.
-        state: (B, H, P, N), the state before the first step; zeros if None.
+        state: (S, H, P, N), the state before the first step of each row or sequence; zeros if None.
         chunk_size: Steps per chunk; changes speed and memory, not the result.
+        sequences: What belongs together, if not each row.
 
     Returns:
-        y of shape (B, L, H, P) and the last state (B, H, P, N), both in `state_dtype`.
+        y of shape (B, L, H, P), in `v`'s dtype or wider, and the last states (S, H, P, N) in `state_dtype`.
     """
+    if sequences is not None:
+        v, k, q, dt = (sequences.to_rows(x) for x in (v, k, q, dt))
     batch, length, kv_heads, head_dim = v.shape
     heads, state_size = q.shape[2:]
     group = heads // kv_heads
@@ -102,22 +231,68 @@ def ssd_scan(
         written = written.transpose(2, 3).flatten(3).transpose(-1, -2) @ k_c  # (B, K, G·P, N)
         state = state * total.exp()[..., None] + written.unflatten(2, (group, head_dim))
 
-    y = torch.cat(outputs, dim=3) if len(outputs) > 1 else outputs[0]
-    return y.flatten(1, 2).transpose(1, 2), state.flatten(1, 2)
+    if len(outputs) == 1:
+        y = outputs[0]
+    else:
+        y = torch.cat([state.new_empty(batch, kv_heads, group, 0, head_dim), *outputs], dim=3)
+    y = y.flatten(1, 2).transpose(1, 2)
+    return y if sequences is None else sequences.from_rows(y), state.flatten(1, 2)
 
 
-def ssd_step(v: Tensor, k: Tensor, q: Tensor, dt: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of the recurrence.
+def ssd_step(v: Tensor, k: Tensor, q: Tensor, dt: Tensor, A: Tensor, state: Tensor) -> Tensor:
+    """One step of the recurrence; `state` changes in place.
 
-    Args and returns as `ssd_scan` without L: v (B, K, P), k (B, K, N), q (B, H, N), dt (B, H), state (B, H, P, N).
+    Args:
+        v, k, q, dt, A: as `ssd_scan` without L: (B, K, P), (B, K, N), (B, H, N), (B, H), (H,).
+        state: (B, H, P, N), in `state_dtype`.
+
+    Returns:
+        y (B, H, P) in the state's dtype.
     """
-    kv_heads, group = v.shape[1], q.shape[1] // v.shape[1]
-    acc = state_dtype(v.dtype)
-    state, dt = state.to(acc), dt.to(acc)
-    written = (v.to(acc)[..., :, None] * k.to(acc)[..., None, :]).unsqueeze(2)  # (B, K, 1, P, N)
-    written = (written * dt.unflatten(1, (kv_heads, group))[..., None, None]).flatten(1, 2)
-    state = state * (dt * A.to(acc)).exp()[..., None, None] + written
-    return (state @ q.to(acc)[..., None]).squeeze(-1), state
+    group = q.shape[1] // v.shape[1]
+    v, k, q, dt, A = (x.to(state.dtype) for x in (v, k, q, dt, A))
+    written = dt[..., None] * v.repeat_interleave(group, 1)  # (B, H, P)
+    state.mul_((dt * A).exp()[..., None, None])
+    state.addcmul_(written[..., None], k.repeat_interleave(group, 1)[..., None, :])
+    return (state @ q[..., None]).squeeze(-1)
+
+
+def decode_step(
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    conv_state: Tensor,
+    state: Tensor,
+) -> Tensor:
+    """One step of the mixer between its two projections; both states change in place. No gradient.
+
+    Args:
+        projected: (B, C + H * P + H), what the input projection gives: v|k|q, gate, dt before bias and softplus.
+        conv_weight: (C, W), with C = (2 K + H) P.
+        conv_bias: (C,).
+        A_log: (H,).
+        dt_bias: (H,).
+        norm_weight: (P,).
+        eps: The norm's.
+        conv_state: (B, C, W - 1), in the dtype of `projected`.
+        state: (B, H, P, P), in `state_dtype`.
+
+    Returns:
+        (B, H, P) in the dtype of `projected`.
+    """
+    heads, head_dim = state.shape[1:3]
+    vkq, gate, dt = projected.split([len(conv_weight), heads * head_dim, heads], dim=-1)
+    dt = F.softplus(dt.to(state.dtype) + dt_bias.to(state.dtype))
+    vkq, last = causal_conv(vkq[:, None], conv_weight, conv_bias, conv_state)
+    conv_state.copy_(last)
+    shared = (len(conv_weight) - heads * head_dim) // 2
+    v, k, q = (x.unflatten(-1, (-1, head_dim)) for x in vkq[:, 0].split([shared, shared, heads * head_dim], dim=-1))
+    y = ssd_step(v, k, q, dt, -A_log.to(state.dtype).exp(), state)
+    return gated_rmsnorm(y, gate.unflatten(-1, (-1, head_dim)), norm_weight, eps)
 
 
 def gated_rmsnorm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -136,3 +311,85 @@ def gated_rmsnorm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor
     y = y.to(acc)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(acc)
     return (y * F.silu(gate.to(acc))).to(gate.dtype)
+
+
+def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Adds to the residual stream, and the RMS norm of the sum, as Llama's.
+
+    Args:
+        x: (..., width).
+        residual: (..., width).
+        weight: (width,).
+        eps: Added to the mean square.
+
+    Returns:
+        The normed sum and the sum, (..., width) each.
+    """
+    total = residual + x
+    wide = total.to(state_dtype(total.dtype))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(total.dtype), total
+
+
+TORCH = Backend("torch", causal_conv, ssd_scan, decode_step, gated_rmsnorm, add_rmsnorm)
+
+
+# --- which backend ---------------------------------------------------------------------------------------------------
+
+
+ENVIRONMENT = "MMMAMBA_SSM"
+
+
+@lru_cache
+def find(name: str) -> tuple[Backend | None, str]:
+    """A backend, or None and why it is not there."""
+    if name == "torch":
+        return TORCH, "part of the package"
+    try:
+        if name == "triton":
+            from .triton_mmmamba import TRITON as found
+        else:
+            from .cuda_mmmamba import CUDA as found
+    except ImportError as error:
+        return None, f"cannot be imported: {error}"
+    return found, "can be imported"
+
+
+def backend(device: torch.device, dtype: torch.dtype = torch.float32, requested: str = "auto") -> Backend:
+    """What runs the mixer's operations.
+
+    Args:
+        device: Where the tensors are.
+        dtype: Theirs.
+        requested: `config.ssm_implementation`: "torch", "triton", "cuda", or "auto" for the fastest that can run. The
+            environment variable `MMMAMBA_SSM` wins over it.
+
+    Raises:
+        ValueError: if the name is unknown, or the backend asked for cannot run there.
+    """
+    return _backend(device.type, dtype, os.environ.get(ENVIRONMENT) or requested)
+
+
+@lru_cache
+def _backend(device: str, dtype: torch.dtype, requested: str) -> Backend:
+    if requested == "auto":
+        return next(find(name)[0] for name in ("triton", "cuda", "torch") if why_not(name, device, dtype) is None)
+    if requested not in BACKENDS:
+        raise ValueError(f"ssm_implementation={requested!r} is unknown; use auto, {', '.join(BACKENDS)}.")
+    interpreted = requested == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    reason = why_not(requested, "cuda" if interpreted else device, dtype)
+    if reason is not None:
+        raise ValueError(f"The {requested} backend {reason}; use ssm_implementation='auto'.")
+    return find(requested)[0]
+
+
+def why_not(name: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run tensors of `dtype` on a device of this type; None if it can."""
+    found, reason = find(name)
+    if found is None:
+        return reason
+    if name != "torch" and device != "cuda":
+        return f"runs on CUDA devices, and the tensors are on {device}"
+    if name != "torch" and dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes fp32, bf16 and fp16, and the tensors are {dtype}"
+    return None

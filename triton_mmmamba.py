@@ -1,7 +1,7 @@
 """The same operations as `ssm_mmmamba`, as Triton kernels: nothing to compile at install.
 
-Rows of a batch, padded rows and packed sequences are one case here: tokens lie in one flat axis, `Chunks` says which of
-them belong together. Letters as in `ssm_mmmamba`, and T tokens in all, S sequences.
+Rows of a batch, padded rows and packed sequences are one case here: tokens lie in one flat axis, and `Chunks` says
+which of them belong together. Letters as in `ssm_mmmamba`, and T tokens in all, S sequences.
 
 The scan (arXiv 2405.21060, section 6) is three kernels: what each chunk writes to the state, the states passed from
 chunk to chunk, what each step reads. Query heads read the key/value head of their group in place. Its gradient
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .ssm_mmmamba import Backend, Sequences
+
 
 try:  # Transformers wants every import outside of `try` installed before it loads a model.
     import triton
@@ -29,7 +31,6 @@ except ImportError:
 
 
 CHUNK = 128  # steps between two states that are in memory
-BLOCK = 64  # steps in one matrix product
 NORM_PROGRAMS = 512  # programs that share the rows of a norm's gradient
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -69,6 +70,15 @@ class Chunks(NamedTuple):
         """Rows of `length` valid steps each."""
         return cls.of_offsets(torch.arange(rows + 1, device=device) * length, rows * length)
 
+    @classmethod
+    def of(cls, x: Tensor, sequences: Sequences | None) -> "Chunks":
+        """Those of x (B, L, ...), or of `sequences` whose steps it holds, (1, T, ...)."""
+        if sequences is None:
+            return cls.of_rows(*x.shape[:2], x.device)
+        if cls not in sequences.kept:
+            sequences.kept[cls] = cls.of_offsets(sequences.offsets, x.shape[1])
+        return sequences.kept[cls]
+
 
 def _power(size: int, least: int = 16) -> int:
     """The block that holds `size`: matrix products need powers of two of at least 16."""
@@ -79,7 +89,7 @@ def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-# --- scan -------------------------------------------------------------------------------------------------------------
+# --- scan -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -176,33 +186,59 @@ def _pass_kernel(
 
 
 @triton.jit
+def _against(
+    a, i, a_stride, a_in, b, j, b_stride, b_in, WIDTH: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Rows i of a times rows j of b transposed, over their common width."""
+    sums = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
+    for first in range(0, WIDTH, INNER):
+        w = first + tl.arange(0, INNER)
+        ours = _tile(a, i, a_stride, a_in, w, WIDTH)
+        sums += _dot(ours, tl.trans(_tile(b, j, b_stride, b_in, w, WIDTH)).to(ours.dtype), PRECISION)
+    return sums
+
+
+@triton.jit
+def _through(
+    a, i, a_stride, a_in, b, columns, b_stride,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows i of a times the matrix b (HEIGHT, WIDTH), some of its columns."""
+    sums = tl.zeros((i.shape[0], columns.shape[0]), tl.float32)
+    for first in range(0, HEIGHT, INNER):
+        w = first + tl.arange(0, INNER)
+        ours = _tile(a, i, a_stride, a_in, w, HEIGHT)
+        sums += _dot(ours, _tile(b, w, b_stride, w < HEIGHT, columns, WIDTH).to(ours.dtype), PRECISION)
+    return sums
+
+
+@triton.jit
 def _output_kernel(
     v, k, q, dt, since, states, y, table, v_stride, k_stride, q_stride, tokens,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    OUT: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y (T, H, P): what each step reads from the state that met its chunk, and from the steps before it in the chunk."""
+    """y (T, H, P): what each step reads from the state that met its chunk, and from earlier steps of the chunk."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     start, end = _bounds(table, chunk)
-    parts = tl.cdiv(P, BLOCK_P)
+    parts: tl.constexpr = (P + OUT - 1) // OUT
     begin = start + (tl.program_id(2) // parts) * BLOCK
     if begin >= end:
         return
-    p, n = (tl.program_id(2) % parts) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    v, k, since = v + (head // GROUP) * P, k + (head // GROUP) * N, since + head * tokens
+    p = (tl.program_id(2) % parts) * OUT + tl.arange(0, OUT)
     i = begin + tl.arange(0, BLOCK)
-    q_i = _tile(q + head * N, i, q_stride, i < end, n, N)
+    v, k, q, since = v + (head // GROUP) * P, k + (head // GROUP) * N, q + head * N, since + head * tokens
+    states += (chunk.to(tl.int64) * HEADS + head) * P * N
     s_i = tl.load(since + i, mask=i < end, other=0.0)
-    state = _tile(states + (chunk.to(tl.int64) * HEADS + head) * P * N, p, N, p < P, n, N)
-    sums = _dot(q_i, tl.trans(state).to(q_i.dtype), PRECISION) * tl.exp(s_i)[:, None]
+    sums = _against(q, i, q_stride, i < end, states, p, N, p < P, N, INNER, PRECISION) * tl.exp(s_i)[:, None]
     for other in range(start, begin + 1, BLOCK):
         j = other + tl.arange(0, BLOCK)
         s_j = tl.load(since + j, mask=j < end, other=0.0)
         dt_j = tl.load(dt + j * HEADS + head, mask=j < end, other=0.0)
-        k_j, v_j = _tile(k, j, k_stride, j < end, n, N), _tile(v, j, v_stride, j < end, p, P)
-        weights = _dot(q_i, tl.trans(k_j), PRECISION)
-        weights = weights * tl.exp(s_i[:, None] - s_j[None, :]) * dt_j[None, :]
+        scores = _against(q, i, q_stride, i < end, k, j, k_stride, j < end, N, INNER, PRECISION)
+        weights = scores * tl.exp(s_i[:, None] - s_j[None, :]) * dt_j[None, :]
         weights = tl.where(i[:, None] >= j[None, :], weights, 0.0)  # the decay towards the past overflows
+        v_j = _tile(v, j, v_stride, j < end, p, P)
         sums += _dot(weights.to(v_j.dtype), v_j, PRECISION)
     out = y + (i * HEADS + head)[:, None] * P + p[None, :]
     tl.store(out, sums.to(y.dtype.element_ty), mask=(i < end)[:, None] & (p < P)[None, :])
@@ -212,7 +248,7 @@ def _output_kernel(
 def _query_gradient_kernel(
     v, k, q, dy, dt, since, states, dq, reads, table, v_stride, k_stride, q_stride, tokens,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    OUT: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq (T, H, N), and reads (H, T): for each step i the sum over j of E, with what it read of the state."""
     chunk, head = tl.program_id(0), tl.program_id(1)
@@ -220,76 +256,106 @@ def _query_gradient_kernel(
     begin = start + tl.program_id(2) * BLOCK
     if begin >= end:
         return
-    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    i, n = begin + tl.arange(0, BLOCK), tl.arange(0, OUT)
     v, k, since = v + (head // GROUP) * P, k + (head // GROUP) * N, since + head * tokens
-    i = begin + tl.arange(0, BLOCK)
-    q_i, dy_i = _tile(q + head * N, i, q_stride, i < end, n, N), _tile(dy + head * P, i, HEADS * P, i < end, p, P)
+    q, dy = q + head * N, dy + head * P
+    states += (chunk.to(tl.int64) * HEADS + head) * P * N
     s_i = tl.load(since + i, mask=i < end, other=0.0)
-    state = _tile(states + (chunk.to(tl.int64) * HEADS + head) * P * N, p, N, p < P, n, N)
-    sums = _dot(dy_i, state.to(dy_i.dtype), PRECISION) * tl.exp(s_i)[:, None]
-    read = tl.sum(q_i * sums, 1)
+    sums = _through(dy, i, HEADS * P, i < end, states, n, N, P, N, INNER, PRECISION) * tl.exp(s_i)[:, None]
+    read = tl.sum(_tile(q, i, q_stride, i < end, n, N).to(tl.float32) * sums, 1)
     for other in range(start, begin + 1, BLOCK):
         j = other + tl.arange(0, BLOCK)
         s_j = tl.load(since + j, mask=j < end, other=0.0)
         dt_j = tl.load(dt + j * HEADS + head, mask=j < end, other=0.0)
-        k_j, v_j = _tile(k, j, k_stride, j < end, n, N), _tile(v, j, v_stride, j < end, p, P)
-        weights = _dot(dy_i, tl.trans(v_j), PRECISION)
-        weights = weights * tl.exp(s_i[:, None] - s_j[None, :]) * dt_j[None, :]
-        weights = tl.where(i[:, None] >= j[None, :], weights, 0.0)
-        read += tl.sum(weights * _dot(q_i, tl.trans(k_j), PRECISION), 1)
-        sums += _dot(weights.to(k_j.dtype), k_j, PRECISION)
+        gains = _against(dy, i, HEADS * P, i < end, v, j, v_stride, j < end, P, INNER, PRECISION)
+        gains *= tl.exp(s_i[:, None] - s_j[None, :]) * dt_j[None, :]
+        gains = tl.where(i[:, None] >= j[None, :], gains, 0.0)
+        read += tl.sum(gains * _against(q, i, q_stride, i < end, k, j, k_stride, j < end, N, INNER, PRECISION), 1)
+        k_j = _tile(k, j, k_stride, j < end, n, N)
+        sums += _dot(gains.to(k_j.dtype), k_j, PRECISION)
     out = dq + (i * HEADS + head)[:, None] * N + n[None, :]
     tl.store(out, sums.to(dq.dtype.element_ty), mask=(i < end)[:, None] & (n < N)[None, :])
     tl.store(reads + head * tokens + i, read, mask=i < end)
 
 
 @triton.jit
-def _key_value_gradient_kernel(
-    v, k, q, dy, dt, since, dstates, dv, dk, pairs, writes, table, v_stride, k_stride, q_stride, tokens,
+def _key_gradient_kernel(
+    v, k, q, dy, dt, since, dstates, dk, pairs, writes, table, v_stride, k_stride, q_stride, tokens,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    OUT: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dv (T, K, P) and dk (T, K, N), summed over the group's heads; per head and step j, over dt_j: `pairs` (H, T), the
-    sum over i of E, and `writes` (H, T), what it wrote to the state that leaves."""
+    """dk (T, K, N), summed over the group's heads.
+
+    And for each head and step j, over dt_j: pairs (H, T), the sum over i of E; writes (H, T), what it wrote to the
+    state that leaves.
+    """
     chunk, shared = tl.program_id(0), tl.program_id(1)
     start, end = _bounds(table, chunk)
     begin = start + tl.program_id(2) * BLOCK
     if begin >= end:
         return
-    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    j = begin + tl.arange(0, BLOCK)
-    k_j, v_j = _tile(k + shared * N, j, k_stride, j < end, n, N), _tile(v + shared * P, j, v_stride, j < end, p, P)
-    dk_j, dv_j = tl.zeros((BLOCK, BLOCK_N), tl.float32), tl.zeros((BLOCK, BLOCK_P), tl.float32)
+    j, n = begin + tl.arange(0, BLOCK), tl.arange(0, OUT)
+    v, k = v + shared * P, k + shared * N
+    sums = tl.zeros((BLOCK, OUT), tl.float32)
     for head in range(shared * GROUP, (shared + 1) * GROUP):
         s_j = tl.load(since + head * tokens + j, mask=j < end, other=0.0)
         dt_j = tl.load(dt + j * HEADS + head, mask=j < end, other=0.0)
         remains = tl.exp(tl.load(since + head * tokens + end - 1) - s_j)
-        dstate = _tile(dstates + (chunk.to(tl.int64) * HEADS + head) * P * N, p, N, p < P, n, N).to(k_j.dtype)
-        to_v = _dot(k_j, tl.trans(dstate), PRECISION) * remains[:, None]
-        to_k = _dot(v_j, dstate, PRECISION) * remains[:, None]
-        write = tl.sum(v_j * to_v, 1)
+        dstate = dstates + (chunk.to(tl.int64) * HEADS + head) * P * N
+        leaving = _through(v, j, v_stride, j < end, dstate, n, N, P, N, INNER, PRECISION) * remains[:, None]
+        write = tl.sum(_tile(k, j, k_stride, j < end, n, N).to(tl.float32) * leaving, 1)
+        tl.store(writes + head * tokens + j, write, mask=j < end)
+        sums += dt_j[:, None] * leaving
         pair = tl.zeros((BLOCK,), tl.float32)
         for other in range(begin, end, BLOCK):
             i = other + tl.arange(0, BLOCK)
             s_i = tl.load(since + head * tokens + i, mask=i < end, other=0.0)
-            q_i = _tile(q + head * N, i, q_stride, i < end, n, N)
-            dy_i = _tile(dy + head * P, i, HEADS * P, i < end, p, P)
+            gains = _against(v, j, v_stride, j < end, dy + head * P, i, HEADS * P, i < end, P, INNER, PRECISION)
             crosses = (i[None, :] >= j[:, None]) & (i < end)[None, :]
-            decay = tl.where(crosses, tl.exp(s_i[None, :] - s_j[:, None]), 0.0)
-            scores = _dot(k_j, tl.trans(q_i), PRECISION) * decay
-            gains = _dot(v_j, tl.trans(dy_i), PRECISION)
-            pair += tl.sum(scores * gains, 1)
-            to_v += _dot(scores.to(dy_i.dtype), dy_i, PRECISION)
-            to_k += _dot((gains * decay).to(q_i.dtype), q_i, PRECISION)
-        dv_j += dt_j[:, None] * to_v
-        dk_j += dt_j[:, None] * to_k
+            gains = tl.where(crosses, gains * tl.exp(s_i[None, :] - s_j[:, None]), 0.0)
+            pair += tl.sum(
+                gains * _against(k, j, k_stride, j < end, q + head * N, i, q_stride, i < end, N, INNER, PRECISION), 1
+            )
+            q_i = _tile(q + head * N, i, q_stride, i < end, n, N)
+            sums += _dot((gains * dt_j[:, None]).to(q_i.dtype), q_i, PRECISION)
         tl.store(pairs + head * tokens + j, pair, mask=j < end)
-        tl.store(writes + head * tokens + j, write, mask=j < end)
-    kv_heads = HEADS // GROUP
-    out_k = dk + (j * kv_heads + shared)[:, None] * N + n[None, :]
-    out_v = dv + (j * kv_heads + shared)[:, None] * P + p[None, :]
-    tl.store(out_k, dk_j.to(dk.dtype.element_ty), mask=(j < end)[:, None] & (n < N)[None, :])
-    tl.store(out_v, dv_j.to(dv.dtype.element_ty), mask=(j < end)[:, None] & (p < P)[None, :])
+    out = dk + (j * (HEADS // GROUP) + shared)[:, None] * N + n[None, :]
+    tl.store(out, sums.to(dk.dtype.element_ty), mask=(j < end)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _value_gradient_kernel(
+    k, q, dy, dt, since, dstates, dv, table, k_stride, q_stride, tokens,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    OUT: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv (T, K, P), summed over the group's heads."""
+    chunk, shared = tl.program_id(0), tl.program_id(1)
+    start, end = _bounds(table, chunk)
+    parts: tl.constexpr = (P + OUT - 1) // OUT
+    begin = start + (tl.program_id(2) // parts) * BLOCK
+    if begin >= end:
+        return
+    p = (tl.program_id(2) % parts) * OUT + tl.arange(0, OUT)
+    j = begin + tl.arange(0, BLOCK)
+    k += shared * N
+    sums = tl.zeros((BLOCK, OUT), tl.float32)
+    for head in range(shared * GROUP, (shared + 1) * GROUP):
+        s_j = tl.load(since + head * tokens + j, mask=j < end, other=0.0)
+        dt_j = tl.load(dt + j * HEADS + head, mask=j < end, other=0.0)
+        remains = tl.exp(tl.load(since + head * tokens + end - 1) - s_j) * dt_j
+        dstate = dstates + (chunk.to(tl.int64) * HEADS + head) * P * N
+        sums += _against(k, j, k_stride, j < end, dstate, p, N, p < P, N, INNER, PRECISION) * remains[:, None]
+        for other in range(begin, end, BLOCK):
+            i = other + tl.arange(0, BLOCK)
+            s_i = tl.load(since + head * tokens + i, mask=i < end, other=0.0)
+            scores = _against(k, j, k_stride, j < end, q + head * N, i, q_stride, i < end, N, INNER, PRECISION)
+            crosses = (i[None, :] >= j[:, None]) & (i < end)[None, :]
+            scores = tl.where(crosses, scores * tl.exp(s_i[None, :] - s_j[:, None]) * dt_j[:, None], 0.0)
+            dy_i = _tile(dy + head * P, i, HEADS * P, i < end, p, P)
+            sums += _dot(scores.to(dy_i.dtype), dy_i, PRECISION)
+    out = dv + (j * (HEADS // GROUP) + shared)[:, None] * P + p[None, :]
+    tl.store(out, sums.to(dv.dtype.element_ty), mask=(j < end)[:, None] & (p < P)[None, :])
 
 
 @triton.jit
@@ -323,50 +389,63 @@ def _step_gradient_kernel(
 
 
 class _Scan(torch.autograd.Function):
-    """v (T, K, P), k (T, K, N), q (T, H, N), dt (T, H), state (S, H, P, N); the last axes contiguous, fp32 from dt on."""
+    """v (T, K, P), k (T, K, N), q (T, H, N), dt (T, H), state (S, H, P, N); last axes contiguous, fp32 from dt on."""
 
     @staticmethod
     def sizes(v: Tensor, k: Tensor, q: Tensor) -> dict:
         heads, head_dim, state_size = q.shape[1], v.shape[2], k.shape[2]
+        # Products without tensor cores, and wide heads, leave registers for smaller blocks only.
+        small = v.dtype == torch.float32 or max(head_dim, state_size) > 128
         return {
-            "HEADS": heads, "GROUP": heads // v.shape[1], "P": head_dim, "N": state_size,
-            "BLOCK_P": _power(head_dim), "BLOCK_N": _power(state_size), "PRECISION": _precision(),
-            # Large heads leave room for fewer steps at once; fp32 takes twice the room.
-            "BLOCK": BLOCK if max(head_dim, state_size) * v.element_size() <= 256 else BLOCK // 2,
+            "HEADS": heads, "P": head_dim, "N": state_size, "BLOCK": 32 if small else 64,
+            "PRECISION": _precision(), "num_stages": 1, "num_warps": 4,
         }  # fmt: skip
 
     @staticmethod
     def states(v, k, q, dt, A, state, chunks, sizes) -> tuple[Tensor, Tensor, Tensor]:
         """Log decays (H, T), the state that meets each chunk (chunks, H, P, N), the last states (S, H, P, N)."""
-        heads, size = sizes["HEADS"], sizes["P"] * sizes["N"]
-        tokens, count = len(dt), len(chunks.table)
-        since = torch.empty(heads, tokens, device=dt.device)
-        _decay_kernel[count, heads](dt, A, since, chunks.table, tokens, HEADS=heads, CHUNK=CHUNK)
-        states = torch.empty(count, *state.shape[1:], device=dt.device)
-        outer = {name: value for name, value in sizes.items() if name != "GROUP"} | {
-            "BLOCK_P": min(64, sizes["BLOCK_P"])
-        }
-        _chunk_outer_kernel[count, heads, triton.cdiv(sizes["P"], outer["BLOCK_P"])](
-            v, k, dt, since, states, chunks.table, v.stride(0), k.stride(0), tokens,
-            LEFT_GROUP=sizes["GROUP"], RIGHT_GROUP=sizes["GROUP"], WRITTEN=True, **outer,
+        group = q.shape[1] // v.shape[1]
+        since = torch.empty(q.shape[1], len(dt), device=dt.device)
+        _decay_kernel[len(chunks.table), q.shape[1]](
+            dt, A, since, chunks.table, len(dt), HEADS=q.shape[1], CHUNK=CHUNK, num_warps=4
+        )
+        states = _Scan.outer(v, k, dt, since, chunks, sizes, LEFT_GROUP=group, RIGHT_GROUP=group, WRITTEN=True)
+        return since, states, _Scan.passed(states, state, since, chunks, REVERSE=False)
+
+    @staticmethod
+    def outer(left, right, dt, since, chunks, sizes, **options) -> Tensor:
+        """See `_chunk_outer_kernel`; (chunks, H, P, N)."""
+        heads, head_dim, state_size = sizes["HEADS"], sizes["P"], sizes["N"]
+        block = min(64, _power(head_dim))
+        out = torch.empty(len(chunks.table), heads, head_dim, state_size, device=dt.device)
+        _chunk_outer_kernel[len(out), heads, triton.cdiv(head_dim, block)](
+            left, right, dt, since, out, chunks.table, left.stride(0), right.stride(0), len(dt),
+            BLOCK_P=block, BLOCK_N=_power(state_size), **sizes | {"BLOCK": 32}, **options,
         )  # fmt: skip
-        last = torch.empty_like(state)
-        _pass_kernel[len(state), heads, triton.cdiv(size, 1024)](
-            states, state, last, since, chunks.table, chunks.first, chunks.count, tokens,
-            HEADS=heads, SIZE=size, BLOCK=1024, REVERSE=False,
+        return out
+
+    @staticmethod
+    def passed(states, initial, since, chunks, **options) -> Tensor:
+        """See `_pass_kernel`; the last states (S, H, P, N)."""
+        heads, size = states.shape[1], states[0, 0].numel()
+        last = torch.empty_like(initial)
+        _pass_kernel[len(initial), heads, triton.cdiv(size, 1024)](
+            states, initial, last, since, chunks.table, chunks.first, chunks.count, since.shape[1],
+            HEADS=heads, SIZE=size, BLOCK=1024, **options,
         )  # fmt: skip
-        return since, states, last
+        return last
 
     @staticmethod
     def forward(ctx, v, k, q, dt, A, state, chunks):
-        sizes = _Scan.sizes(v, k, q)
+        sizes, group = _Scan.sizes(v, k, q), q.shape[1] // v.shape[1]
         since, states, last = _Scan.states(v, k, q, dt, A, state, chunks, sizes)
         y = torch.empty(*q.shape[:2], v.shape[2], device=v.device, dtype=v.dtype)
-        narrow = sizes | {"BLOCK_P": min(128, sizes["BLOCK_P"])}
-        blocks = CHUNK // narrow["BLOCK"] * triton.cdiv(narrow["P"], narrow["BLOCK_P"])
-        _output_kernel[len(chunks.table), narrow["HEADS"], blocks](
-            v, k, q, dt, since, states, y, chunks.table, v.stride(0), k.stride(0), q.stride(0), len(dt), **narrow
-        )
+        out = min(64, _power(v.shape[2]))
+        blocks = CHUNK // sizes["BLOCK"] * triton.cdiv(v.shape[2], out)
+        _output_kernel[len(states), q.shape[1], blocks](
+            v, k, q, dt, since, states, y, chunks.table, v.stride(0), k.stride(0), q.stride(0), len(dt),
+            GROUP=group, OUT=out, INNER=min(64, _power(k.shape[2])), **sizes,
+        )  # fmt: skip
         ctx.save_for_backward(v, k, q, dt, A, state)
         ctx.chunks = chunks
         return y, last
@@ -375,51 +454,57 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dlast):
         (v, k, q, dt, A, state), chunks = ctx.saved_tensors, ctx.chunks
-        sizes = _Scan.sizes(v, k, q)
-        heads, size, tokens, count = sizes["HEADS"], sizes["P"] * sizes["N"], len(dt), len(chunks.table)
-        dy, dlast = dy.contiguous(), dlast.contiguous()
+        sizes, heads, kv_heads = _Scan.sizes(v, k, q), q.shape[1], v.shape[1]
+        dy = dy.contiguous()
         since, states, _ = _Scan.states(v, k, q, dt, A, state, chunks, sizes)
-        dstates, dstate = torch.empty_like(states), torch.empty_like(state)
-        outer = {name: value for name, value in sizes.items() if name != "GROUP"} | {
-            "BLOCK_P": min(64, sizes["BLOCK_P"])
-        }
-        _chunk_outer_kernel[count, heads, triton.cdiv(sizes["P"], outer["BLOCK_P"])](
-            dy, q, dt, since, dstates, chunks.table, dy.stride(0), q.stride(0), tokens,
-            LEFT_GROUP=1, RIGHT_GROUP=1, WRITTEN=False, **outer,
-        )  # fmt: skip
-        _pass_kernel[len(state), heads, triton.cdiv(size, 1024)](
-            dstates, dlast, dstate, since, chunks.table, chunks.first, chunks.count, tokens,
-            HEADS=heads, SIZE=size, BLOCK=1024, REVERSE=True,
-        )  # fmt: skip
-        strides = (v.stride(0), k.stride(0), q.stride(0))
+        dstates = _Scan.outer(dy, q, dt, since, chunks, sizes, LEFT_GROUP=1, RIGHT_GROUP=1, WRITTEN=False)
+        dstate = _Scan.passed(dstates, dlast.contiguous(), since, chunks, REVERSE=True)
+
         dv, dk, dq = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (v, k, q))
-        reads, pairs, writes = torch.empty(3, heads, tokens, device=dt.device)
-        blocks = CHUNK // sizes["BLOCK"]
+        reads, pairs, writes = torch.empty(3, *since.shape, device=dt.device)
+        count, blocks = len(states), CHUNK // sizes["BLOCK"]
+        strides = (v.stride(0), k.stride(0), q.stride(0), len(dt))
+        width = _power(k.shape[2])
+        options = sizes | {"GROUP": heads // kv_heads, "INNER": min(64, width), "OUT": width}
+        options["num_warps"] = 8 if width > 64 else 4
         _query_gradient_kernel[count, heads, blocks](
-            v, k, q, dy, dt, since, states, dq, reads, chunks.table, *strides, tokens, **sizes
+            v, k, q, dy, dt, since, states, dq, reads, chunks.table, *strides, **options
         )
-        _key_value_gradient_kernel[count, heads // sizes["GROUP"], blocks](
-            v, k, q, dy, dt, since, dstates, dv, dk, pairs, writes, chunks.table, *strides, tokens, **sizes
+        _key_gradient_kernel[count, kv_heads, blocks](
+            v, k, q, dy, dt, since, dstates, dk, pairs, writes, chunks.table, *strides, **options
+        )
+        options |= {"OUT": min(64, _power(v.shape[2])), "num_warps": 4}
+        _value_gradient_kernel[count, kv_heads, blocks * triton.cdiv(v.shape[2], options["OUT"])](
+            k, q, dy, dt, since, dstates, dv, chunks.table, *strides[1:], **options
         )
         ddt, dA = torch.empty_like(dt), torch.empty(count, heads, device=dt.device)
         _step_gradient_kernel[count, heads](
-            dt, A, since, states, dstates, reads, pairs, writes, ddt, dA, chunks.table, tokens,
-            HEADS=heads, SIZE=size, CHUNK=CHUNK, BLOCK=1024,
+            dt, A, since, states, dstates, reads, pairs, writes, ddt, dA, chunks.table, len(dt),
+            HEADS=heads, SIZE=states[0, 0].numel(), CHUNK=CHUNK, BLOCK=1024,
         )  # fmt: skip
         return dv, dk, dq, ddt, dA.sum(0), dstate, None
 
 
-def ssd_scan(v: Tensor, k: Tensor, q: Tensor, dt: Tensor, A: Tensor, state: Tensor | None, chunks: Chunks):
-    """See `ssm_mmmamba.ssd_scan`; tokens in one flat axis: v (T, K, P), k (T, K, N), q (T, H, N), dt (T, H).
-
-    Returns y (T, H, P) in `v`'s dtype and the last states (S, H, P, N), fp32.
-    """
+def ssd_scan(
+    v: Tensor,
+    k: Tensor,
+    q: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    state: Tensor | None,
+    chunk_size: int = CHUNK,
+    sequences: Sequences | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `ssm_mmmamba.ssd_scan`; y is in `v`'s dtype. `chunk_size` is the reference's: blocks here are fixed."""
+    chunks = Chunks.of(v, sequences)
     if state is None:
-        state = torch.zeros(len(chunks.count), q.shape[1], v.shape[2], k.shape[2], device=v.device)
-    return _Scan.apply(v, k, q, dt.float().contiguous(), A.float().contiguous(), state.float().contiguous(), chunks)
+        state = torch.zeros(len(chunks.count), q.shape[2], v.shape[3], k.shape[3], device=v.device)
+    flat = (x.flatten(0, 1) for x in (v, k, q, dt.float().contiguous()))
+    y, last = _Scan.apply(*flat, A.float().contiguous(), state.float().contiguous(), chunks)
+    return y.unflatten(0, v.shape[:2]), last
 
 
-# --- convolution ------------------------------------------------------------------------------------------------------
+# --- convolution ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -553,15 +638,17 @@ class _Conv(torch.autograd.Function):
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None, chunks: Chunks
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None, sequences: Sequences | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `ssm_mmmamba.causal_conv`; tokens in one flat axis: x (T, C) to y (T, C), and states (S, C, W - 1)."""
+    """See `ssm_mmmamba.causal_conv`."""
+    chunks = Chunks.of(x, sequences)
     if state is None:
-        state = x.new_zeros(len(chunks.count), x.shape[1], weight.shape[1] - 1)
-    return _Conv.apply(x, weight.contiguous(), bias, state.to(x.dtype).contiguous(), chunks)
+        state = x.new_zeros(len(chunks.count), x.shape[2], weight.shape[1] - 1)
+    y, last = _Conv.apply(x.flatten(0, 1), weight.contiguous(), bias, state.to(x.dtype).contiguous(), chunks)
+    return y.unflatten(0, x.shape[:2]), last
 
 
-# --- norms ------------------------------------------------------------------------------------------------------------
+# --- norms ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -634,8 +721,10 @@ class _GatedNorm(torch.autograd.Function):
 
 
 def gated_rmsnorm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `ssm_mmmamba.gated_rmsnorm`; y (T, H, P), gate (T, H, P) whose heads lie side by side."""
-    return _GatedNorm.apply(y.contiguous(), gate.flatten(1), weight, eps)
+    """See `ssm_mmmamba.gated_rmsnorm`; the heads of `gate` lie side by side."""
+    heads = y.shape[-2:]
+    out = _GatedNorm.apply(y.reshape(-1, *heads), gate.flatten(-2).flatten(0, -2), weight, eps)
+    return out.view(y.shape)
 
 
 @triton.jit
@@ -712,7 +801,7 @@ def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tupl
     return normed.view(x.shape), total.view(x.shape)
 
 
-# --- decoding ---------------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -784,32 +873,26 @@ def _decode_kernel(
 
 
 def decode_step(
-    projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor,
-    eps: float, kv_heads: int, conv_state: Tensor, state: Tensor,
-) -> Tensor:  # fmt: skip
-    """One step of the whole mixer between its two projections, in one launch; the states change in place.
-
-    Args:
-        projected: (B, C + H * P + H), the input projection: v|k|q, gate, dt before bias and softplus.
-        conv_weight: (C, W), C = (2 K + H) P.
-        conv_bias: (C,).
-        A_log: (H,).
-        dt_bias: (H,).
-        norm_weight: (P,).
-        eps: Of the norm.
-        kv_heads: K.
-        conv_state: (B, C, W - 1), contiguous, in `projected`'s dtype.
-        state: (B, H, P, P), contiguous, fp32.
-
-    Returns:
-        (B, H, P) in `projected`'s dtype. No gradient.
-    """
-    (batch, heads, head_dim, _), taps = state.shape, conv_weight.shape[1]
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    conv_state: Tensor,
+    state: Tensor,
+) -> Tensor:
+    """See `ssm_mmmamba.decode_step`; one launch. The states are contiguous."""
+    (batch, heads, head_dim, _), (channels, taps) = state.shape, conv_weight.shape
     out = torch.empty(batch, heads, head_dim, device=projected.device, dtype=projected.dtype)
-    block = _power(head_dim)
+    kv_heads, block = (channels // head_dim - heads) // 2, _power(head_dim)
     _decode_kernel[batch, kv_heads](
-        projected, conv_weight, conv_bias, A_log, dt_bias, norm_weight, conv_state, state, out, projected.stride(0), eps,
-        HEADS=heads, GROUP=heads // kv_heads, P=head_dim, TAPS=taps, BLOCK_P=block, BLOCK_N=min(block, 64),
-        BLOCK_TAPS=_power(taps - 1, 1), num_warps=8,
+        projected, conv_weight, conv_bias, A_log, dt_bias, norm_weight, conv_state, state, out,
+        projected.stride(0), eps, HEADS=heads, GROUP=heads // kv_heads, P=head_dim, TAPS=taps,
+        BLOCK_P=block, BLOCK_N=min(block, 64), BLOCK_TAPS=_power(taps - 1, 1), num_warps=8,
     )  # fmt: skip
     return out
+
+
+TRITON = Backend("triton", causal_conv, ssd_scan, decode_step, gated_rmsnorm, add_rmsnorm)

@@ -1,6 +1,15 @@
 """Fixtures that several test files share."""
 
+import os
+
 import pytest
+import torch
+
+
+# Without a GPU the kernels run in Triton's interpreter, which is chosen when Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from conversations import processor_with
 from tiny_models import LAYER_TYPES, tiny_model
 

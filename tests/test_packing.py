@@ -6,7 +6,8 @@ from tiny_models import IMAGE_TOKEN, LAYER_TYPES, TILE_TOKENS, tiny_model, token
 from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening
 from transformers.masking_utils import flash_attention_mask
 
-from mmmamba.modeling_mmmamba import MmMambaCache, Sequences
+from mmmamba.modeling_mmmamba import MmMambaCache
+from mmmamba.ssm_mmmamba import Sequences
 
 
 # Lengths 1, 9, 26, 1, 8, 2: around the chunk of 8 steps, one step alone at either place, pictures in two of them.
@@ -240,18 +241,21 @@ def test_generation_never_looks_for_packing(kind, use_cache, monkeypatch):
         assert answer.tolist() == ids[0, len(row) :].tolist()
 
 
-def test_every_step_has_a_place_of_its_own_and_comes_back_to_it():
+def test_every_valid_step_has_a_place_and_comes_back_to_it():
     mask = torch.tensor([[0, 1, 0, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
     positions = torch.tensor([[0, 1, 0, 0, 1], [0, 1, 2, 3, 4], [7, 8, 0, 1, 2]])
     steps = torch.arange(15.0).view(3, 5, 1) + 1
-    for sequences, rows in (
-        (Sequences.of_mask(mask), [[2, 4, 5, 1, 3], [6, 7, 8, 9, 10], [11, 12, 13, 14, 15]]),
-        (Sequences.of_positions(positions), [[1, 2], [3], [4, 5], [6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]),
+    for sequences, rows, valid in (
+        (Sequences.of_mask(mask), [[2, 4, 5], [6, 7, 8], []], mask),
+        (Sequences.of_positions(positions), [[1, 2], [3], [4, 5], [6, 7, 8, 9, 10], [11, 12], [13, 14, 15]], 1),
     ):
-        front = sequences.to_front(steps)
-        assert front[..., 0].tolist() == [row + [0] * (5 - len(row)) for row in rows]
-        assert torch.equal(sequences.to_place(front[..., None])[..., 0], steps)
-        assert sequences.valid.sum(1).tolist() == sequences.lengths.tolist()
+        taken = sequences.take(steps)
+        assert taken.flatten().tolist() == [step for row in rows for step in row]
+        longest = max(map(len, rows))
+        in_rows = sequences.to_rows(taken)
+        assert in_rows[..., 0].tolist() == [row + [0] * (longest - len(row)) for row in rows]
+        assert torch.equal(sequences.from_rows(in_rows), taken)
+        assert torch.equal(sequences.put(taken)[..., 0], steps[..., 0] * valid)
     assert Sequences.of_mask(mask).lengths.tolist() == [3, 3, 0]
     assert Sequences.of_positions(positions).lengths.tolist() == [2, 1, 2, 5, 2, 3]
     assert Sequences.of_mask(torch.ones(2, 5)) is None

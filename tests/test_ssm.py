@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmmamba.ssm_mmmamba import causal_conv, gated_rmsnorm, ssd_scan, ssd_step
+from mmmamba.ssm_mmmamba import Sequences, causal_conv, gated_rmsnorm, ssd_scan, ssd_step
 
 
 def random_inputs(length, heads=4, kv_heads=2, head_dim=6, state_size=10, batch=2, dtype=torch.float64):
@@ -56,14 +56,10 @@ def test_query_heads_share_keys_and_values_of_their_group(heads, kv_heads):
 
 def test_step_equals_the_recurrence():
     v, k, q, dt, A, state = random_inputs(9)
-    ys = []
-    last = state
-    for t in range(9):
-        y, last = ssd_step(v[:, t], k[:, t], q[:, t], dt[:, t], A, last)
-        ys.append(y)
     expected_y, expected_last = recurrence(v, k, q, dt, A, state)
+    ys = [ssd_step(v[:, t], k[:, t], q[:, t], dt[:, t], A, state) for t in range(9)]
     torch.testing.assert_close(torch.stack(ys, 1), expected_y)
-    torch.testing.assert_close(last, expected_last)
+    torch.testing.assert_close(state, expected_last)
 
 
 def test_scan_in_two_parts_equals_the_whole():
@@ -131,7 +127,8 @@ def test_conv_equals_torch_and_splits_anywhere(taps):
 
 def test_conv_state_ends_at_the_last_valid_step():
     x = torch.arange(12.0).view(2, 6, 1)
-    _, state = causal_conv(x, torch.ones(1, 3), torch.zeros(1), None, torch.tensor([4, 0]))
+    sequences = Sequences.of_mask(torch.tensor([[1, 1, 1, 1, 0, 0], [0] * 6]))
+    _, state = causal_conv(sequences.take(x), torch.ones(1, 3), torch.zeros(1), None, sequences)
     assert state.tolist() == [[[2.0, 3.0]], [[0.0, 0.0]]]
 
 

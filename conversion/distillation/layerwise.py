@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration, MmMambaMixer, Sequences
-from mmmamba.ssm_mmmamba import state_dtype
+from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration, MmMambaMixer
+from mmmamba.ssm_mmmamba import Sequences, state_dtype
 
 from .counting import counted, totals_of
 from .streaming import streamed

@@ -1,0 +1,32 @@
+"""Source distributions from the package registry, unpacked beside the tests once per version."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+
+CACHE = Path(__file__).parent / ".source_distributions"
+
+
+def unpacked(package: str, version: str, **environment: str) -> Path:
+    """The folder of a package's source distribution; the calling module's tests are skipped if it cannot be had."""
+    folder = CACHE / f"{package}-{version}"
+    if folder.is_dir():
+        return folder
+    CACHE.mkdir(exist_ok=True)
+    # Its metadata is made with what is installed here: build requirements would bring a second torch.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    command += ["--no-build-isolation", "--dest", str(CACHE), f"{package}=={version}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:]
+        pytest.skip(f"the source of {package} {version} cannot be downloaded: {reason}", allow_module_level=True)
+    (archive,) = CACHE.glob(f"{package}-{version}.tar.gz")
+    with tarfile.open(archive) as files:
+        files.extractall(CACHE, filter="data")
+    archive.unlink()
+    return folder

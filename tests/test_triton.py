@@ -1,0 +1,209 @@
+"""Our Triton kernels against the reference in fp64: on a GPU, or in Triton's interpreter where there is none."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from tiny_models import LAYER_TYPES, tiny_model, token_ids
+
+from mmmamba.ssm_mmmamba import TORCH, Sequences, find
+
+
+TRITON, reason = find("triton")
+if TRITON is None:
+    pytest.skip(f"triton {reason}", allow_module_level=True)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Relative errors: some roundings of each dtype's unit (6e-8, 5e-4, 4e-3), which an error in the maths exceeds by far.
+ERRORS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+dtypes = st.sampled_from(list(ERRORS))
+layouts = st.one_of(
+    st.tuples(st.just("rows"), st.integers(1, 3), st.integers(1, 200)),
+    st.tuples(st.just("packed"), st.lists(st.integers(1, 150), min_size=2, max_size=4)),
+    st.tuples(st.just("padded"), st.lists(st.integers(0, 150), min_size=2, max_size=3).filter(any), st.booleans()),
+)
+
+
+def check(examples):
+    """Random shapes, the same on every run; a failing one is shown as it is, since the interpreter is slow."""
+    return settings(max_examples=examples, deadline=None, derandomize=True, phases=[Phase.generate])
+
+
+def laid_out(layout) -> tuple[int, int, int, Sequences | None]:
+    """Rows and length that a backend sees, the number of states, and what belongs together."""
+    kind, *rest = layout
+    if kind == "rows":
+        return *rest, rest[0], None
+    if kind == "packed":
+        positions = torch.cat([torch.arange(length) for length in rest[0]])[None]
+        return 1, positions.shape[1], len(rest[0]), Sequences.of_positions(positions.to(DEVICE))
+    lengths, left = rest
+    steps = torch.arange(max(lengths) + 1)  # a column at least is padding
+    mask = torch.stack([steps >= len(steps) - length if left else steps < length for length in lengths])
+    return 1, sum(lengths), len(lengths), Sequences.of_mask(mask.to(DEVICE))
+
+
+def results(run, inputs, upstream) -> list[torch.Tensor]:
+    """Outputs, and with `upstream` the gradient of every input."""
+    leaves = [x.clone().requires_grad_(upstream is not None) for x in inputs]
+    outputs = list(run(*leaves))
+    if upstream is None:
+        return outputs
+    sum((y.double() * up).sum() for y, up in zip(outputs, upstream, strict=True)).backward()
+    assert all(x.grad is not None for x in leaves)
+    return [*(y.detach() for y in outputs), *(x.grad for x in leaves)]
+
+
+def agree(ours, reference, inputs, dtype, differentiable=True, exact=()):
+    """Outputs and every gradient are as near to the reference in fp64 as roundings in `dtype` explain.
+
+    Sums may cancel: what the reference itself loses in `dtype` is allowed for. Inputs numbered `exact` stay in fp32.
+    """
+    low = [x.to(DEVICE, torch.float32 if i in exact else dtype) for i, x in enumerate(inputs)]
+    high = [x.double() for x in low]
+    upstream = [torch.randn_like(y) for y in reference(*(x.clone() for x in high))] if differentiable else None
+    values, truths, rounded = (
+        results(ours, low, upstream),
+        results(reference, high, upstream),
+        results(reference, low, upstream),
+    )
+    for index, (value, truth, near) in enumerate(zip(values, truths, rounded, strict=True)):
+        allowed = ERRORS[dtype] * (truth.norm() + 0.01 * truth.numel() ** 0.5) + 4 * (near.double() - truth).norm()
+        assert (value.double() - truth).norm() <= allowed, f"output or gradient {index}"
+
+
+def random(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@check(24)
+@given(layouts, st.integers(1, 2), st.integers(1, 3), st.integers(2, 40), st.integers(2, 40), dtypes, st.booleans())
+def test_scan_and_every_gradient(layout, kv_heads, group, head_dim, state_size, dtype, with_state):
+    torch.manual_seed(0)
+    rows, length, states, sequences = laid_out(layout)
+    heads = kv_heads * group
+    inputs = [
+        random(rows, length, kv_heads, head_dim),
+        random(rows, length, kv_heads, state_size),
+        random(rows, length, heads, state_size),
+        F.softplus(random(rows, length, heads) - 2),
+        -2 * torch.rand(heads, dtype=torch.float64),
+        random(states, heads, head_dim, state_size),
+    ]
+    if not with_state:
+        inputs.pop()
+
+    def run(backend):
+        return lambda *xs: backend.ssd_scan(*xs, *([] if with_state else [None]), sequences=sequences)
+
+    agree(run(TRITON), run(TORCH), inputs, dtype, exact=(3, 4, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", [16, 64, 128, 256])
+def test_scan_of_every_head_size(size, dtype):
+    torch.manual_seed(0)
+    inputs = [random(1, 70, 1, size), random(1, 70, 1, size) / size**0.5, random(1, 70, 2, size)]
+    inputs += [F.softplus(random(1, 70, 2) - 2), -torch.rand(2), random(1, 2, size, size)]
+    agree(TRITON.ssd_scan, TORCH.ssd_scan, inputs, dtype, exact=(3, 4, 5))
+
+
+def test_strong_decay_over_a_long_sequence_does_not_overflow():
+    torch.manual_seed(0)
+    v, k, q = (torch.randn(1, 300, 1, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    y, last = TRITON.ssd_scan(
+        v, k, q, torch.full((1, 300, 1), 50.0, device=DEVICE), torch.tensor([-50.0]).to(DEVICE), None
+    )
+    (y.sum() + last.sum()).backward()
+    assert all(x.isfinite().all() for x in (y, last, v.grad, k.grad, q.grad))
+
+
+@check(24)
+@given(layouts, st.integers(1, 70), st.integers(2, 5), dtypes, st.booleans())
+def test_convolution_and_every_gradient(layout, channels, taps, dtype, with_state):
+    torch.manual_seed(0)
+    rows, length, states, sequences = laid_out(layout)
+    inputs = [random(rows, length, channels), random(channels, taps), random(channels)]
+    inputs += [random(states, channels, taps - 1)] if with_state else []
+
+    def run(backend):
+        return lambda *xs: backend.causal_conv(*xs, *([] if with_state else [None]), sequences=sequences)
+
+    agree(run(TRITON), run(TORCH), inputs, dtype)
+
+
+@check(12)
+@given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 5), st.integers(2, 130), dtypes)
+def test_gated_norm_and_every_gradient(rows, length, heads, head_dim, dtype):
+    torch.manual_seed(0)
+    inputs = [random(rows, length, heads, head_dim), random(rows, length, heads, head_dim), random(head_dim)]
+    ours, reference = (lambda *xs, norm=backend.gated_rmsnorm: [norm(*xs, 1e-5)] for backend in (TRITON, TORCH))
+    agree(ours, reference, inputs, dtype)
+
+
+@check(12)
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 300), dtypes)
+def test_norm_with_residual_and_every_gradient(rows, length, width, dtype):
+    torch.manual_seed(0)
+    inputs = [random(rows, length, width), random(rows, length, width), random(width)]
+    ours, reference = (lambda *xs, norm=backend.add_rmsnorm: norm(*xs, 1e-5) for backend in (TRITON, TORCH))
+    agree(ours, reference, inputs, dtype)
+
+
+@check(16)
+@given(st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(2, 150), st.integers(2, 5), dtypes)
+def test_decode_step(batch, kv_heads, group, head_dim, taps, dtype):
+    torch.manual_seed(0)
+    heads = kv_heads * group
+    channels = (2 * kv_heads + heads) * head_dim
+    inputs = [random(batch, channels + heads * head_dim + heads), random(channels, taps), random(channels)]
+    inputs += [random(heads), random(heads) - 3, random(head_dim)]
+    inputs += [random(batch, channels, taps - 1), random(batch, heads, head_dim, head_dim)]
+
+    def run(backend):
+        def steps(*xs):
+            *weights, conv_state, state = xs
+            outputs = [
+                backend.decode_step(weights[0] * scale, *weights[1:], 1e-5, conv_state, state) for scale in (1, 0.5)
+            ]
+            return [*outputs, conv_state, state]
+
+        return steps
+
+    agree(run(TRITON), run(TORCH), inputs, dtype, differentiable=False, exact=(3, 4, 7))
+
+
+@pytest.mark.parametrize("kind", list(LAYER_TYPES))
+def test_a_model_is_the_same_on_both_backends(kind):
+    ids = torch.stack([token_ids(150, seed=1), token_ids(150, seed=2)]).to(DEVICE)
+    mask = (torch.arange(150) >= torch.tensor([[0], [37]])).long().to(DEVICE)
+    answers = []
+    for implementation, dtype in (("torch", torch.float64), ("triton", torch.float32)):
+        model = tiny_model(kind).to(DEVICE, dtype).requires_grad_()
+        model.config.ssm_implementation = implementation
+        output = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+        output.loss.backward()
+        values = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        values |= {"loss": output.loss, "logits": output.logits * mask[..., None]}
+        tokens = model.generate(
+            ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=2
+        )
+        answers.append((values, tokens))
+    (truths, expected), (values, tokens) = answers
+    assert values.keys() == truths.keys()
+    for name, truth in truths.items():
+        assert (values[name].double() - truth).norm() <= 1e-4 * truth.norm(), name
+    assert torch.equal(tokens, expected)
+
+
+def test_nothing_read_leaves_the_states_as_they_are():
+    sequences = Sequences.of_mask(torch.zeros(2, 3, device=DEVICE))
+    v, q, dt = (torch.zeros(1, 0, 2, *size, device=DEVICE) for size in ((16,), (16,), ()))
+    state, conv_state = torch.randn(2, 2, 16, 16, device=DEVICE), torch.randn(2, 8, 1, device=DEVICE)
+    weight = torch.ones(8, 2, device=DEVICE)
+    for backend in (TORCH, TRITON):
+        y, last = backend.ssd_scan(v, v, q, dt, -torch.ones(2, device=DEVICE), state, sequences=sequences)
+        assert y.shape == v.shape and torch.equal(last, state)
+        x = torch.zeros(1, 0, 8, device=DEVICE)
+        y, last = backend.causal_conv(x, weight, weight[:, 0], conv_state, sequences)
+        assert y.shape == x.shape and torch.equal(last, conv_state)
