@@ -17,7 +17,7 @@ from .tokenization_mmmamba import MmMambaTokenizer
 
 
 DEMO = Path(__file__).parent / "examples" / "shapes" / "hybrid"
-DEMO_CONVERSATION = 13  # of the held-out stream: a picture that allows several kinds of question
+DEMO_CONVERSATION = 6  # of the held-out stream: counting, reading and looking for a place
 
 
 class Streamer(TextStreamer):

@@ -351,7 +351,7 @@ REFUSED = {
     "no metadata": (lambda x: (x / "README.md").write_text("# Model"), ["README.md", "no block"]),
     "broken metadata": (replace("README.md", "license: mit", "license: [mit"), ["README.md cannot be used"]),
     "odd metadata": (replace("README.md", "license: mit", "base_model: runs/my/teacher"), ["runs/my/teacher"]),
-    "odd results": (replace("README.md", "license: mit", "model-index: 3"), ["model_index"]),
+    "odd results": (replace("README.md", "model-index:", "model-index: 3\nold-results:"), ["model_index"]),
 }
 
 
