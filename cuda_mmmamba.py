@@ -94,6 +94,7 @@ def decode_step(
         -A_log.float().exp()[:, None, None].expand(-1, head_dim, state_size),
         k.repeat_interleave(group, 1),
         q,
+        D=state.new_zeros(1).expand(heads, head_dim),  # some versions fail without
         dt_bias=dt_bias[:, None].expand(-1, head_dim),
         dt_softplus=True,
     )

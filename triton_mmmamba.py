@@ -31,6 +31,7 @@ except ImportError:
 
 
 CHUNK = 128  # steps between two states that are in memory
+CONV_STEPS = 32  # steps of a chunk that one program convolves
 NORM_PROGRAMS = 512  # programs that share the rows of a norm's gradient
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -525,19 +526,21 @@ def _before_silu(x, weight, bias, state, t, begin, inside, c, stride, C, TAPS: t
 @triton.jit
 def _conv_kernel(
     x, weight, bias, state, y, last, table, offsets, stride, C,
-    TAPS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+    TAPS: tl.constexpr, STEPS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """y (T, C), some steps of a chunk, and the state (S, C, W - 1) behind the last step of a sequence."""
     start, end = _bounds(table, tl.program_id(0))
+    start += tl.program_id(2) * STEPS
     if start >= end:
         return
     sequence = tl.load(table + 3 * tl.program_id(0) + 2).to(tl.int64)
     begin, finish = tl.load(offsets + sequence).to(tl.int64), tl.load(offsets + sequence + 1).to(tl.int64)
     state += sequence * C * (TAPS - 1)
-    t = (start + tl.arange(0, CHUNK))[:, None]
+    t = (start + tl.arange(0, STEPS))[:, None]
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     z = _before_silu(x, weight, bias, state, t, begin, t < end, c, stride, C, TAPS)
     tl.store(y + t * C + c, (z * tl.sigmoid(z)).to(y.dtype.element_ty), mask=(t < end) & (c < C))
-    if end == finish:
+    if end == finish and start + STEPS >= end:
         for column in tl.static_range(TAPS - 1):
             source = finish - (TAPS - 1) + column + tl.zeros(c.shape, tl.int64)
             given = tl.load(x + source * stride + c, mask=(source >= begin) & (c < C), other=0.0)
@@ -553,7 +556,7 @@ def _conv_gradient_kernel(
     x, weight, bias, state, dy, dlast, dx, dstate, dweight, dbias, table, offsets, stride, C,
     TAPS: tl.constexpr, STEPS: tl.constexpr, BLOCK_C: tl.constexpr, OF_STATE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a chunk's inputs, weights and bias; or (OF_STATE) of the inputs before a sequence, dstate."""
+    """Gradients of some steps of a chunk and what they add to those of weight and bias; or (OF_STATE) of a state."""
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     if OF_STATE:
         sequence = tl.program_id(0).to(tl.int64)
@@ -561,8 +564,10 @@ def _conv_gradient_kernel(
         start, end = begin - (TAPS - 1), begin
     else:
         start, end = _bounds(table, tl.program_id(0))
+        start += tl.program_id(2) * STEPS
         if start >= end:
             return
+        end = tl.minimum(end, start + STEPS)
         sequence = tl.load(table + 3 * tl.program_id(0) + 2).to(tl.int64)
         begin, finish = tl.load(offsets + sequence).to(tl.int64), tl.load(offsets + sequence + 1).to(tl.int64)
     state += sequence * C * (TAPS - 1)
@@ -581,7 +586,7 @@ def _conv_gradient_kernel(
         sums += tap * dz
         if not OF_STATE:
             if shift == 0:
-                part = tl.program_id(0).to(tl.int64) * C + c
+                part = (tl.program_id(0).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * C + c
                 tl.store(dbias + part, tl.sum(dz, 0)[None, :], mask=c < C)
                 for back in tl.static_range(TAPS):
                     source = t - (TAPS - 1) + back
@@ -602,12 +607,11 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, state, chunks):
-        (tokens, channels), taps = x.shape, weight.shape[1]
-        y = torch.empty(tokens, channels, device=x.device, dtype=x.dtype)
+        y, channels = torch.empty(x.shape, device=x.device, dtype=x.dtype), x.shape[1]
         last = state.clone()  # stays where a sequence has no step
-        _conv_kernel[len(chunks.table), triton.cdiv(channels, 32)](
+        _conv_kernel[len(chunks.table), triton.cdiv(channels, 64), CHUNK // CONV_STEPS](
             x, weight, bias, state, y, last, chunks.table, chunks.offsets, x.stride(0), channels,
-            TAPS=taps, CHUNK=CHUNK, BLOCK_C=32,
+            TAPS=weight.shape[1], STEPS=CONV_STEPS, BLOCK_C=64,
         )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, state)
         ctx.chunks = chunks
@@ -617,23 +621,21 @@ class _Conv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dlast):
         (x, weight, bias, state), chunks = ctx.saved_tensors, ctx.chunks
-        (tokens, channels), taps, count = x.shape, weight.shape[1], len(chunks.table)
-        dx = torch.empty(tokens, channels, device=x.device, dtype=x.dtype)
-        dstate = torch.empty_like(state)
-        # Chunks that are empty leave their part as it is.
-        dweight, dbias = (
-            x.new_zeros(count, channels, taps, dtype=torch.float32),
-            x.new_zeros(count, channels, dtype=torch.float32),
-        )
+        (channels, taps), parts = weight.shape, CHUNK // CONV_STEPS
+        dx, dstate = torch.empty(x.shape, device=x.device, dtype=x.dtype), torch.empty_like(state)
+        # Parts without steps leave their sums as they are.
+        dweight = torch.zeros(len(chunks.table) * parts, channels, taps, device=x.device)
+        dbias = torch.zeros(len(dweight), channels, device=x.device)
         arguments = (
             x, weight, bias, state, dy.contiguous(), dlast.contiguous(), dx, dstate, dweight, dbias,
             chunks.table, chunks.offsets, x.stride(0), channels,
         )  # fmt: skip
-        blocks = triton.cdiv(channels, 32)
-        _conv_gradient_kernel[count, blocks](*arguments, TAPS=taps, STEPS=CHUNK, BLOCK_C=32, OF_STATE=False)
-        _conv_gradient_kernel[len(state), blocks](
-            *arguments, TAPS=taps, STEPS=_power(taps - 1, 1), BLOCK_C=32, OF_STATE=True
+        blocks = triton.cdiv(channels, 64)
+        options = {"TAPS": taps, "BLOCK_C": 64}
+        _conv_gradient_kernel[len(chunks.table), blocks, parts](
+            *arguments, **options, STEPS=CONV_STEPS, OF_STATE=False, num_warps=8
         )
+        _conv_gradient_kernel[len(state), blocks](*arguments, **options, STEPS=_power(taps - 1, 1), OF_STATE=True)
         return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype), dstate, None
 
 

@@ -1,5 +1,12 @@
 """Our Triton kernels against the reference in fp64: on a GPU, or in Triton's interpreter where there is none."""
 
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +20,9 @@ from mmmamba.ssm_mmmamba import TORCH, Sequences, find
 TRITON, reason = find("triton")
 if TRITON is None:
     pytest.skip(f"triton {reason}", allow_module_level=True)
+from mmmamba import triton_mmmamba  # noqa: E402
+
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative errors: some roundings of each dtype's unit (6e-8, 5e-4, 4e-3), which an error in the maths exceeds by far.
 ERRORS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -207,3 +217,18 @@ def test_nothing_read_leaves_the_states_as_they_are():
         x = torch.zeros(1, 0, 8, device=DEVICE)
         y, last = backend.causal_conv(x, weight, weight[:, 0], conv_state, sequences)
         assert y.shape == x.shape and torch.equal(last, conv_state)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles_for_a_gpu_and_fits_into_it(capability):
+    """At the released size; 99 KiB is the shared memory of the smallest of today's GPUs, and spilling is slow."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(script), str(capability), "128", "bfloat16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads(done.stdout)
+    launched = set(re.findall(r"^ +(_\w+_kernel)\[", Path(triton_mmmamba.__file__).read_text(), re.MULTILINE))
+    assert set(kernels) == launched and len(launched) == 15
+    for name, (shared, _, spilled) in kernels.items():
+        assert shared <= 99 * 1024 and spilled == 0, (name, shared, spilled)

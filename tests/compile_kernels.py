@@ -1,0 +1,92 @@
+"""Compiles every Triton kernel for a GPU that need not be there, and prints what it needs, as JSON.
+
+    python compile_kernels.py CAPABILITY HEAD_DIM DTYPE     # python compile_kernels.py 90 128 bfloat16
+
+Each operation is called as in training, forward and backward; launches are caught and compiled instead. The result
+maps a kernel to the most shared memory, registers and spilled bytes that any of its variants takes.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from mmmamba.triton_mmmamba import TRITON
+
+
+CAPABILITY, HEAD_DIM, DTYPE = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+HEADS, KV_HEADS, LENGTH = 16, 8, 512
+found = {}
+
+
+def signature(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    return "i32" if isinstance(value, int) else "fp32"
+
+
+def compile_instead(self, *args, grid, warmup, **kwargs):
+    names = [parameter.name for parameter in self.params]
+    values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in kwargs if name in names}
+    constants = {parameter.name for parameter in self.params if parameter.is_constexpr}
+    types = {name: "constexpr" if name in constants else signature(values[name]) for name in names}
+    aligned = [i for i, name in enumerate(names) if isinstance(values[name], torch.Tensor)]
+    source = ASTSource(
+        self,
+        types,
+        constexprs={(names.index(name),): values[name] for name in constants},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {name: value for name, value in kwargs.items() if name not in names}
+    kernel = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run([TOOL, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
+    before = found.get(self.fn.__name__, (0, 0, 0))
+    found[self.fn.__name__] = [
+        max(pair) for pair in zip(before, (kernel.metadata.shared, registers, spilled), strict=True)
+    ]
+
+
+def tensor(*shape, dtype=DTYPE):
+    return torch.empty(*shape, dtype=dtype, requires_grad=True)
+
+
+def main() -> None:
+    JITFunction.run = compile_instead
+    channels, inner = (2 * KV_HEADS + HEADS) * HEAD_DIM, HEADS * HEAD_DIM
+    x = tensor(1, LENGTH, channels)
+    y, last = TRITON.causal_conv(x, tensor(channels, 2), tensor(channels), None)
+    (y.sum() + last.sum()).backward()
+    split = x.split([KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, inner], -1)
+    v, k, q = (part.unflatten(-1, (-1, HEAD_DIM)) for part in split)
+    dt, A = tensor(1, LENGTH, HEADS, dtype=torch.float32), tensor(HEADS, dtype=torch.float32)
+    state = tensor(1, HEADS, HEAD_DIM, HEAD_DIM, dtype=torch.float32)
+    y, last = TRITON.ssd_scan(v, k, q, dt, A, state)
+    (y.sum() + last.sum()).backward()
+    TRITON.gated_rmsnorm(y.detach().requires_grad_(), torch.empty_like(y), tensor(HEAD_DIM), 1e-5).sum().backward()
+    normed, total = TRITON.add_rmsnorm(tensor(1, LENGTH, inner), tensor(1, LENGTH, inner), tensor(inner), 1e-5)
+    (normed + total).sum().backward()
+    with torch.no_grad():
+        projected = tensor(1, channels + inner + HEADS)
+        weights = tensor(channels, 2), tensor(channels), A, A, tensor(HEAD_DIM)
+        TRITON.decode_step(projected, *weights, 1e-5, tensor(1, channels, 1), state)
+    json.dump(found, sys.stdout)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
