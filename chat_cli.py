@@ -4,12 +4,14 @@ import argparse
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import TextStreamer
 
+from .conversation_mmmamba import ConversationState
 from .conversion.publish import check_model_folder
 from .image_processing_mmmamba import MmMambaImageProcessorPil
 from .modeling_mmmamba import MmMambaForConditionalGeneration
@@ -34,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", type=Path, action="append", default=[], help="a picture; may be given several times"
     )
+    parser.add_argument(
+        "--text", type=Path, action="append", default=[], help="a text to read first, however long; may be repeated"
+    )
+    parser.add_argument(
+        "--state", type=Path, help="file of a kept conversation: gone on with if it is there, written at the end"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (default: 256)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -46,19 +54,28 @@ def run(args: argparse.Namespace) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {args.device} cannot be used here ({reason}); try --device cpu.") from None
-    pictures = [open_picture(path) for path in args.image]
+    pictures, documents = [open_picture(path) for path in args.image], [open_text(path) for path in args.text]
+    if args.state is not None and not args.state.resolve().parent.is_dir():
+        raise ValueError(f"--state {args.state} is in a folder that does not exist; make the folder.")
     chat = Chat(args.model, args.device, args.max_new_tokens)
-    if args.question is not None:
-        chat.look_at(pictures)
-        chat.ask(args.question)
-        return
-    if not pictures and args.model == DEMO:
+    if args.state is not None and args.state.exists():
+        if pictures or documents:
+            raise ValueError(f"--state {args.state} holds a conversation already; give no --image and no --text.")
+        chat.state = ConversationState.load(args.state, chat.model, chat.tokenizer)
+    elif args.question is None and not pictures and not documents and args.model == DEMO:
         demonstrate(chat)
     else:
-        for path, picture in zip(args.image, pictures, strict=True):
-            show(picture, path)
-        chat.look_at(pictures)
-    talk(chat)
+        if args.question is None:
+            for path, picture in zip(args.image, pictures, strict=True):
+                show(picture, path)
+        chat.look_at(pictures, documents)
+    if args.question is None:
+        talk(chat)
+    else:
+        chat.ask(args.question)
+    if args.state is not None:
+        chat.state.save(args.state)
+        print(f"kept in {args.state}: {len(chat.state):,} tokens in {chat.state.nbytes / 2**20:.1f} MiB")
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -73,8 +90,18 @@ def open_picture(path: Path) -> Image.Image:
     return picture
 
 
+def open_text(path: Path) -> str:
+    """A text from a file. Raises ValueError if it is missing or no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"--text {path} does not exist; give the path of a text.") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"--text {path} cannot be read as UTF-8 text ({error}); convert it first.") from None
+
+
 class Chat:
-    """A model, the pictures it looks at, and what was said about them."""
+    """A model and a conversation with it."""
 
     def __init__(self, folder: Path, device: str, max_new_tokens: int):
         # Many processors have no instructions for half precision; fp32 runs well on all.
@@ -83,32 +110,22 @@ class Chat:
         self.tokenizer = MmMambaTokenizer.from_pretrained(folder)
         self.image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
         self.options = {"max_new_tokens": max_new_tokens, "do_sample": False}
-        self.look_at([])
+        self.state = self.model.conversation(self.tokenizer)
 
-    def look_at(self, pictures: list[Image.Image]) -> None:
-        """Forgets what was said and turns to these pictures."""
-        self.history, self.tiles, self.counts = None, None, []
+    def look_at(self, pictures: list[Image.Image], documents: Sequence[str] = ()) -> None:
+        """Forgets what was said and turns to these pictures and texts."""
+        self.state = self.model.conversation(self.tokenizer)
         if pictures:
             inputs = self.image_processor(pictures, return_tensors="pt")
-            self.tiles, self.counts = inputs["pixel_values"], inputs["num_patches"].tolist()
+            places = "<image>" * len(pictures) + "\n"
+            self.state.extend(places, inputs["pixel_values"], inputs["num_patches"].tolist())
+        for document in documents:
+            self.state.extend(document.replace("<image>", "<image >").rstrip() + "\n\n")
 
     def ask(self, question: str, remember: bool = True) -> str:
         """Streams the answer to the terminal and returns it."""
-        if self.history is None and self.counts and "<image>" not in question:
-            question = "<image>" * len(self.counts) + "\n" + question
-        answer, history = self.model.chat(
-            self.tokenizer,
-            self.tiles,
-            question,
-            self.options,
-            history=self.history,
-            return_history=True,
-            num_patches_list=self.counts,
-            streamer=Streamer(self.tokenizer),
-        )
-        if remember:
-            self.history = history
-        return answer
+        state = self.state if remember else self.state.fork()
+        return state.ask(question, self.options, streamer=Streamer(self.tokenizer))
 
 
 def demonstrate(chat: Chat) -> None:

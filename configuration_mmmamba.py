@@ -99,6 +99,8 @@ class MmMambaTextConfig(PreTrainedConfig):
         ssm_norm_eps: Epsilon of the mixer's gated norm.
         ssm_implementation: What runs the mixer: "torch", "triton", "cuda" (mamba_ssm), or "auto" for the fastest that
             can run where the tensors are.
+        prefill_chunk_size: Tokens of a prompt that are read at once; by device, batch and length if not given. Peak
+            memory grows with it, not with the prompt.
     """
 
     model_type = "mmmamba_text"
@@ -129,6 +131,7 @@ class MmMambaTextConfig(PreTrainedConfig):
     ssm_chunk_size: int = 128
     ssm_norm_eps: float = 1e-5
     ssm_implementation: str = "auto"
+    prefill_chunk_size: int | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = 2
@@ -171,6 +174,8 @@ class MmMambaTextConfig(PreTrainedConfig):
                 f"conv_kernel={self.conv_kernel} is below 2, the fewest taps that reach a previous token."
             )
         _known(self.ssm_implementation)
+        if self.prefill_chunk_size is not None:
+            _positive(self, "prefill_chunk_size")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is no activation that Transformers knows; use 'silu'.")
 

@@ -25,7 +25,16 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
-from .processing_mmmamba import encode_conversation
+from .conversation_mmmamba import (
+    ConversationState,
+    History,
+    TemplateError,
+    decode_answer,
+    fingerprint,
+    generation_options,
+    resume,
+)
+from .processing_mmmamba import encode_conversation, expand_placeholders
 from .ssm_mmmamba import Sequences, backend, state_dtype
 
 
@@ -304,7 +313,9 @@ class MmMambaModel(MmMambaPreTrainedModel):
                 f"pixel_values has shape {tuple(pixel_values.shape)}; give all tiles as one tensor of shape "
                 "(tiles, channels, height, width)."
             )
-        rows = self.vision_embeddings(pixel_values.to(weight.device, weight.dtype))
+        # Tiles do not see each other; their patches take several times the memory of their rows.
+        rows = [self.vision_embeddings(tiles.to(weight.device, weight.dtype)) for tiles in pixel_values.split(32)]
+        rows = torch.cat(rows) if len(rows) > 1 else rows[0]
         return BaseModelOutputWithPooling(last_hidden_state=rows, pooler_output=rows)
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_rows: Tensor | None) -> Tensor:
@@ -531,23 +542,83 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
                 pictures = {"pixel_values": torch.cat(rows)}
         return input_ids, model_kwargs | pictures
 
+    def new_cache(self) -> MmMambaCache:
+        """An empty cache for this model."""
+        return MmMambaCache(config=self.config.text_config)
+
+    def prefill_piece(self, rows: int, length: int) -> int:
+        """How many tokens of a prompt are read at once.
+
+        Args:
+            rows: Of the batch.
+            length: Of the whole prompt, with what the cache has read.
+        """
+        config = self.config.text_config
+        if config.prefill_chunk_size is not None:
+            return config.prefill_chunk_size
+        tokens = 8192 if self.device.type == "cuda" else 2048
+        if "full_attention" in config.layer_types and "flash" not in str(config._attn_implementation):
+            tokens = min(tokens, 2**26 // length)  # the mask of attention layers has (tokens x length) entries
+        return max(128, tokens // rows)
+
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        # Transformers reads token ids in pieces of `prefill_chunk_size`, but not embeddings, and older versions lose
-        # the pictures: all but the last piece of what is not plain ids is read here.
-        size = generation_config.prefill_chunk_size
-        if size is None or not is_first_iteration:
+        # Transformers reads a prompt at once or, if told to, in pieces of token ids. Here a long prompt of any kind is
+        # read in pieces, the last of which is left to Transformers.
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if cache is None or not is_first_iteration or isinstance(mask, dict):
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
-        if (pixel_values := model_kwargs.pop("pixel_values", None)) is not None:
-            pictures = self.get_image_features(pixel_values).pooler_output
-            model_kwargs["inputs_embeds"] = self.model.embed(input_ids, None, pictures)
-        if (rows := model_kwargs.get("inputs_embeds")) is not None:
-            cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
-            for end in range(cache.get_seq_length() + size, rows.shape[1], size):
-                seen = None if mask is None else mask[:, :end]
-                self.model(inputs_embeds=rows[:, end - size : end], attention_mask=seen, past_key_values=cache)
-            generation_config = copy.copy(generation_config)
-            generation_config.prefill_chunk_size = None
+        rows, positions = model_kwargs.get("inputs_embeds"), model_kwargs.get("position_ids")
+        given = input_ids if rows is None else rows
+        length = given.shape[1]
+        whole = length if mask is None else mask.shape[1]
+        unseen = whole - length  # tokens before `given`, which the cache must have read
+        begin = cache.get_seq_length() - unseen
+        size = generation_config.prefill_chunk_size or self.prefill_piece(len(given), whole)
+        stop = begin + (length - begin - 1) // size * size
+        pictures = self._picture_rows(model_kwargs)
+        if pictures is not None and rows is None:
+            places = input_ids == self.config.image_token_id
+            if int(places.sum()) != len(pictures):
+                stop = begin  # the network says what is wrong
+            else:
+                number = places.flatten().cumsum(0).view_as(places) - 1
+                stop = max(stop, int(places.any(0).nonzero().max()) + 1) if stop > begin and places.any() else stop
+                stop = stop if stop < length else begin
+        for first in range(begin, stop, size):
+            piece = slice(first, min(first + size, stop))
+            images = None
+            if pictures is not None and rows is None and places[:, piece].any():
+                images = pictures[number[:, piece][places[:, piece]]]
+                images = {"image": BaseModelOutputWithPooling(pooler_output=images)}
+            self.model(
+                input_ids=input_ids[:, piece] if rows is None else None,
+                inputs_embeds=None if rows is None else rows[:, piece],
+                attention_mask=None if mask is None else mask[:, : unseen + piece.stop],
+                position_ids=None if positions is None else positions[..., unseen + first : unseen + piece.stop],
+                past_key_values=cache,
+                use_cache=True,
+                mm_encoder_outputs=images,
+            )
+        if stop > begin:
+            for name in ("pixel_values", "mm_encoder_outputs"):
+                model_kwargs.pop(name, None)
+            if unseen:
+                input_ids = input_ids[:, stop:]
+        generation_config = copy.copy(generation_config)
+        generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    def _picture_rows(self, model_kwargs: dict) -> Tensor | None:
+        """Rows of all pictures, (rows, hidden): newer versions of Transformers have them encoded by now."""
+        encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is None and (pixel_values := model_kwargs.pop("pixel_values", None)) is not None:
+            encoded = self.get_image_features(pixel_values)
+            model_kwargs["mm_encoder_outputs"] = {"image": encoded}
+        return None if encoded is None else encoded.pooler_output.reshape(-1, self.config.text_config.hidden_size)
+
+    def conversation(self, tokenizer, system_message: str | None = None) -> ConversationState:
+        """A conversation that reads as it grows and can be forked, saved and loaded; see `ConversationState`."""
+        return ConversationState(self, tokenizer, system_message)
 
     def chat(
         self,
@@ -589,11 +660,23 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
             num_patches_list = [] if pixel_values is None else [len(pixel_values)]
         if history is None and pixel_values is not None and "<image>" not in question:
             question = "<image>\n" + question
-        row = self._conversation_ids(tokenizer, question, history, num_patches_list, system_message)
-        (answer,) = self._answers(tokenizer, [row], num_patches_list, pixel_values, generation_config, streamer)
+        self._check_tiles(num_patches_list, pixel_values)
+        expand_placeholders([text for turn in history or [] for text in turn[:1]] + [question], num_patches_list, 0)
+        try:
+            state, seen = resume(self, tokenizer, history, pixel_values, num_patches_list, system_message)
+        except TemplateError:
+            row = self._conversation_ids(tokenizer, question, history, num_patches_list, system_message)
+            (answer,) = self._answers(tokenizer, [row], num_patches_list, pixel_values, generation_config, streamer)
+            longer = [*(history or []), (question, answer)]
+        else:
+            tiles = sum(num_patches_list[:seen])
+            new = pixel_values[tiles:] if num_patches_list[seen:] else None
+            answer = state.ask(question, generation_config, new, num_patches_list[seen:], streamer)
+            turns = [*(history or []), (question, answer)]
+            longer = History(turns, state, num_patches_list, fingerprint(pixel_values)) if return_history else turns
         if verbose:
             print(f"{question}\n{answer}")
-        return (answer, [*(history or []), (question, answer)]) if return_history else answer
+        return (answer, longer) if return_history else answer
 
     def batch_chat(
         self,
@@ -657,24 +740,18 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
             system_message=system_message,
         )
 
-    def _answers(self, tokenizer, rows, num_patches_list, pixel_values, generation_config, streamer=None) -> list[str]:
-        """Generates from left-padded rows of ids and decodes up to the end of the turn."""
+    def _check_tiles(self, num_patches_list: list[int], pixel_values: Tensor | None) -> None:
         tiles = 0 if pixel_values is None else len(pixel_values)
         if sum(num_patches_list) != tiles:
             raise ValueError(
                 f"num_patches_list counts {sum(num_patches_list)} tiles but pixel_values has {tiles}; give the number "
                 "of tiles of each picture, thumbnail included."
             )
-        as_object = isinstance(generation_config, GenerationConfig)
-        options = {"generation_config": generation_config} if as_object else dict(generation_config)
-        defaults = options.get("generation_config", self.generation_config)
-        streamer = options.pop("streamer", streamer)
-        options.setdefault("max_new_tokens", defaults.max_new_tokens or 1024)
-        # A turn ends with <|im_end|>; a generation config that came without the tokenizer may not know it.
-        ends = options.pop("eos_token_id", defaults.eos_token_id)
-        ends = set(ends if isinstance(ends, (list, tuple)) else [ends])
-        ends = sorted((ends | {tokenizer.convert_tokens_to_ids("<|im_end|>")}) - {None, tokenizer.unk_token_id})
 
+    def _answers(self, tokenizer, rows, num_patches_list, pixel_values, generation_config, streamer=None) -> list[str]:
+        """Generates from left-padded rows of ids and decodes up to the end of the turn."""
+        self._check_tiles(num_patches_list, pixel_values)
+        options = generation_options(self, tokenizer, generation_config, streamer)
         longest = max(map(len, rows))
         pad = tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self.device)
@@ -682,17 +759,10 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
         output = self.generate(
             input_ids=input_ids,
             attention_mask=attention_mask.to(self.device),
-            eos_token_id=ends,
-            pad_token_id=pad,
-            streamer=streamer,
             **({} if pixel_values is None else {"pixel_values": pixel_values}),
             **options,
         )
-        answers = []
-        for row in output[:, longest:].tolist():
-            end = next((i for i, token in enumerate(row) if token in ends), len(row))
-            answers.append(tokenizer.decode(row[:end], skip_special_tokens=True).strip())
-        return answers
+        return [decode_answer(tokenizer, row, options["eos_token_id"]) for row in output[:, longest:].tolist()]
 
 
 for _model in (MmMambaModel, MmMambaForConditionalGeneration):

@@ -1,0 +1,285 @@
+"""A conversation goes on from what was read, and says what it would say had everything been read again."""
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+
+from mmmamba.conversation_mmmamba import ConversationState
+from mmmamba.conversion.convert import chat_template
+from mmmamba.modeling_mmmamba import MmMambaModel
+from mmmamba.processing_mmmamba import encode_conversation
+from mmmamba.tokenization_mmmamba import MmMambaTokenizer
+
+
+GOLDEN = Path(__file__).parent / "golden"
+OPTIONS = {"max_new_tokens": 8, "do_sample": False}
+TOKENS_PER_TILE = 4
+
+
+def make_tokenizer(template="internlm2-chat"):
+    tokenizer = MmMambaTokenizer(str(GOLDEN / "tokenizer" / "tokenizer.model"))
+    tokenizer.chat_template = chat_template(template)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module", params=["linear", "hybrid", "teacher"])
+def talker(request, tokenizer):
+    return make_talker(request.param, tokenizer)
+
+
+def make_talker(kind, tokenizer, **text):
+    image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    return tiny_model(kind, image_token_id=image_token, vocab_size=len(tokenizer), **text)
+
+
+def tiles(count, seed=0):
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """How many tokens every pass through the network has read."""
+    lengths, forward = [], MmMambaModel.forward
+
+    def counting(self, input_ids=None, **kwargs):
+        lengths.append((kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1])
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(MmMambaModel, "forward", counting)
+    return lengths
+
+
+def has_read(state, turns, question, counts):
+    """The state is that of a cache that has read the conversation's beginning at once."""
+    ids = encode_conversation(state.tokenizer, question, turns, counts, TOKENS_PER_TILE, state.system_message)
+    assert ids[: len(state)] == state.ids
+    pictures = [tiles(count, seed) for seed, count in enumerate(counts)]
+    pictures = {"pixel_values": torch.cat(pictures)} if pictures else {}
+    cache = state.model(torch.tensor([state.ids]), use_cache=True, **pictures).past_key_values
+    for name, tensor in state._tensors().items():
+        index, name = name.split(".")[1:]
+        layer = cache.layers[int(index)]
+        expected = getattr(layer, name) if hasattr(layer, name) else getattr(layer, name + "s")[0]
+        torch.testing.assert_close(tensor, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("system_message", [None, "You look at pictures."])
+def test_every_turn_is_as_if_everything_were_read_again(talker, tokenizer, system_message):
+    state = talker.conversation(tokenizer, system_message)
+    turns, counts = [], []
+    for seed, (question, count) in enumerate([("Compare <image> with\n", 3), ("Why? <image>", 1), ("Is it? ", 0)]):
+        new = tiles(count, seed) if count else None
+        counts += [count] if count else []
+        pictures = torch.cat([tiles(n, i) for i, n in enumerate(counts)])
+        options = {"num_patches_list": counts, "system_message": system_message}
+        expected = talker.chat(tokenizer, pictures, question, OPTIONS, list(turns), **options)
+        assert state.ask(question, OPTIONS, new) == expected
+        turns.append((question, expected))
+        has_read(state, turns[:-1], question, counts)
+
+
+def test_chat_reads_only_what_is_new(talker, tokenizer, read):
+    pictures = tiles(3)
+    _, history = talker.chat(tokenizer, pictures, "What is this?", OPTIONS, return_history=True)
+    kept = len(history.kept[0])
+    assert kept > 12  # the pictures at least
+    del read[:]
+    answer, longer = talker.chat(
+        tokenizer, pictures, "Why?", OPTIONS, history, return_history=True, num_patches_list=[3]
+    )
+    whole = len(encode_conversation(tokenizer, "Why?", list(history), [3], TOKENS_PER_TILE))
+    assert sum(read) == whole - kept + OPTIONS["max_new_tokens"] - 1
+    assert answer == talker.chat(tokenizer, pictures, "Why?", OPTIONS, list(history), num_patches_list=[3])
+    assert longer == [*history, ("Why?", answer)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda history, pictures: (history, pictures),  # asked a second time
+        lambda history, pictures: (copy.deepcopy(history), pictures),
+        lambda history, pictures: (pickle.loads(pickle.dumps(history)), pictures),
+        lambda history, pictures: ([(history[0][0], "another answer")], pictures),
+        lambda history, pictures: (history, pictures.flip(3)),
+    ],
+    ids=["again", "copied", "pickled", "rewritten", "other-pictures"],
+)
+def test_a_history_is_read_again_where_its_state_does_not_fit(talker, tokenizer, change):
+    pictures = tiles(2)
+    _, history = talker.chat(tokenizer, pictures, "What is this?", OPTIONS, return_history=True)
+    talker.chat(tokenizer, pictures, "Who?", OPTIONS, history, num_patches_list=[2])
+    history, pictures = change(history, pictures)
+    plain = [tuple(turn) for turn in history]
+    expected = talker.chat(tokenizer, pictures, "Why?", OPTIONS, plain, num_patches_list=[2])
+    assert talker.chat(tokenizer, pictures, "Why?", OPTIONS, history, num_patches_list=[2]) == expected
+
+
+def test_a_changed_history_is_not_answered_from_the_kept_state(talker, tokenizer):
+    _, history = talker.chat(tokenizer, None, "What is this?", OPTIONS, return_history=True)
+    history[0] = ("What was that?", "A circle.")
+    expected = talker.chat(tokenizer, None, "Why?", OPTIONS, [("What was that?", "A circle.")])
+    assert talker.chat(tokenizer, None, "Why?", OPTIONS, history) == expected
+
+
+def test_frames_one_by_one_cost_the_same_and_are_one_question(talker, tokenizer, read):
+    state, costs = talker.conversation(tokenizer), []
+    for seed in range(5):
+        del read[:]
+        state.extend(f"Frame{seed % 2}: <image>\n", tiles(2, seed))
+        costs.append(sum(read))
+    assert len(set(costs[1:])) == 1
+    question = "".join(f"Frame{seed % 2}: <image>\n" for seed in range(5))
+    has_read(state, [], question + "Which?", [2] * 5)
+    pictures = torch.cat([tiles(2, seed) for seed in range(5)])
+    expected = talker.chat(tokenizer, pictures, question + "Which?", OPTIONS, num_patches_list=[2] * 5)
+    assert state.ask("Which?", OPTIONS) == expected
+
+
+def test_forks_go_on_without_each_other(talker, tokenizer):
+    state = talker.conversation(tokenizer).extend("A long document. ")
+    state.ask("What is it about?", OPTIONS)
+    other = state.fork()
+    first = state.ask("Why?", OPTIONS)
+    assert other.turns == 1 and other.ask("Why?", OPTIONS) == first
+    different = other.fork().ask("Who wrote it, and when?", OPTIONS)
+    assert state.ask("Who wrote it, and when?", OPTIONS) == different
+
+
+def test_saved_and_loaded_it_goes_on(talker, tokenizer, tmp_path):
+    state = talker.conversation(tokenizer, "Be brief.")
+    for step in range(3):
+        if step == 1:
+            state.ask("What is this?", OPTIONS, tiles(2))
+        elif step == 2:
+            state.extend("And <image> this", tiles(1))
+        state.save(tmp_path / "state.safetensors")
+        loaded = ConversationState.load(tmp_path / "state.safetensors", talker, tokenizer)
+        assert (len(loaded), loaded.nbytes, loaded.turns) == (len(state), state.nbytes, state.turns)
+        assert loaded.ask("Why?", OPTIONS) == state.fork().ask("Why?", OPTIONS)
+    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_files_that_do_not_fit_are_refused_in_words(tokenizer, tmp_path):
+    model, file = make_talker("linear", tokenizer), tmp_path / "state.safetensors"
+    state = model.conversation(tokenizer).extend("Hello")
+    state.ask("Why?", OPTIONS)
+    state.save(file)
+    another = make_talker("hybrid", tokenizer)
+    trained = make_talker("linear", tokenizer)
+    trained.model.norm.weight.data += 1
+    for other, word in ((another, "layer_types"), (trained, "weights")):
+        with pytest.raises(ValueError, match=f"another model's conversation.*{word}"):
+            ConversationState.load(file, other, tokenizer)
+    (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-9])
+    save_file(load_file(file), tmp_path / "plain.safetensors")
+    for name, words in (("cut", "not a whole"), ("plain", "no saved conversation"), ("none", "does not exist")):
+        with pytest.raises(ValueError, match=words):
+            ConversationState.load(tmp_path / f"{name}.safetensors", model, tokenizer)
+
+
+def test_the_state_of_a_linear_model_has_one_size(tokenizer):
+    sizes = {}
+    for kind in ("linear", "hybrid"):
+        state = make_talker(kind, tokenizer).conversation(tokenizer)
+        sizes[kind] = []
+        for _ in range(2):
+            state.ask("A rather long question about nothing? " * 5, OPTIONS)
+            sizes[kind].append((state.nbytes, len(state)))
+    assert sizes["linear"][0][0] == sizes["linear"][1][0]
+    (small, first), (large, second) = sizes["hybrid"]
+    assert large - small == (second - first) * 2 * 2 * 8 * 8  # keys and values of two heads of eight fp64 numbers
+
+
+def test_what_fails_leaves_the_conversation_as_it_was(talker, tokenizer, monkeypatch):
+    for turns in range(2):
+        state = talker.conversation(tokenizer)
+        if turns:
+            state.ask("What is this?", OPTIONS, tiles(1))
+        expected = state.fork().ask("Why?", OPTIONS)
+        before = (list(state.ids), state.pending, state.in_turn, state.turns)
+        failures = [
+            ("", OPTIONS, None, None),
+            ("<image> and <image>", OPTIONS, tiles(1), None),
+            ("Why?", OPTIONS, tiles(1), [2]),
+            ("Why?", {"max_new_tokens": -1}, None, None),
+            ("Why?", OPTIONS | {"streamer": Interrupting()}, None, None),
+        ]
+        for arguments in failures:
+            with pytest.raises((ValueError, KeyboardInterrupt)):
+                state.ask(*arguments)
+            assert (state.ids, state.pending, state.in_turn, state.turns) == before
+        assert state.ask("Why?", OPTIONS) == expected
+
+
+class Interrupting:
+    """A streamer whose user presses Ctrl-C at the third token."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def put(self, value):
+        self.calls += 1
+        if self.calls == 3:
+            raise KeyboardInterrupt
+
+    def end(self):
+        raise AssertionError("the answer never ended")
+
+
+@pytest.mark.parametrize("template", ["internlm2-chat", "phi3-chat", "internlm2-base", "internlm2-basev0"])
+def test_every_template_of_the_package_can_be_taken_apart(tokenizer, template):
+    other = make_tokenizer(template)
+    state = make_talker("linear", tokenizer).conversation(other)
+    turns = [("One", "Two"), ("Three", "Four")]
+    for turn in turns:
+        state.tell(*turn)
+    state.extend("Five")
+    assert state.ids == encode_conversation(other, "Five", turns, [], TOKENS_PER_TILE)[: len(state)]
+    assert len(state) > 0 or template == "phi3-chat"  # this tokenizer has none of its control tokens
+
+
+def test_chat_needs_no_template_that_can_be_taken_apart(talker, tokenizer):
+    numbered = make_tokenizer()
+    numbered.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ loop.length }} {{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="renders a turn otherwise"):
+        talker.conversation(numbered)
+    answer, history = talker.chat(numbered, tiles(1), "What?", OPTIONS, return_history=True)
+    assert history == [("<image>\nWhat?", answer)] and type(history) is list
+
+
+@pytest.mark.parametrize("size", [1, 5, 16])
+def test_pieces_change_nothing(talker, tokenizer, size):
+    pictures, question = tiles(3), "One: <image>\nTwo: <image>"
+    arguments = (tokenizer, pictures, question, OPTIONS)
+    expected = talker.chat(*arguments, num_patches_list=[2, 1])
+    talker.config.text_config.prefill_chunk_size = size
+    try:
+        assert talker.chat(*arguments, num_patches_list=[2, 1]) == expected
+        batch = talker.batch_chat(tokenizer, pictures, [question, "Hello"], OPTIONS, num_patches_list=[[2, 1], 0])
+        assert batch[0] == expected
+    finally:
+        talker.config.text_config.prefill_chunk_size = None
+
+
+def test_the_saved_description_is_readable(tokenizer, tmp_path):
+    from safetensors import safe_open
+
+    state = make_talker("linear", tokenizer).conversation(tokenizer)
+    state.ask("Hello", OPTIONS)
+    state.save(tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        described = json.loads(file.metadata()["mmmamba"])
+    assert described["turns"] == 1 and described["maker"]["layer_types"] == ["linear_attention"] * 4
