@@ -110,22 +110,28 @@ class Chat:
         self.tokenizer = MmMambaTokenizer.from_pretrained(folder)
         self.image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
         self.options = {"max_new_tokens": max_new_tokens, "do_sample": False}
-        self.state = self.model.conversation(self.tokenizer)
+        self.look_at([])
 
     def look_at(self, pictures: list[Image.Image], documents: Sequence[str] = ()) -> None:
-        """Forgets what was said and turns to these pictures and texts."""
-        self.state = self.model.conversation(self.tokenizer)
+        """Forgets what was said, reads these texts and turns to these pictures."""
+        self.state, self.tiles, self.counts = self.model.conversation(self.tokenizer), None, []
         if pictures:
             inputs = self.image_processor(pictures, return_tensors="pt")
-            places = "<image>" * len(pictures) + "\n"
-            self.state.extend(places, inputs["pixel_values"], inputs["num_patches"].tolist())
+            self.tiles, self.counts = inputs["pixel_values"], inputs["num_patches"].tolist()
         for document in documents:
             self.state.extend(document.replace("<image>", "<image >").rstrip() + "\n\n")
 
     def ask(self, question: str, remember: bool = True) -> str:
         """Streams the answer to the terminal and returns it."""
+        if not question.replace("<image>", "").strip():
+            raise ValueError("The question is empty; ask something.")
+        if self.counts and "<image>" not in question:
+            question = "<image>" * len(self.counts) + "\n" + question
         state = self.state if remember else self.state.fork()
-        return state.ask(question, self.options, streamer=Streamer(self.tokenizer))
+        answer = state.ask(question, self.options, self.tiles, self.counts, Streamer(self.tokenizer))
+        if remember:
+            self.tiles, self.counts = None, []
+        return answer
 
 
 def demonstrate(chat: Chat) -> None:

@@ -9,6 +9,7 @@ Read top to bottom: cache, patch embedding, mixer, decoder layer, model, model w
 """
 
 import copy
+import time
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,12 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .capture_mmmamba import FEWEST_STEPS, decoder, recordings
+from .capture_mmmamba import wanted as capture_wanted
 from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
 from .conversation_mmmamba import (
     ConversationState,
@@ -36,6 +39,9 @@ from .conversation_mmmamba import (
 )
 from .processing_mmmamba import encode_conversation, expand_placeholders
 from .ssm_mmmamba import Sequences, backend, state_dtype
+
+
+logger = logging.get_logger(__name__)
 
 
 class _CountsTokens:
@@ -58,6 +64,8 @@ class _CountsTokens:
 
 class MmMambaCache(_CountsTokens, DynamicCache):
     """Keys and values for attention layers (growing), convolution and recurrent state for Mamba-2 layers (fixed)."""
+
+    is_compileable = False  # `generate` has a way of its own to make steps fast, see `capture_mmmamba`
 
 
 class MmMambaStaticCache(_CountsTokens, StaticCache):
@@ -541,6 +549,33 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
                 rows = [row.repeat(expand_size, 1, 1, 1) for row in pixel_values.split(tiles)]
                 pictures = {"pixel_values": torch.cat(rows)}
         return input_ids, model_kwargs | pictures
+
+    def generate(self, *args, **kwargs):
+        """As in Transformers; on CUDA, single steps are recorded once and replayed (not with `disable_compile`)."""
+        with recordings():
+            return super().generate(*args, **kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        recording = capture_wanted(self, model_kwargs.get("past_key_values"), generation_config)
+        return recording or super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
+    def get_compiled_call(self, compile_config):
+        return decoder(self) or super().get_compiled_call(compile_config)
+
+    def warm_up(self, batch_sizes: tuple[int, ...] = (1,), prompt_length: int = 300) -> float:
+        """Compiles what answering needs for these batch sizes, so that the first answer is not late.
+
+        Returns:
+            Seconds that it took; also logged.
+        """
+        start = time.perf_counter()
+        for rows in batch_sizes:
+            ids = torch.zeros(rows, prompt_length, dtype=torch.long, device=self.device)
+            options = {"max_new_tokens": 2 + FEWEST_STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            self.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        seconds = time.perf_counter() - start
+        logger.warning("warmed up for batches of %s in %.1f s", ", ".join(map(str, batch_sizes)), seconds)
+        return seconds
 
     def new_cache(self) -> MmMambaCache:
         """An empty cache for this model."""

@@ -98,6 +98,24 @@ def test_one_question_about_a_picture(capsys):
     assert capsys.readouterr().out.strip() == "six"
 
 
+def test_pictures_stand_where_the_question_says(capsys):
+    ask = ["chat", "--model", str(TEACHER), "--image", str(PICTURE)]
+    assert main([*ask, "<image>\nHow many objects are there?"]) == 0
+    assert capsys.readouterr().out.strip() == "six"
+
+
+def test_a_conversation_goes_on_in_another_process(tmp_path, capsys):
+    text, state = tmp_path / "text.txt", tmp_path / "state.safetensors"
+    text.write_text("Nothing of interest. ")
+    ask = ["chat", "--model", str(TEACHER), "--state", str(state)]
+    assert main([*ask, "--text", str(text), "--image", str(PICTURE), "How many objects are there?"]) == 0
+    first = capsys.readouterr().out
+    assert f"kept in {state}: " in first and " tokens in " in first
+    assert main([*ask, "How many objects are there?"]) == 0
+    tokens = [int(out.split(": ")[-1].split()[0].replace(",", "")) for out in (first, capsys.readouterr().out)]
+    assert tokens[1] > tokens[0] > 40
+
+
 def test_what_chat_cannot_use_is_named(tmp_path, capsys):
     (tmp_path / "cut.png").write_bytes(PICTURE.read_bytes()[:900])
     (tmp_path / "text.png").write_text("no picture")
@@ -114,5 +132,10 @@ def test_what_chat_cannot_use_is_named(tmp_path, capsys):
         ([*ask, "--image", PICTURE, " "], "question is empty"),
         ([*ask, "--image", PICTURE, "<image> and <image>"], "2 <image> placeholders"),
         ([*ask, "--device", "tpu", "Why?"], "--device tpu cannot be used"),
+        ([*ask, "--text", tmp_path / "none.txt", "Why?"], "none.txt does not exist"),
+        ([*ask, "--text", PICTURE, "Why?"], "picture.png cannot be read as UTF-8"),
+        ([*ask, "--state", tmp_path / "none" / "x", "Why?"], "in a folder that does not exist"),
+        ([*ask, "--state", tmp_path / "text.png", "Why?"], "text.png is not a whole safetensors file"),
+        ([*ask, "--state", tmp_path / "text.png", "--image", PICTURE, "Why?"], "holds a conversation already"),
     ):
         assert words in failed(capsys, *arguments)[1]
