@@ -83,6 +83,8 @@ COMMANDS = {
     "convert": ("convert a HoVLE or released mmMamba checkpoint into a model folder", _add_convert, _convert),
     "seed": ("make a student with Mamba-2 layers from a teacher", _add_seed, _seed),
     "distill": ("seed a student and train it in three stages", "mmmamba.conversion.distillation.run"),
+    "env": ("show what was found here, what is used and why", "mmmamba.env_cli"),
+    "bench": ("measure speed and memory beside peers", "mmmamba.benchmarks.bench"),
     "push": ("upload a model folder to the Hugging Face Hub", "mmmamba.conversion.push"),
 }
 

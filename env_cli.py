@@ -1,0 +1,52 @@
+"""`mmmamba env`: what was found here, what a model will use, and why."""
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+
+from .ssm_mmmamba import BACKENDS, ENVIRONMENT, backend, why_not
+
+
+PACKAGES = ("torch", "torchvision", "transformers", "triton", "mamba-ssm", "causal-conv1d", "flash-attn", "accelerate")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`mmmamba env` has no arguments."""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs `mmmamba env`."""
+    print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in PACKAGES:
+        try:
+            print(f"  {name:14} {version(name)}")
+        except PackageNotFoundError:
+            print(f"  {name:14} not installed")
+    forced = os.environ.get(ENVIRONMENT)
+    print(
+        f"\n{ENVIRONMENT}={forced} (wins over config.ssm_implementation)" if forced else f"\n{ENVIRONMENT} is not set"
+    )
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    for name in devices:
+        device = torch.device(name)
+        label = f"{name}: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else name
+        print(f"\n{label}")
+        for dtype in (torch.float32, torch.bfloat16):
+            try:
+                used = backend(device, dtype).name
+            except ValueError as error:
+                used = f"nothing ({error})"
+            print(f"  {str(dtype).removeprefix('torch.'):9} Mamba-2 layers use {used}")
+        for candidate in BACKENDS:
+            reason = why_not(candidate, device.type, torch.bfloat16)
+            print(f"    {candidate:7} {'can run' if reason is None else reason}")
+        recorded = device.type == "cuda" and torch.version.cuda is not None
+        print(f"  decoding steps are {'recorded as CUDA graphs' if recorded else 'run one by one'}")
+    flash = (
+        "flash_attention_2 can be asked for" if find_spec("flash_attn") is not None else "sdpa is the fastest there is"
+    )
+    print(f"\nattention layers: config._attn_implementation, sdpa by default; {flash}")
