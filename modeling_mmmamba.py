@@ -38,7 +38,7 @@ from .conversation_mmmamba import (
     resume,
 )
 from .processing_mmmamba import encode_conversation, expand_placeholders
-from .ssm_mmmamba import Sequences, backend, state_dtype
+from .ssm_mmmamba import Sequences, backend, linear, state_dtype
 
 
 logger = logging.get_logger(__name__)
@@ -111,6 +111,13 @@ class MmMambaVisionEmbeddings(nn.Module):
         blocks = patches.unflatten(3, (columns // 2, 2)).unflatten(2, (rows // 2, 2))
         blocks = blocks.permute(0, 2, 4, 3, 5, 1)  # (tiles, rows/2, columns/2, 2, 2, hidden)
         return self.projector(blocks.flatten(3).flatten(1, 2))
+
+
+class MmMambaLinear(nn.Linear):
+    """A linear layer without bias that is quick at single rows on a CPU, see `ssm_mmmamba.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 class MmMambaRMSNorm(LlamaRMSNorm):
@@ -201,6 +208,9 @@ class MmMambaDecoderLayer(GradientCheckpointingLayer):
         eps = config.embedding_rms_norm_eps if in_embedding else config.rms_norm_eps
         self.input_layernorm = MmMambaRMSNorm(config, eps)
         self.post_attention_layernorm = MmMambaRMSNorm(config, eps)
+        for module in self.modules():
+            if type(module) is nn.Linear and module.bias is None:  # Llama's parts make their own
+                module.__class__ = MmMambaLinear
 
     def forward(
         self,
@@ -457,7 +467,7 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
     def __init__(self, config: MmMambaConfig):
         super().__init__(config)
         self.model = MmMambaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = MmMambaLinear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:

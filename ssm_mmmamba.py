@@ -287,10 +287,11 @@ def decode_step(
     heads, head_dim = state.shape[1:3]
     vkq, gate, dt = projected.split([len(conv_weight), heads * head_dim, heads], dim=-1)
     dt = F.softplus(dt.to(state.dtype) + dt_bias.to(state.dtype))
-    vkq, last = causal_conv(vkq[:, None], conv_weight, conv_bias, conv_state)
-    conv_state.copy_(last)
+    window = torch.cat([conv_state, vkq[..., None]], dim=-1)  # (B, C, W)
+    conv_state.copy_(window[..., 1:])
+    vkq = F.silu((window * conv_weight).sum(-1) + conv_bias)
     shared = (len(conv_weight) - heads * head_dim) // 2
-    v, k, q = (x.unflatten(-1, (-1, head_dim)) for x in vkq[:, 0].split([shared, shared, heads * head_dim], dim=-1))
+    v, k, q = (x.unflatten(-1, (-1, head_dim)) for x in vkq.split([shared, shared, heads * head_dim], dim=-1))
     y = ssd_step(v, k, q, dt, -A_log.to(state.dtype).exp(), state)
     return gated_rmsnorm(y, gate.unflatten(-1, (-1, head_dim)), norm_weight, eps)
 
@@ -329,6 +330,22 @@ def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tupl
     wide = total.to(state_dtype(total.dtype))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(total.dtype), total
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear` without bias. One row of fp32 on a CPU, a decoding step, uses all cores.
+
+    BLAS multiplies a single row on one core; the same product as a batch of slices of the weight is spread over them.
+
+    Args:
+        x: (..., width).
+        weight: (out, width).
+    """
+    one_row = x.numel() == x.shape[-1] and x.dtype == torch.float32 and x.device.type == "cpu"
+    if not one_row or len(weight) % 4 or torch.is_grad_enabled() or not weight.is_contiguous():
+        return F.linear(x, weight)
+    slices = weight.view(4, -1, weight.shape[1]).transpose(1, 2)  # (4, width, out / 4)
+    return torch.bmm(x.reshape(1, 1, -1).expand(4, 1, -1), slices).view(*x.shape[:-1], -1)
 
 
 TORCH = Backend("torch", causal_conv, ssd_scan, decode_step, gated_rmsnorm, add_rmsnorm)

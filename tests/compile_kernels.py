@@ -20,11 +20,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from mmmamba.attention_mmmamba import attend
 from mmmamba.triton_mmmamba import TRITON
 
 
 CAPABILITY, HEAD_DIM, DTYPE = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.uint8: "u8"}
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 HEADS, KV_HEADS, LENGTH = 16, 8, 512
 found = {}
@@ -83,6 +84,10 @@ def main() -> None:
         projected = tensor(1, channels + inner + HEADS)
         weights = tensor(channels, 2), tensor(channels), A, A, tensor(HEAD_DIM)
         TRITON.decode_step(projected, *weights, 1e-5, tensor(1, channels, 1), state)
+        keys = torch.empty(1, KV_HEADS, LENGTH, HEAD_DIM, dtype=DTYPE)
+        query, length = torch.empty(1, HEADS, HEAD_DIM, dtype=DTYPE), torch.empty(1, dtype=torch.int32)
+        for mask in (None, torch.empty(1, LENGTH, dtype=torch.bool)):
+            attend(query, keys, keys, mask, length, 0.1)
     json.dump(found, sys.stdout)
     sys.stdout.flush()
     os._exit(0)

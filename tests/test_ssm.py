@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmmamba.ssm_mmmamba import Sequences, causal_conv, gated_rmsnorm, ssd_scan, ssd_step
+from mmmamba.ssm_mmmamba import Sequences, causal_conv, decode_step, gated_rmsnorm, linear, ssd_scan, ssd_step
 
 
 def random_inputs(length, heads=4, kv_heads=2, head_dim=6, state_size=10, batch=2, dtype=torch.float64):
@@ -138,3 +138,33 @@ def test_norm_comes_before_the_gate():
     weight = torch.rand(8).double()
     expected = F.rms_norm(y, (8,), weight, 1e-5) * gate * torch.sigmoid(gate)
     torch.testing.assert_close(gated_rmsnorm(y, gate, weight, 1e-5), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 24), (24,), (1, 3, 24), (2, 1, 24)])
+@pytest.mark.parametrize("out", [32, 33])
+def test_single_rows_take_another_way_to_the_same_product(shape, out):
+    x, weight = torch.randn(shape), torch.randn(out, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+    weight.requires_grad_()
+    assert linear(x, weight).requires_grad
+
+
+def test_decode_step_is_one_step_of_the_sequence():
+    """Both states go on as those of the convolution and the scan over the whole sequence."""
+    torch.manual_seed(0)
+    batch, length, kv_heads, heads, size, taps = 2, 6, 2, 4, 6, 3
+    channels = (2 * kv_heads + heads) * size
+    projected = torch.randn(batch, length, channels + heads * size + heads).double()
+    weight, bias = torch.randn(channels, taps).double(), torch.randn(channels).double()
+    A_log, dt_bias, norm = torch.randn(heads).double(), torch.randn(heads).double(), torch.rand(size).double()
+    vkq, gate, dt = projected.split([channels, heads * size, heads], -1)
+    vkq, conv_state = causal_conv(vkq, weight, bias, None)
+    v, k, q = (x.unflatten(-1, (-1, size)) for x in vkq.split([kv_heads * size] * 2 + [heads * size], -1))
+    y, state = ssd_scan(v, k, q, F.softplus(dt + dt_bias), -A_log.exp(), None, 4)
+    expected = gated_rmsnorm(y, gate.unflatten(-1, (-1, size)), norm, 1e-5)
+    states = torch.zeros(batch, channels, taps - 1).double(), torch.zeros(batch, heads, size, size).double()
+    for t in range(length):
+        out = decode_step(projected[:, t], weight, bias, A_log, dt_bias, norm, 1e-5, *states)
+        torch.testing.assert_close(out, expected[:, t])
+    torch.testing.assert_close(states, (conv_state, state))

@@ -20,7 +20,8 @@ from mmmamba.ssm_mmmamba import TORCH, Sequences, find
 TRITON, reason = find("triton")
 if TRITON is None:
     pytest.skip(f"triton {reason}", allow_module_level=True)
-from mmmamba import triton_mmmamba  # noqa: E402
+from mmmamba import attention_mmmamba, triton_mmmamba  # noqa: E402
+from mmmamba.attention_mmmamba import attend  # noqa: E402
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,6 +184,25 @@ def test_decode_step(batch, kv_heads, group, head_dim, taps, dtype):
     agree(run(TRITON), run(TORCH), inputs, dtype, differentiable=False, exact=(3, 4, 7))
 
 
+@check(16)
+@given(
+    st.integers(1, 3), st.integers(1, 2), st.integers(1, 4), st.integers(2, 140), st.integers(1, 300),
+    st.integers(0, 100), dtypes, st.booleans(),
+)  # fmt: skip
+def test_attention_of_one_token(batch, kv_heads, group, head_dim, length, spare, dtype, masked):
+    torch.manual_seed(0)
+    q = torch.randn(batch, kv_heads * group, head_dim).to(DEVICE, dtype)
+    k, v = torch.randn(2, batch, kv_heads, length + spare, head_dim).to(DEVICE, dtype)
+    seen = torch.rand(batch, length + spare, device=DEVICE) > 0.3
+    seen[:, 0] = True
+    there = torch.arange(length + spare, device=DEVICE) < length
+    mask = (there & seen if masked else there.expand(batch, -1))[:, None, None]
+    wide_k, wide_v = (x.double().repeat_interleave(group, 1) for x in (k, v))
+    truth = F.scaled_dot_product_attention(q.double()[:, :, None], wide_k, wide_v, mask)[:, :, 0]
+    out = attend(q, k, v, seen if masked else None, torch.tensor([length], device=DEVICE).int(), head_dim**-0.5)
+    assert (out.double() - truth).norm() <= ERRORS[dtype] * truth.norm()
+
+
 @pytest.mark.parametrize("kind", list(LAYER_TYPES))
 def test_a_model_is_the_same_on_both_backends(kind):
     ids = torch.stack([token_ids(150, seed=1), token_ids(150, seed=2)]).to(DEVICE)
@@ -228,7 +248,8 @@ def test_every_kernel_compiles_for_a_gpu_and_fits_into_it(capability):
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)
-    launched = set(re.findall(r"^ +(_\w+_kernel)\[", Path(triton_mmmamba.__file__).read_text(), re.MULTILINE))
-    assert set(kernels) == launched and len(launched) == 15
+    text = "".join(Path(module.__file__).read_text() for module in (triton_mmmamba, attention_mmmamba))
+    launched = set(re.findall(r"^ +(_\w+_kernel)\[", text, re.MULTILINE))
+    assert set(kernels) == launched and len(launched) == 17
     for name, (shared, _, spilled) in kernels.items():
         assert shared <= 99 * 1024 and spilled == 0, (name, shared, spilled)
