@@ -30,7 +30,8 @@ def recordable(model, cache: Cache | None) -> bool:
         return False
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return False
-    return all(type(layer) in (DynamicLayer, LinearAttentionLayer) for layer in cache.layers)
+    grows = all(type(layer) is LinearAttentionLayer or isinstance(layer, DynamicLayer) for layer in cache.layers)
+    return grows and hasattr(cache, "seen_tokens")
 
 
 def record(run: Callable[[], Tensor], undo: Callable[[], None]) -> tuple[Callable[[], None], Tensor]:
@@ -86,19 +87,17 @@ class Step:
             raise
 
     def _fix(self) -> None:
-        for index in self.attends:
-            grown = self.cache.layers[index]
+        self.grown = {index: self.cache.layers[index] for index in self.attends}
+        for index, grown in self.grown.items():
             fixed = StaticLayer(max_cache_len=self.capacity)
             fixed.update(grown.keys, grown.values)
             self.cache.layers[index] = fixed
 
     def release(self) -> None:
         """Gives the cache back layers that grow, with what was read."""
-        for index in self.attends:
+        for index, grown in self.grown.items():
             fixed = self.cache.layers[index]
             if isinstance(fixed, StaticLayer):
-                grown = DynamicLayer()
-                grown.lazy_initialization(fixed.keys, fixed.values)
                 grown.keys, grown.values = fixed.keys[:, :, : self.read], fixed.values[:, :, : self.read]
                 self.cache.layers[index] = grown
 

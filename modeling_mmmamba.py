@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -62,10 +62,40 @@ class _CountsTokens:
         self.seen_tokens = 0
 
 
+class MmMambaKeyValueLayer(DynamicLayer):
+    """Keys and values that grow in place: a step writes one column, where Transformers' layer copies all of them."""
+
+    room: list[Tensor] | None = None  # what `keys` and `values` are the beginning of
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Args: (batch, heads, new tokens, head_dim) each. Returns all keys and all values."""
+        if key_states.requires_grad:  # autograd needs what it has seen to stay as it was
+            return super().update(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        read, length = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        # Whoever crops or reorders a cache puts other tensors in place of `keys` and `values`.
+        ours = self.room is not None and self.room[0].data_ptr() == self.keys.data_ptr()
+        if not ours or self.room[0].shape[:2] != key_states.shape[:2] or self.room[0].shape[2] < length:
+            capacity = length + max(256, length // 8) if read else length + 256
+            self.room = [x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in (key_states, value_states)]
+            for room, kept in zip(self.room, (self.keys, self.values), strict=True):
+                room[:, :, :read] = kept
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, read:length] = new
+        self.keys, self.values = (room[:, :, :length] for room in self.room)
+        return self.keys, self.values
+
+
 class MmMambaCache(_CountsTokens, DynamicCache):
     """Keys and values for attention layers (growing), convolution and recurrent state for Mamba-2 layers (fixed)."""
 
     is_compileable = False  # `generate` has a way of its own to make steps fast, see `capture_mmmamba`
+
+    def __init__(self, config: MmMambaTextConfig):
+        super().__init__(config=config)
+        self.layers = [MmMambaKeyValueLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
 
 
 class MmMambaStaticCache(_CountsTokens, StaticCache):
@@ -425,12 +455,14 @@ class MmMambaModel(MmMambaPreTrainedModel):
                     )
                 kwargs = sequences.attention_kwargs() | kwargs
         masks = {"full_attention": masks["full_attention"], "linear_attention": sequences}
-        if position_ids is None:
-            position_ids = self.positions(attention_mask, past_key_values, inputs_embeds)
-        rotary = {
-            True: self.embedding_rotary_emb(inputs_embeds, position_ids),
-            False: self.rotary_emb(inputs_embeds, position_ids),
-        }
+        rotary = {True: None, False: None}
+        if "full_attention" in config.layer_types:  # no other layer sees positions
+            if position_ids is None:
+                position_ids = self.positions(attention_mask, past_key_values, inputs_embeds)
+            rotary = {
+                True: self.embedding_rotary_emb(inputs_embeds, position_ids),
+                False: self.rotary_emb(inputs_embeds, position_ids),
+            }
         hidden_states = inputs_embeds
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
@@ -453,9 +485,7 @@ class MmMambaModel(MmMambaPreTrainedModel):
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             counted = attention_mask.long().cumsum(1) - 1
             return counted.masked_fill(attention_mask == 0, 1)[:, -length:]
-        past = 0
-        if past_key_values is not None and "full_attention" in self.config.text_config.layer_types:
-            past = past_key_values.get_seq_length()
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
 
 
@@ -534,13 +564,16 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # generate() names the cache of any class called "…Mamba…" `cache_params`, and its stock caches have no length
         # when every layer is linear: so make the stock cache, then rename it and let it count tokens.
-        if (given := model_kwargs.pop("past_key_values", None)) is not None:
+        given = model_kwargs.pop("past_key_values", None)
+        if given is not None:
             model_kwargs["cache_params"] = given
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.pop("cache_params", None)
+        if type(cache) is DynamicCache:
+            cache = self.new_cache() if cache is not given else cache
+        elif type(cache) is StaticCache:
+            cache.__class__ = MmMambaStaticCache
         if cache is not None:
-            counting = {DynamicCache: MmMambaCache, StaticCache: MmMambaStaticCache}
-            cache.__class__ = counting.get(type(cache), type(cache))
             model_kwargs["past_key_values"] = cache
 
     def _expand_inputs_for_generation(

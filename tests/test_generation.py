@@ -1,11 +1,14 @@
 """`generate` gives each row of a batch what it gives alone, whatever the strategy, the cache and the prefill."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import tiny_model, token_ids
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
-from mmmamba.modeling_mmmamba import MmMambaCache, MmMambaStaticCache
+from mmmamba.modeling_mmmamba import MmMambaCache, MmMambaKeyValueLayer, MmMambaStaticCache
 
 
 STEPS = 6
@@ -179,3 +182,34 @@ def test_too_few_pictures_are_refused_in_words(model, beams):
     inputs["pixel_values"] = inputs["pixel_values"][:2]
     with pytest.raises(ValueError, match="image tokens but the pictures give"):
         generate(model, inputs, num_beams=beams)
+
+
+def test_keys_and_values_grow_in_place_whatever_others_do_to_them():
+    """As Transformers' own layer over random updates, with cropping, reordering and a copy in between."""
+    torch.manual_seed(0)
+    layers, copies, places = [MmMambaKeyValueLayer(), DynamicLayer()], [], set()
+    for step in range(60):
+        new = torch.randn(2, 2, 3, 1 + 40 * (step % 7 == 0), 4)
+        (keys, values), (expected_keys, expected_values) = (layer.update(*new) for layer in layers)
+        assert torch.equal(keys, expected_keys) and torch.equal(values, expected_values)
+        places.add(keys.data_ptr())
+        if step == 20:
+            copies = [copy.deepcopy(layer) for layer in layers]
+        for layer in layers:
+            if step == 30:
+                layer.keys, layer.values = layer.keys[:, :, :-9], layer.values[:, :, :-9]
+            if step == 40:
+                layer.reorder_cache(torch.tensor([1, 0]))
+    assert len(places) < 12
+    assert all(torch.equal(*pair) for pair in zip(*(layer.update(*new) for layer in copies), strict=True))
+
+
+def test_training_may_fill_a_cache(model):
+    """Keys and values even twice; the states of Mamba-2 layers are overwritten, as in Transformers' own models."""
+    ids = prompt(6, seed=3)
+    model = copy.deepcopy(model).requires_grad_()
+    cache = model.new_cache()
+    if cache.has_attention and not any(cache.is_linear):
+        model(ids, past_key_values=cache)
+    model(ids, past_key_values=cache).logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.model.layers.parameters())
