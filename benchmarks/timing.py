@@ -83,12 +83,13 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """What the machine can do: bytes read in a second by a reduction, and FLOPs in a second of a matrix product."""
     on_gpu = device.type == "cuda"
     weights = torch.ones(2**31 if on_gpu else 2**28, dtype=torch.uint8, device=device).view(torch.float32)
-    size = 8192 if on_gpu else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     rounds = 20 if on_gpu else 7
     read = in_turns({"read": weights.sum}, device, rounds)["read"]["least"]
-    product = in_turns({"product": lambda: a @ b}, device, rounds)["product"]["least"]
-    return {"bytes_per_second": weights.nbytes / read, "flops_per_second": 2 * size**3 / product}
+    rates = []
+    for size in (4096, 8192) if on_gpu else (512, 1024, 2048):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        rates.append(2 * size**3 / in_turns({"product": lambda a=a, b=b: a @ b}, device, rounds)["product"]["least"])
+    return {"bytes_per_second": weights.nbytes / read, "flops_per_second": max(rates)}
 
 
 def write(name: str, device: torch.device, result: dict, folder: Path | None) -> Path | None:

@@ -20,7 +20,7 @@ def unpacked(package: str, version: str, **environment: str) -> Path:
     CACHE.mkdir(exist_ok=True)
     # Its metadata is made with what is installed here: build requirements would bring a second torch.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-    command += ["--no-build-isolation", "--dest", str(CACHE), f"{package}=={version}"]
+    command += ["--no-build-isolation", "--retries", "1", "--dest", str(CACHE), f"{package}=={version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:]

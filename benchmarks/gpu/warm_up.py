@@ -1,0 +1,33 @@
+"""First-answer latency: cold, then warm, then on a length that was never seen."""
+
+import argparse
+import time
+
+import torch
+
+from mmmamba.benchmarks.models import add_arguments, make
+from mmmamba.benchmarks.timing import table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for name in ("linear", "hybrid"):
+        model = make(name, args, device)
+        row = {"model": name, "warm_up s": model.warm_up((1,))}
+        for label, length in (("same length s", 300), ("new length s", 777), ("again s", 777)):
+            ids = torch.zeros(1, length, dtype=torch.long, device=device)
+            start = time.perf_counter()
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, eos_token_id=None, pad_token_id=0
+            )
+            row[label] = time.perf_counter() - start
+        rows.append(row)
+    print(table(rows, ["model", "warm_up s", "same length s", "new length s", "again s"]))
+
+
+if __name__ == "__main__":
+    main()
