@@ -23,6 +23,7 @@ COLUMNS = ["context", "model", "way", "ms", "least ms", "most ms", "tokens/s", "
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_models(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--together", action="store_true", help="time all lengths in turns, to compare them")
     parser.add_argument("--steps", type=int, default=8, help="tokens in one timing")
 
 
@@ -30,19 +31,20 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     limits = ceilings(device, DTYPES[args.dtype])
     models = {name: make(name, args, device) for name in args.models}
     rows = []
-    for length in args.lengths:
+    for lengths in [args.lengths] if args.together else [[length] for length in args.lengths]:
         runs, work = {}, {}
-        for name, model in models.items():
-            ways = ["eager", "recorded"] if device.type == "cuda" and name in OURS else ["eager"]
-            for way in ways:
-                try:
-                    cache = read(model, length, args.batch)
-                    work[name, way] = decode_work(model, cache, args.batch)
-                    runs[name, way] = several(stepper(model, cache, args.batch, way == "recorded"), args.steps)
-                except torch.OutOfMemoryError:
-                    rows.append({"context": length, "model": name, "way": f"{way}: out of memory"})
-        for (name, way), found in in_turns(runs, device, args.rounds).items():
-            seconds, bytes_ = found["median"] / args.steps, work[name, way].bytes
+        for length in lengths:
+            for name, model in models.items():
+                for way in ["eager", "recorded"] if device.type == "cuda" and name in OURS else ["eager"]:
+                    try:
+                        cache = read(model, length, args.batch)
+                        work[length, name, way] = decode_work(model, cache, args.batch)
+                        step = stepper(model, cache, args.batch, way == "recorded")
+                        runs[length, name, way] = several(step, args.steps)
+                    except torch.OutOfMemoryError:
+                        rows.append({"context": length, "model": name, "way": f"{way}: out of memory"})
+        for (length, name, way), found in in_turns(runs, device, args.rounds).items():
+            seconds, bytes_ = found["median"] / args.steps, work[length, name, way].bytes
             rows.append(
                 {
                     "context": length, "model": name, "way": way, "ms": 1e3 * seconds,
@@ -52,7 +54,6 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
                     "roofline ms": 1e3 * bytes_ / limits["bytes_per_second"],
                 }
             )  # fmt: skip
-        del runs
     print(f"read bandwidth {limits['bytes_per_second'] / 1e9:.1f} GB/s, {args.dtype}, batch {args.batch}\n")
     print(table(rows, COLUMNS))
     settings = {name: getattr(args, name) for name in ("size", "layers", "dtype", "batch", "steps")}

@@ -8,6 +8,7 @@ Every measurement is a process of its own.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ from .plot import lines
 from .timing import table, write
 
 
+# Freed memory goes back at once: what the C library keeps for later depends on chance more than on length.
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 COLUMNS = ["length", "model", "peak MiB", "kept MiB", "seconds", "tokens/s"]
 
 
@@ -41,7 +44,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             command += [f"--models={name}", f"--lengths={length}", f"--size={args.size}", f"--dtype={args.dtype}"]
             command += [f"--batch={args.batch}", f"--threads={torch.get_num_threads()}"]
             command += [f"--layers={args.layers}"] if args.layers else []
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | AT_ONCE)
             failed = done.stderr.strip().splitlines()[-1:] or ["killed"]
             found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": failed[0]}
             rows.append({"length": length, "model": name} | found)
