@@ -653,19 +653,19 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
         begin = cache.get_seq_length() - unseen
         size = generation_config.prefill_chunk_size or self.prefill_piece(len(given), whole)
         stop = begin + (length - begin - 1) // size * size
-        pictures = self._picture_rows(model_kwargs)
-        if pictures is not None and rows is None:
+        pictures = self._picture_rows(model_kwargs) if stop > begin and rows is None else None
+        if pictures is not None:
             places = input_ids == self.config.image_token_id
             if int(places.sum()) != len(pictures):
                 stop = begin  # the network says what is wrong
             else:
                 number = places.flatten().cumsum(0).view_as(places) - 1
-                stop = max(stop, int(places.any(0).nonzero().max()) + 1) if stop > begin and places.any() else stop
+                stop = max(stop, int(places.any(0).nonzero().max()) + 1) if places.any() else stop
                 stop = stop if stop < length else begin
         for first in range(begin, stop, size):
             piece = slice(first, min(first + size, stop))
             images = None
-            if pictures is not None and rows is None and places[:, piece].any():
+            if pictures is not None and places[:, piece].any():
                 images = pictures[number[:, piece][places[:, piece]]]
                 images = {"image": BaseModelOutputWithPooling(pooler_output=images)}
             self.model(
@@ -689,9 +689,8 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
     def _picture_rows(self, model_kwargs: dict) -> Tensor | None:
         """Rows of all pictures, (rows, hidden): newer versions of Transformers have them encoded by now."""
         encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if encoded is None and (pixel_values := model_kwargs.pop("pixel_values", None)) is not None:
+        if encoded is None and (pixel_values := model_kwargs.get("pixel_values")) is not None:
             encoded = self.get_image_features(pixel_values)
-            model_kwargs["mm_encoder_outputs"] = {"image": encoded}
         return None if encoded is None else encoded.pooler_output.reshape(-1, self.config.text_config.hidden_size)
 
     def conversation(self, tokenizer, system_message: str | None = None) -> ConversationState:
