@@ -177,7 +177,7 @@ _started: ContextVar[list[Step]] = ContextVar("started")
 _longest: ContextVar[int | None] = ContextVar("longest", default=None)
 
 
-def wanted(model, cache: Cache | None, generation_config) -> bool:
+def recording_wanted(model, cache: Cache | None, generation_config) -> bool:
     """Whether `generate` should ask for a `Decoder`."""
     plain = generation_config.disable_compile or generation_config.num_beams > 1 or not recordable(model, cache)
     _longest.set(None if plain else generation_config.max_length)
@@ -185,7 +185,7 @@ def wanted(model, cache: Cache | None, generation_config) -> bool:
 
 
 def decoder(model) -> Decoder | None:
-    """What `wanted` promised."""
+    """What `recording_wanted` promised."""
     return None if _longest.get() is None else Decoder(model, _longest.get())
 
 

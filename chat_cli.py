@@ -13,6 +13,7 @@ from transformers import TextStreamer
 
 from .conversation_mmmamba import ConversationState
 from .conversion.publish import check_model_folder
+from .env_cli import usable_device
 from .image_processing_mmmamba import MmMambaImageProcessorPil
 from .modeling_mmmamba import MmMambaForConditionalGeneration
 from .tokenization_mmmamba import MmMambaTokenizer
@@ -49,11 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs `mmmamba chat`. Raises ValueError for a folder or a picture that cannot be used."""
     check_model_folder(args.model)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {args.device} cannot be used here ({reason}); try --device cpu.") from None
+    usable_device(args.device)
     pictures, documents = [open_picture(path) for path in args.image], [open_text(path) for path in args.text]
     if args.state is not None and not args.state.resolve().parent.is_dir():
         raise ValueError(f"--state {args.state} is in a folder that does not exist; make the folder.")

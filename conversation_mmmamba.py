@@ -49,6 +49,16 @@ def decode_answer(tokenizer, ids: list[int], ends: list[int]) -> str:
     return tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
 
+def check_tiles(num_patches_list: list[int], pixel_values: Tensor | None) -> None:
+    """Raises ValueError if the tiles of all pictures are not as many as there are."""
+    tiles = 0 if pixel_values is None else len(pixel_values)
+    if sum(num_patches_list) != tiles:
+        raise ValueError(
+            f"num_patches_list counts {sum(num_patches_list)} tiles but pixel_values has {tiles}; give the number "
+            "of tiles of each picture, thumbnail included."
+        )
+
+
 class TemplateError(ValueError):
     """A chat template whose turns cannot be rendered one by one."""
 
@@ -144,23 +154,8 @@ class ConversationState:
         Raises:
             ValueError: if placeholders, `num_patches_list` and tiles disagree in number; nothing is added then.
         """
-        tiles = 0 if pixel_values is None else len(pixel_values)
-        if num_patches_list is None:
-            num_patches_list = [tiles] if tiles else []
-        if sum(num_patches_list) != tiles:
-            raise ValueError(
-                f"num_patches_list counts {sum(num_patches_list)} tiles but pixel_values has {tiles}; give the number "
-                "of tiles of each picture, thumbnail included."
-            )
-        if num_patches_list and PLACEHOLDER not in text:
-            text = (PLACEHOLDER + "\n") * len(num_patches_list) + text
-        said = PLACEHOLDER.join(as_text(part, self.tokenizer) for part in text.split(PLACEHOLDER))
-        (said,) = expand_placeholders([said], num_patches_list, self.model.config.vision_config.tokens_per_tile)
-        if not self.in_turn:
-            said = self._pieces["turn" if self.turns else "start"] + said
         with self._undone_on_failure():
-            self._read(self.pending + said, pixel_values)
-            self.in_turn = True
+            self._add(text, pixel_values, num_patches_list)
         return self
 
     def ask(
@@ -186,7 +181,7 @@ class ConversationState:
             raise ValueError("The question is empty; ask something.")
         options = generation_options(self.model, self.tokenizer, generation_config, streamer)
         with self._undone_on_failure():
-            self._end_turn(question, pixel_values, num_patches_list)
+            self._add(question, pixel_values, num_patches_list, self._pieces["end of turn"])
             prompt = self._encode(self.pending + self._pieces["prompt"])
             ids = torch.tensor([self.ids + prompt], device=self.model.device)
             kept = self._snapshot()
@@ -207,7 +202,7 @@ class ConversationState:
     ) -> None:
         """Adds a turn whose answer is known; arguments and what is raised as in `ask`."""
         with self._undone_on_failure():
-            self._end_turn(question, pixel_values, num_patches_list)
+            self._add(question, pixel_values, num_patches_list, self._pieces["end of turn"])
             self._answer(answer)
 
     def fork(self) -> "ConversationState":
@@ -218,9 +213,19 @@ class ConversationState:
             other.cache = copy.deepcopy(self.cache)
         return other
 
-    def _end_turn(self, question: str, pixel_values: Tensor | None, num_patches_list: list[int] | None) -> None:
-        self.extend(question, pixel_values, num_patches_list)
-        self._read(self.pending + self._pieces["end of turn"])
+    def _add(self, text: str, pixel_values: Tensor | None, num_patches_list: list[int] | None, end: str = "") -> None:
+        """Adds to the user's turn, see `extend`, and what the template writes behind it."""
+        if num_patches_list is None:
+            num_patches_list = [] if pixel_values is None else [len(pixel_values)]
+        check_tiles(num_patches_list, pixel_values)
+        if num_patches_list and PLACEHOLDER not in text:
+            text = (PLACEHOLDER + "\n") * len(num_patches_list) + text
+        said = PLACEHOLDER.join(as_text(part, self.tokenizer) for part in text.split(PLACEHOLDER))
+        (said,) = expand_placeholders([said], num_patches_list, self.model.config.vision_config.tokens_per_tile)
+        if not self.in_turn:
+            said = self._pieces["turn" if self.turns else "start"] + said
+        self._read(self.pending + said + end, pixel_values)
+        self.in_turn = True
 
     def _answer(self, answer: str) -> None:
         # Read with the next turn: until then only its end would be known for certain.

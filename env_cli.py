@@ -14,6 +14,15 @@ from .ssm_mmmamba import BACKENDS, ENVIRONMENT, backend, why_not
 PACKAGES = ("torch", "torchvision", "transformers", "triton", "mamba-ssm", "causal-conv1d", "flash-attn", "accelerate")
 
 
+def usable_device(name: str) -> torch.device:
+    """The device that `--device` names. Raises ValueError if it is not there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's ways to say so
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}); try --device cpu.") from None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`mmmamba env` has no arguments."""
 

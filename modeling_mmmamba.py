@@ -25,13 +25,13 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .capture_mmmamba import FEWEST_STEPS, decoder, recordings
-from .capture_mmmamba import wanted as capture_wanted
+from .capture_mmmamba import FEWEST_STEPS, decoder, recording_wanted, recordings
 from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
 from .conversation_mmmamba import (
     ConversationState,
     History,
     TemplateError,
+    check_tiles,
     decode_answer,
     fingerprint,
     generation_options,
@@ -599,7 +599,7 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
             return super().generate(*args, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        recording = capture_wanted(self, model_kwargs.get("past_key_values"), generation_config)
+        recording = recording_wanted(self, model_kwargs.get("past_key_values"), generation_config)
         return recording or super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def get_compiled_call(self, compile_config):
@@ -737,7 +737,7 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
             num_patches_list = [] if pixel_values is None else [len(pixel_values)]
         if history is None and pixel_values is not None and "<image>" not in question:
             question = "<image>\n" + question
-        self._check_tiles(num_patches_list, pixel_values)
+        check_tiles(num_patches_list, pixel_values)
         expand_placeholders([text for turn in history or [] for text in turn[:1]] + [question], num_patches_list, 0)
         try:
             state, seen = resume(self, tokenizer, history, pixel_values, num_patches_list, system_message)
@@ -817,17 +817,9 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
             system_message=system_message,
         )
 
-    def _check_tiles(self, num_patches_list: list[int], pixel_values: Tensor | None) -> None:
-        tiles = 0 if pixel_values is None else len(pixel_values)
-        if sum(num_patches_list) != tiles:
-            raise ValueError(
-                f"num_patches_list counts {sum(num_patches_list)} tiles but pixel_values has {tiles}; give the number "
-                "of tiles of each picture, thumbnail included."
-            )
-
     def _answers(self, tokenizer, rows, num_patches_list, pixel_values, generation_config, streamer=None) -> list[str]:
         """Generates from left-padded rows of ids and decodes up to the end of the turn."""
-        self._check_tiles(num_patches_list, pixel_values)
+        check_tiles(num_patches_list, pixel_values)
         options = generation_options(self, tokenizer, generation_config, streamer)
         longest = max(map(len, rows))
         pad = tokenizer.pad_token_id

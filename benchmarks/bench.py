@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from mmmamba.env_cli import usable_device
+
 
 NAMES = {
     "scan": "the scan: our backends, Transformers' PyTorch path, mamba_ssm",
@@ -29,11 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs `mmmamba bench`. Raises ValueError for a device that is not there."""
-    try:
-        device = torch.empty(0, device=args.device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {args.device} cannot be used here ({reason}); try --device cpu.") from None
+    device = usable_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     import_module(f"mmmamba.benchmarks.{args.bench}").run(args, device)
