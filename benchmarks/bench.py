@@ -14,6 +14,7 @@ NAMES = {
     "decode": "one more token at growing context: linear, hybrid, teacher and peers of the same size",
     "prefill": "reading a prompt: the same models",
     "memory": "the most memory that reading a prompt takes: the same models",
+    "distillation": "memory and time of the distillation stages, against straightforward implementations",
 }
 
 

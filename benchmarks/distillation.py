@@ -1,190 +1,180 @@
-"""Peak memory and time per step of the three stages, against running teacher and student in full with autograd.
+"""Peak memory and time of the three distillation stages, against straightforward implementations of the same losses.
 
-    python benchmarks/distillation.py                       # 32 layers, prints a table, writes JSON beside it
-    python benchmarks/distillation.py --layers 8 --rows 512 # smaller
+mmmamba bench distillation                          # 32 layers
+mmmamba bench distillation --layers 8 --length 512   # smaller
 
-The straightforward implementation is what one writes first: run the teacher and keep each layer's attention input and
-heads, run the student in full beside it under autograd, then one backward pass; stage 3 materialises both models'
-logits over all positions. In stages 1 and 2 the loss needs the student's mixers alone, so its MLPs, which a student in
-full runs, too, are part of what streaming saves. Both sides get the same loss, which is checked. Every measurement is
-a process of its own; the two sides alternate.
+`straight` is what one writes first: the teacher in full, whose attention inputs and heads are kept; the student in
+full with autograd over all its layers, each mixer reading the teacher's input; one backward pass. `mixers` is more
+careful: it runs nothing of the student but the mixers, and still one backward pass over all of them. In stage 3,
+`straight` holds both models' logits of all positions. The losses are checked to be equal. Every measurement is a
+process of its own, and the implementations take turns. Gradients and the optimiser's state, the same for all, are
+there before.
 """
 
 import argparse
 import json
-import platform
-import resource
 import statistics
-import subprocess
-import sys
 import time
-from datetime import date
-from pathlib import Path
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmmamba.configuration_mmmamba import MmMambaConfig
+from mmmamba.conversion.distillation.end_to_end import EndToEndDistiller
+from mmmamba.conversion.distillation.layerwise import SCALE, LayerwiseDistiller, mixers
+from mmmamba.conversion.seeding import seed_state_dict
+from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+
+from .memory import in_a_process, most, now
+from .timing import table, write
 
 
-def models(layers: int, hidden: int, vocabulary: int):
-    import torch
+WAYS = {1: ("ours", "straight", "mixers"), 2: ("ours", "straight", "mixers"), 3: ("ours", "straight")}
 
-    from mmmamba.configuration_mmmamba import MmMambaConfig
-    from mmmamba.conversion.seeding import seed_state_dict
-    from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--length", type=int, default=1024, help="tokens of the one conversation in a step")
+    parser.add_argument("--steps", type=int, default=3, help="steps that each process times")
+    parser.set_defaults(rounds=3)
+    parser.add_argument("--one", nargs=2, metavar=("STAGE", "WAY"), help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    if args.one:
+        print(json.dumps(measure(args, int(args.one[0]), args.one[1], device)))
+        return
+    settings = {name: getattr(args, name) for name in ("layers", "hidden", "vocabulary", "length", "steps")}
+    command = ["distillation", f"--device={args.device}", f"--threads={torch.get_num_threads()}"]
+    command += [f"--{name}={value}" for name, value in settings.items()]
+    rows = []
+    for stage, ways in WAYS.items():
+        found = {way: [] for way in ways}
+        for turn in range(args.rounds):
+            for way in (ways, ways[::-1])[turn % 2]:
+                found[way].append(in_a_process([*command, "--one", str(stage), way]))
+        losses = [results[0]["loss"] for results in found.values()]
+        if max(losses) - min(losses) > 1e-3 * abs(losses[0]):
+            raise RuntimeError(f"stage {stage}: the losses {losses} differ, so these are not the same computation.")
+        memory = {way: statistics.median(one["MiB"] for one in results) for way, results in found.items()}
+        seconds = {
+            way: statistics.median(s for one in results for s in one["seconds"]) for way, results in found.items()
+        }
+        rows += [
+            {
+                "stage": stage, "way": way, "MiB": memory[way], "seconds": seconds[way],
+                "times ours' MiB": memory[way] / memory["ours"], "times ours' seconds": seconds[way] / seconds["ours"],
+                "all": found[way],
+            }
+            for way in ways
+        ]  # fmt: skip
+    print("peak memory above models, gradients and optimiser; time of forward and backward; medians")
+    print(table(rows, ["stage", "way", "MiB", "seconds", "times ours' MiB", "times ours' seconds"]))
+    write("distillation-cost", device, {"settings": settings, "rows": rows}, args.results)
+
+
+def measure(args: argparse.Namespace, stage: int, way: str, device: torch.device) -> dict:
+    """One way through one stage: loss, seconds of each step, MiB."""
+    teacher, student = models(args, device)
+    loss_of, trained = prepared(teacher, student, stage, way)
+    generator = torch.Generator().manual_seed(1)
+    batch = {"input_ids": torch.randint(4, args.vocabulary, (1, args.length), generator=generator).to(device)}
+    optimizer = torch.optim.AdamW(trained, lr=0.0)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    seconds = []
+    before = now(device, reset=True)
+    for _ in range(args.steps + 1):
+        start = time.perf_counter()
+        loss = loss_of(batch)
+        loss.backward()
+        value = loss.item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+        del loss
+        optimizer.zero_grad(set_to_none=False)
+    return {"loss": value, "seconds": seconds[1:], "MiB": (most(device) - before) / 2**20}
+
+
+def models(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """A teacher with random weights, and a linear student seeded from it."""
     torch.manual_seed(0)
     text = {
-        "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers,
-        "num_embedding_layers": layers // 4, "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128,
+        "vocab_size": args.vocabulary, "hidden_size": args.hidden, "intermediate_size": 4 * args.hidden,
+        "num_hidden_layers": args.layers, "num_embedding_layers": args.layers // 4,
+        "num_attention_heads": args.hidden // 64, "num_key_value_heads": args.hidden // 128,
     }  # fmt: skip
     config = MmMambaConfig(text_config=text, vision_config={"image_size": 28, "patch_size": 14}, image_token_id=3)
     teacher = MmMambaForConditionalGeneration._from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     state, config = seed_state_dict(teacher.state_dict(), config, ())
     student = MmMambaForConditionalGeneration._from_config(config, dtype=torch.float32)
     student.load_state_dict(state)
-    return teacher, student
+    return teacher.to(device), student.to(device).requires_grad_(False)
 
 
-def straightforward(teacher, student, stage: int):
-    """A function from a batch to the loss, written as one would without care for memory."""
-    import torch
-    import torch.nn.functional as F
-
-    from mmmamba.conversion.distillation.layerwise import SCALE, mixers
-
+def prepared(
+    teacher, student, stage: int, way: str
+) -> tuple[Callable[[dict[str, Tensor]], Tensor], list[nn.Parameter]]:
+    """A function from a batch to the stage's loss, and the parameters that it trains."""
     if stage == 3:
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_(".mamba." in name and "out_proj" not in name)
+        distiller = EndToEndDistiller(teacher, student)
+        loss = (
+            (lambda batch: distiller(**batch))
+            if way == "ours"
+            else (lambda batch: full_logits(teacher, student, batch))
+        )
+    else:
+        distiller = LayerwiseDistiller(teacher, student, stage)
+        loss = (lambda batch: distiller(**batch)) if way == "ours" else all_layers(teacher, student, way == "mixers")
+    return loss, [p for p in distiller.parameters() if p.requires_grad]
 
-        def end_to_end(batch):
-            with torch.no_grad():
-                truth = teacher(**batch, use_cache=False).logits.float()
-            logits = student(**batch, use_cache=False).logits.float()
-            kl = F.kl_div(logits.log_softmax(-1), truth.log_softmax(-1), reduction="sum", log_target=True)
-            return kl / batch["input_ids"].numel()
 
-        return end_to_end
+def full_logits(teacher, student, batch: dict[str, Tensor]) -> Tensor:
+    """Stage 3 with both models' logits of all positions."""
+    with torch.no_grad():
+        truth = teacher(**batch, use_cache=False).logits.float()
+    logits = student(**batch, use_cache=False).logits.float()
+    kl = F.kl_div(logits.log_softmax(-1), truth.log_softmax(-1), reduction="sum", log_target=True)
+    return kl / batch["input_ids"].numel()
 
+
+def all_layers(teacher, student, mixers_alone: bool) -> Callable[[dict[str, Tensor]], Tensor]:
+    """Stages 1 and 2 with one backward pass over all layers."""
+    inputs, targets, heads = {}, {}, {}
     learners = mixers(student)
-    for mixer in learners.values():
-        mixer.out_proj.requires_grad_(False)
-    seen = {}
-    for index in learners:
-        attention = teacher.model.layers[index].self_attn
 
-        def remember(module, args, kwargs, index=index):
-            seen[index] = args[0] if args else kwargs["hidden_states"]
+    def keep(found: dict[int, Tensor], layer: int):
+        def hook(module, args, kwargs):
+            found[layer] = args[0] if args else kwargs["hidden_states"]
 
-        def target(module, args, index=index):
-            seen[-1 - index] = args[0]
+        return hook
 
-        attention.register_forward_pre_hook(remember, with_kwargs=True)
-        attention.o_proj.register_forward_pre_hook(target)
+    def exchange(layer: int):
+        def hook(module, args, kwargs):
+            return ((inputs[layer], *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": inputs[layer]})
 
-    def layerwise(batch):
+        return hook
+
+    for layer, mixer in learners.items():
+        attention = teacher.model.layers[layer].self_attn
+        attention.register_forward_pre_hook(keep(inputs, layer), with_kwargs=True)
+        attention.o_proj.register_forward_pre_hook(keep(targets, layer), with_kwargs=True)
+        if not mixers_alone:
+            mixer.register_forward_pre_hook(exchange(layer), with_kwargs=True)
+            mixer.out_proj.register_forward_pre_hook(keep(heads, layer), with_kwargs=True)
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
-            teacher(**batch, use_cache=False)
-        # The student in full, as upstream's training code runs it: every layer with its MLP, on the teacher's states.
-        rows = student.model.embed_tokens(batch["input_ids"])
-        errors = []
-        for index, layer in enumerate(student.model.layers):
-            heads = learners[index].heads(layer.input_layernorm(rows) * 0 + seen[index])
-            errors.append((heads.flatten(2) - seen[-1 - index]).square().mean())
-            rows = rows + teacher.model.layers[index].self_attn.o_proj(seen[-1 - index])
-            rows = rows + layer.mlp(layer.post_attention_layernorm(rows))
+            teacher.model(**batch, use_cache=False)
+        if mixers_alone:
+            heads.update({layer: mixer.heads(inputs[layer]).flatten(2) for layer, mixer in learners.items()})
+        else:
+            student.model(**batch, use_cache=False)
+        errors = [(heads.pop(layer) - targets.pop(layer)).square().mean() for layer in learners]
         return SCALE * torch.stack(errors).mean()
 
-    return layerwise
-
-
-def measure(args: argparse.Namespace) -> None:
-    """One side, one stage, in this process: prints JSON."""
-    import torch
-
-    from mmmamba.conversion.distillation.end_to_end import EndToEndDistiller
-    from mmmamba.conversion.distillation.layerwise import LayerwiseDistiller
-
-    torch.set_num_threads(args.threads)
-    teacher, student = models(args.layers, args.hidden, args.vocabulary)
-    generator = torch.Generator().manual_seed(1)
-    batch = {"input_ids": torch.randint(4, args.vocabulary, (1, args.rows), generator=generator)}
-    if args.side == "plain":
-        loss_of = straightforward(teacher, student, args.stage)
-        trained = [p for p in student.parameters() if p.requires_grad]
-    else:
-        distiller = (
-            EndToEndDistiller(teacher, student)
-            if args.stage == 3
-            else LayerwiseDistiller(teacher, student, args.stage)
-        )
-        trained = [p for p in distiller.parameters() if p.requires_grad]
-        loss_of = lambda batch: distiller(**batch)  # noqa: E731
-    # Gradients and the optimiser's state are the same on both sides; here they are part of what is there before.
-    optimizer = torch.optim.AdamW(trained, lr=0.0)
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = []
-    for _ in range(args.steps + 1):
-        start = time.perf_counter()
-        loss = loss_of(batch)
-        loss.backward()
-        seconds.append(time.perf_counter() - start)
-        optimizer.zero_grad(set_to_none=False)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"loss": loss.item(), "seconds": seconds[1:], "megabytes": (after - before) / 1024}))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--rows", type=int, default=1024, help="tokens of the one conversation in a step")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--side", choices=("ours", "plain"), help=argparse.SUPPRESS)
-    parser.add_argument("--stage", type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.side:
-        measure(args)
-        return
-    shape = [
-        f"--{name}={getattr(args, name)}" for name in ("layers", "hidden", "vocabulary", "rows", "steps", "threads")
-    ]
-    rows = []
-    for stage in (1, 2, 3):
-        runs = {"ours": [], "plain": []}
-        for _ in range(args.repeats):
-            for side in runs:
-                command = [sys.executable, __file__, *shape, f"--side={side}", f"--stage={stage}"]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                runs[side].append(json.loads(done.stdout.splitlines()[-1]))
-        losses = {side: runs[side][0]["loss"] for side in runs}
-        if abs(losses["ours"] - losses["plain"]) > 1e-3 * abs(losses["plain"]):
-            raise SystemExit(f"stage {stage}: the losses differ, {losses}; the two sides do not do the same")
-        row = {"stage": stage, "loss": losses}
-        for side, results in runs.items():
-            row[f"{side}_seconds"] = statistics.median(second for result in results for second in result["seconds"])
-            row[f"{side}_megabytes"] = statistics.median(result["megabytes"] for result in results)
-        rows.append(row)
-    report = {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {args.threads} threads",
-        "shape": {name: getattr(args, name) for name in ("layers", "hidden", "vocabulary", "rows")},
-        "rows": rows,
-    }
-    print("peak memory above models, gradients and optimiser; time of forward and backward\n")
-    print("stage   ours MB  plain MB  times less   ours s  plain s  times faster")
-    for row in rows:
-        print(
-            f"{row['stage']:5} {row['ours_megabytes']:9.0f} {row['plain_megabytes']:9.0f} "
-            f"{row['plain_megabytes'] / row['ours_megabytes']:11.1f} {row['ours_seconds']:8.2f} "
-            f"{row['plain_seconds']:8.2f} {row['plain_seconds'] / row['ours_seconds']:13.2f}"
-        )
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    return loss

@@ -40,19 +40,28 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     rows = []
     for length in args.lengths:
         for name in args.models:
-            command = [sys.executable, "-m", "mmmamba", "bench", "memory", "--one", f"--device={args.device}"]
+            command = ["memory", "--one", f"--device={args.device}", f"--threads={torch.get_num_threads()}"]
             command += [f"--models={name}", f"--lengths={length}", f"--size={args.size}", f"--dtype={args.dtype}"]
-            command += [f"--batch={args.batch}", f"--threads={torch.get_num_threads()}"]
-            command += [f"--layers={args.layers}"] if args.layers else []
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | AT_ONCE)
-            failed = done.stderr.strip().splitlines()[-1:] or ["killed"]
-            found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": failed[0]}
+            command += [f"--batch={args.batch}"] + ([f"--layers={args.layers}"] if args.layers else [])
+            try:
+                found = in_a_process(command)
+            except ChildProcessError as error:
+                found = {"failed": str(error)}
             rows.append({"length": length, "model": name} | found)
     print(table(rows, [*COLUMNS, "failed"] if any("failed" in row for row in rows) else COLUMNS))
     settings = {name: getattr(args, name) for name in ("size", "layers", "dtype", "batch")}
     file = write("memory", device, {"settings": settings, "rows": rows}, args.results)
     if file is not None:
         lines(file.with_suffix(".png"), rows, "length", "peak MiB", "prompt (tokens)", "MiB above weights", "kept MiB")
+
+
+def in_a_process(command: list[str]) -> dict:
+    """What `mmmamba bench` with these arguments prints last, as JSON. Raises ChildProcessError with its last words."""
+    command = [sys.executable, "-m", "mmmamba", "bench", *command]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | AT_ONCE)
+    if done.returncode:
+        raise ChildProcessError((done.stderr.strip().splitlines() or ["killed"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @torch.no_grad()

@@ -213,7 +213,9 @@ def test_what_is_asked_for_was_told(processor):
         one = recall(0, 7, items, turns=3)
         told = dict(entry.split(": ") for entry in one.told.removesuffix(".").split(". "))
         assert len(told) == items
-        assert all(told[question.removesuffix("?")] == answer for question, answer in one.turns)
+        for question, answer in one.turns:
+            name = question.removesuffix("?")
+            assert answer == f"{name}: {told[name]}"
     rows = RecallConversations(processor, 0, batch_size=2)
     lengths = [len(rows[i]["input_ids"]) for i in range(16)]
     assert max(lengths) < 2048 and max(lengths) > 4 * min(lengths)

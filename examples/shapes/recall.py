@@ -1,7 +1,8 @@
 """Recall: which of many things told before is asked for? What an attention layer looks up, a state must have kept.
 
-A conversation lists n named things (`kq: red star. ab: blue card. …`) and then asks for some of them by name. The
-models of the picture world can learn it with their words; `benchmarks/recall.py` trains and scores them.
+A conversation lists n named things (`K7: red star. B2: blue card. …`) and then asks for some of them by name (`B2?`);
+the answer says the name again, as the list does. The models of the picture world can learn it with their words;
+`benchmarks/recall.py` trains and scores them.
 """
 
 import math
@@ -19,7 +20,7 @@ from .tokenizer import SYSTEM_MESSAGE
 from .world import COLORS, SHAPES
 
 
-NAMES = [a + b for a in string.ascii_lowercase for b in string.ascii_lowercase]
+NAMES = [letter + digit for letter in string.ascii_uppercase for digit in string.digits]  # two tokens each
 THINGS = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 
 
@@ -37,7 +38,7 @@ def recall(seed: int, index: int, items: int, turns: int = 1) -> RecallExample:
     things = [THINGS[i] for i in rng.integers(len(THINGS), size=items)]
     told = " ".join(f"{name}: {thing}." for name, thing in zip(names, things, strict=True))
     asked = rng.choice(items, min(turns, items), replace=False)
-    return RecallExample(told, tuple((f"{names[i]}?", things[i]) for i in asked))
+    return RecallExample(told, tuple((f"{names[i]}?", f"{names[i]}: {things[i]}") for i in asked))
 
 
 class RecallConversations(InOrder):
