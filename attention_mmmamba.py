@@ -1,14 +1,13 @@
 """Softmax attention of one new token over keys and values of a fixed size, in Triton.
 
 Transformers' attention functions read a fixed-size cache whole, masked, with keys repeated for every query head. A
-decoding step should read what is there, once: here each group's query heads share one pass over the keys and values up
+recorded step should read what is there, once: here each group's query heads share one pass over the keys and values up
 to `length`, which stays on the device so that a captured step serves every length. The pass is split over programs,
 whose parts are then put together (flash decoding: arXiv 2311.01282, section 3).
 """
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
 
 try:
@@ -20,7 +19,6 @@ except ImportError:
 from .triton_mmmamba import _dot, _power, _precision
 
 
-NAME = "mmmamba_decode"  # in Transformers' attention interface
 SPLITS = 32
 
 
@@ -103,16 +101,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, length: Tensor,
     )  # fmt: skip
     _whole_kernel[batch * kv_heads, group](sums, scales, out, GROUP=group, P=head_dim, SPLITS=SPLITS, BLOCK_P=block)
     return out
-
-
-def decode_attention(
-    module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, *,
-    decode_length: Tensor, **kwargs,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """`attend` for Transformers' attention interface: query (B, H, 1, P) to (B, 1, H, P)."""
-    mask = None if attention_mask is None else attention_mask[:, 0, 0]
-    out = attend(query[:, :, 0].contiguous(), key, value, mask, decode_length, scaling)
-    return out[:, None], None
-
-
-AttentionInterface.register(NAME, decode_attention)

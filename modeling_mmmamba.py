@@ -20,12 +20,18 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .capture_mmmamba import FEWEST_STEPS, decoder, recording_wanted, recordings
+from .capture_mmmamba import FEWEST_STEPS, OUTPUTS, decoder, recording_wanted, recordings, steps_follow
 from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
 from .conversation_mmmamba import (
     ConversationState,
@@ -223,6 +229,34 @@ class MmMambaMixer(nn.Module):
         return self.out_proj(self.heads(hidden_states, sequences, cache).flatten(2))
 
 
+class MmMambaAttention(LlamaAttention):
+    """Llama's; in a recorded step, one token reads a cache of fixed size as far as it is filled, by our own kernel."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        decode_length: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Args: as Llama's, and decode_length (1,), int32: how many tokens there are, the one at hand included."""
+        if decode_length is None:
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        from .attention_mmmamba import attend
+
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (
+            project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in projections
+        )
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        k, v = past_key_values.update(k, v, self.layer_idx)
+        mask = None if attention_mask is None else attention_mask[:, 0, 0]
+        heads = attend(q[:, :, 0].contiguous(), k, v, mask, decode_length, self.scaling)
+        return self.o_proj(heads.flatten(1)[:, None]), None
+
+
 class MmMambaDecoderLayer(GradientCheckpointingLayer):
     """`x + mixer(norm(x))`, then `x + mlp(norm(x))`."""
 
@@ -230,7 +264,7 @@ class MmMambaDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.layer_type = config.layer_types[layer_idx]
         if self.layer_type == "full_attention":
-            self.self_attn = LlamaAttention(config, layer_idx)
+            self.self_attn = MmMambaAttention(config, layer_idx)
         else:
             self.mamba = MmMambaMixer(config, layer_idx)
         self.mlp = LlamaMLP(config)
@@ -281,7 +315,7 @@ class MmMambaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _is_stateful = True
-    _can_record_outputs = {"hidden_states": MmMambaDecoderLayer, "attentions": LlamaAttention}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": MmMambaDecoderLayer, "attentions": MmMambaAttention}  # noqa: RUF012
 
     def __init__(self, config: MmMambaConfig):
         super().__init__(config)
@@ -381,16 +415,20 @@ class MmMambaModel(MmMambaPreTrainedModel):
         if image_rows is None:
             return rows
         image_rows = image_rows.reshape(-1, rows.shape[-1]).to(rows.device, rows.dtype)
-        if inputs_embeds is None:
-            places = input_ids == self.config.image_token_id
-        else:
-            places = (rows == self.embed_tokens.weight[self.config.image_token_id]).all(-1)
+        places = self.image_places(input_ids, inputs_embeds)
         if int(places.sum()) != len(image_rows):
             raise ValueError(
                 f"The prompt has {int(places.sum())} image tokens but the pictures give {len(image_rows)} rows; use "
                 "the processor, or repeat <IMG_CONTEXT> once per row of every tile."
             )
         return rows.masked_scatter(places[..., None], image_rows)
+
+    def image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(batch, length), where `<IMG_CONTEXT>` stands; arguments as in `embed`."""
+        token = self.config.image_token_id
+        if inputs_embeds is None:
+            return input_ids == token
+        return (inputs_embeds == self.embed_tokens.weight[token]).all(-1)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -569,8 +607,11 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
             model_kwargs["cache_params"] = given
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.pop("cache_params", None)
-        if type(cache) is DynamicCache:
-            cache = self.new_cache() if cache is not given else cache
+        if type(cache) is DynamicCache and cache is not given:
+            if cache.offloading:  # whose layers are moved back and forth
+                cache.__class__ = MmMambaCache
+            else:
+                cache = self.new_cache()
         elif type(cache) is StaticCache:
             cache.__class__ = MmMambaStaticCache
         if cache is not None:
@@ -614,8 +655,12 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
         start = time.perf_counter()
         for rows in batch_sizes:
             ids = torch.zeros(rows, prompt_length, dtype=torch.long, device=self.device)
+            mask = torch.ones_like(ids)
             options = {"max_new_tokens": 2 + FEWEST_STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-            self.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            self.generate(ids, attention_mask=mask, **options)
+            if rows > 1:  # rows of different lengths take other paths
+                mask[0, 0] = 0
+                self.generate(ids, attention_mask=mask, **options)
         seconds = time.perf_counter() - start
         logger.warning("warmed up for batches of %s in %.1f s", ", ".join(map(str, batch_sizes)), seconds)
         return seconds
@@ -642,20 +687,23 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         # Transformers reads a prompt at once or, if told to, in pieces of token ids. Here a long prompt of any kind is
         # read in pieces, the last of which is left to Transformers.
+        steps_follow(generation_config.max_length - input_ids.shape[1])
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        if cache is None or not is_first_iteration or isinstance(mask, dict):
+        collects = any(model_kwargs.get(name) for name in OUTPUTS)  # of the whole prompt at once
+        if cache is None or not is_first_iteration or isinstance(mask, dict) or collects:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
         rows, positions = model_kwargs.get("inputs_embeds"), model_kwargs.get("position_ids")
         given = input_ids if rows is None else rows
         length = given.shape[1]
-        whole = length if mask is None else mask.shape[1]
+        # Transformers drops a mask of ones and remembers how long it was.
+        whole = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[1]
         unseen = whole - length  # tokens before `given`, which the cache must have read
         begin = cache.get_seq_length() - unseen
         size = generation_config.prefill_chunk_size or self.prefill_piece(len(given), whole)
         stop = begin + (length - begin - 1) // size * size
-        pictures = self._picture_rows(model_kwargs) if stop > begin and rows is None else None
+        pictures = self._picture_rows(model_kwargs) if stop > begin else None
         if pictures is not None:
-            places = input_ids == self.config.image_token_id
+            places = self.model.image_places(input_ids if rows is None else None, rows)
             if int(places.sum()) != len(pictures):
                 stop = begin  # the network says what is wrong
             else:

@@ -22,13 +22,13 @@ def replays(monkeypatch):
     count = []
     record = capture_mmmamba.record
 
-    def stand_in(run, undo):
+    def stand_in(run, undo, device):
         result = run().clone()
         undo()
         return lambda: result.copy_(run()), result
 
-    def counting(run, undo):
-        replay, result = (record if DEVICE == "cuda" else stand_in)(run, undo)
+    def counting(*arguments):
+        replay, result = (record if DEVICE == "cuda" else stand_in)(*arguments)
         return lambda: (count.append(1), replay()), result
 
     monkeypatch.setattr(capture_mmmamba, "record", counting)
@@ -97,13 +97,37 @@ def test_an_interrupted_answer_leaves_an_ordinary_cache(model, replays):
     assert {type(layer).__name__ for layer in cache.layers} <= ORDINARY
 
 
-def test_where_recording_fails_steps_run_as_ever(model, replays, monkeypatch):
+@pytest.mark.parametrize("moment", ["before", "during", "after", "fixing"])
+@pytest.mark.parametrize("kind", [RuntimeError, ImportError, Exception])  # Triton's own errors are plain exceptions
+def test_where_recording_fails_steps_run_as_ever(model, replays, monkeypatch, moment, kind):
     expected = model.generate(**padded(9), max_new_tokens=12, disable_compile=True, **OPTIONS)
 
-    def fail(run, undo):
-        raise RuntimeError("operation not permitted when stream is capturing")
+    def fail(run, undo, device):
+        if moment == "during":
+            last = model.model.layers[-1]
+            monkeypatch.setattr(last.mlp, "forward", lambda x: broken())
+        if moment != "before":
+            run()
+        broken()
 
-    monkeypatch.setattr(capture_mmmamba, "record", fail)
+    def broken():
+        monkeypatch.undo()
+        raise kind("operation not permitted when stream is capturing")
+
+    update = capture_mmmamba.StaticLayer.update
+
+    def fail_at_the_last(layer, *arguments):
+        if len(layers := [*fixed, layer]) == len(attends):
+            broken()
+        fixed[:] = layers
+        return update(layer, *arguments)
+
+    attends = [kind for kind in model.config.text_config.layer_types if kind == "full_attention"]
+    fixed = []
+    if moment == "fixing":
+        monkeypatch.setattr(capture_mmmamba.StaticLayer, "update", fail_at_the_last)
+    else:
+        monkeypatch.setattr(capture_mmmamba, "record", fail)
     output = model.generate(**padded(9), max_new_tokens=12, **OPTIONS)
     assert torch.equal(output.sequences, expected.sequences)
     assert {type(layer).__name__ for layer in output.past_key_values.layers} <= ORDINARY
@@ -115,6 +139,55 @@ def test_what_a_recording_cannot_serve_runs_as_ever(model, replays, options):
     expected = model.generate(**padded(9, 4), **options, disable_compile=True, **OPTIONS)
     assert torch.equal(model.generate(**padded(9, 4), **options, **OPTIONS).sequences, expected.sequences)
     assert not replays
+
+
+def recorded_and_plain(model, replays, make_inputs, tokens=20):
+    """Both ways from inputs made twice, since a cache among them changes."""
+    plain = model.generate(**make_inputs(), max_new_tokens=tokens, output_logits=True, disable_compile=True, **OPTIONS)
+    recorded = model.generate(**make_inputs(), max_new_tokens=tokens, output_logits=True, **OPTIONS)
+    assert len(replays) == tokens - 1
+    assert torch.equal(recorded.sequences, plain.sequences)
+    torch.testing.assert_close(torch.stack(recorded.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
+    assert recorded.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+
+
+def test_a_recording_has_room_for_embedded_prompts_and_continued_caches(model, replays):
+    ids = token_ids(30, seed=4)[None].to(DEVICE)
+    recorded_and_plain(model, replays, lambda: {"inputs_embeds": model.get_input_embeddings()(ids).detach()})
+    replays.clear()
+
+    def continued():  # new tokens alone, with a mask of all
+        with torch.no_grad():
+            cache = model(ids[:, :20], use_cache=True).past_key_values
+        return {"input_ids": ids[:, 20:], "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+
+    recorded_and_plain(model, replays, continued)
+
+
+def test_a_recording_keeps_positions_and_cut_caches(model, replays):
+    ids = token_ids(20, seed=5)[None].to(DEVICE)
+    positions = torch.arange(7, 27, device=DEVICE)[None]
+    recorded_and_plain(model, replays, lambda: {"input_ids": ids, "position_ids": positions})
+    if all(model.model.layers[i].layer_type == "full_attention" for i in range(len(model.model.layers))):
+        replays.clear()
+
+        def cut():
+            with torch.no_grad():
+                cache = model(ids, use_cache=True).past_key_values
+            cache.crop(-6)
+            return {"input_ids": ids[:, :18], "past_key_values": cache}
+
+        recorded_and_plain(model, replays, cut)
+
+
+def test_keys_and_values_are_in_memory_once(model, replays):
+    cache = model(token_ids(20, seed=3)[None].to(DEVICE), use_cache=True).past_key_values
+    grown = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    with torch.no_grad():
+        step = Step(model, cache, None, 1, 64)
+    assert all(layer.keys is None and layer.values is None and layer.room is None for layer in grown)
+    step.release()
+    assert all(layer.room[0].data_ptr() == layer.keys.data_ptr() and layer.keys.shape[2] == 20 for layer in grown)
 
 
 def test_a_step_changes_nothing_until_it_is_called(model, replays):
@@ -130,4 +203,4 @@ def test_a_step_changes_nothing_until_it_is_called(model, replays):
 
 def test_warming_up_answers_and_says_how_long_it_took(model, replays, caplog):
     assert model.warm_up((1, 2), prompt_length=9) > 0
-    assert len(replays) == 2 * (capture_mmmamba.FEWEST_STEPS + 1)
+    assert len(replays) == 3 * (capture_mmmamba.FEWEST_STEPS + 1)  # one row; two rows, of one length and of two
