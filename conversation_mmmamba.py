@@ -4,13 +4,14 @@ Mamba-2 layers keep all they know of the past in a state of fixed size, so a con
 and continued without reading anything twice. `ConversationState` is that: the model's cache, and the text that the
 cache has not seen yet. What it reads is token for token the conversation as the chat template renders it whole.
 
-The kept state always ends at a control token (the end of a turn, or of a picture): text behind it may be cut into
-tokens otherwise once more text follows, and the start of the answer is not the start of the stored answer.
+The kept state always ends where tokens end whatever follows: at a control token (the end of a turn, or of a picture)
+or before a space. The start of an answer is not the start of the stored answer, so a state never ends there.
 """
 
 import copy
 import hashlib
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,11 +24,15 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .processing_mmmamba import PLACEHOLDER, as_text, expand_placeholders
+from .tokenization_mmmamba import PLAIN_TEXT_MARK
 
 
 FORMAT = "mmmamba-conversation-1"
 MARK = "\x00"  # stands for what is said while a template is taken apart; no tokenizer meets it
 TILES_AT_ONCE = 16
+# Text up to the last space that follows no other: see `MmMambaTokenizer.splits_at_spaces`.
+WORDS = re.compile(f".*[^\\s▁{PLAIN_TEXT_MARK}](?= )", re.DOTALL)
+WORD = "x"  # any word, to stand before a space
 
 
 def generation_options(model, tokenizer, generation_config: dict | GenerationConfig, streamer=None) -> dict:
@@ -36,7 +41,8 @@ def generation_options(model, tokenizer, generation_config: dict | GenerationCon
     options = {"generation_config": generation_config} if as_object else dict(generation_config)
     defaults = options.get("generation_config", model.generation_config)
     options["streamer"] = options.pop("streamer", streamer)
-    options.setdefault("max_new_tokens", defaults.max_new_tokens or 1024)
+    if options.get("max_length") is None and (not as_object or defaults.max_length is None):
+        options.setdefault("max_new_tokens", defaults.max_new_tokens or 1024)
     ends = options.pop("eos_token_id", defaults.eos_token_id)
     ends = set(ends if isinstance(ends, (list, tuple)) else [ends])
     ends = sorted((ends | {tokenizer.convert_tokens_to_ids("<|im_end|>")}) - {None, tokenizer.unk_token_id})
@@ -88,10 +94,11 @@ class ConversationState:
         self.system_message = system_message
         self.cache = model.new_cache()
         self.ids: list[int] = []  # what the cache has read
-        self.last = ""  # the control token that they end with
+        self.last = ""  # text whose encoding ends as theirs does: a control token, or a word
         self.pending = ""  # rendered text behind it
         self.in_turn = False  # whether the user's turn is open
         self.turns = 0
+        self.home: tuple[torch.device, torch.dtype] | None = None  # where the model was when it read them
         self._pieces = self._take_apart()
 
     def _render(self, *said: str, prompt: bool = False) -> str:
@@ -115,6 +122,10 @@ class ConversationState:
             "prompt": prompt,
             "answer": before.removeprefix(start + "a" + end_of_turn),
             "end of answer": end_of_answer,
+            # Turns in which nothing is said may be written otherwise.
+            "empty start": self._render(""),
+            "empty turn": self._render("a", "b", "").removeprefix(self._render("a", "b")),
+            "empty answer": self._render("a", "").removeprefix(self._render("a")),
         }
         whole = self._render("a", "b", "c", "d", "e", prompt=True)
         ours = ""
@@ -154,8 +165,9 @@ class ConversationState:
         Raises:
             ValueError: if placeholders, `num_patches_list` and tiles disagree in number; nothing is added then.
         """
-        with self._undone_on_failure():
-            self._add(text, pixel_values, num_patches_list)
+        if text or pixel_values is not None or num_patches_list:
+            with self._undone_on_failure():
+                self._add(text, pixel_values, num_patches_list)
         return self
 
     def ask(
@@ -182,11 +194,17 @@ class ConversationState:
         options = generation_options(self.model, self.tokenizer, generation_config, streamer)
         with self._undone_on_failure():
             self._add(question, pixel_values, num_patches_list, self._pieces["end of turn"])
+            self._ready()
             prompt = self._encode(self.pending + self._pieces["prompt"])
             ids = torch.tensor([self.ids + prompt], device=self.model.device)
-            kept = self._snapshot()
+            kept, cache = self._snapshot(), self.cache
+            rows = rows_of(self.model, options)
+            if rows > 1:  # beams, or several answers of which the first is taken: on a copy
+                with torch.no_grad():
+                    cache = copy.deepcopy(cache)
+                    cache.reorder_cache(torch.zeros(rows, dtype=torch.long, device=self.model.device))
             output = self.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=self.cache, **options
+                input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options
             )
             self._go_back(kept)
             answer = decode_answer(self.tokenizer, output[0, ids.shape[1] :].tolist(), options["eos_token_id"])
@@ -223,13 +241,17 @@ class ConversationState:
         said = PLACEHOLDER.join(as_text(part, self.tokenizer) for part in text.split(PLACEHOLDER))
         (said,) = expand_placeholders([said], num_patches_list, self.model.config.vision_config.tokens_per_tile)
         if not self.in_turn:
-            said = self._pieces["turn" if self.turns else "start"] + said
+            begin = "turn" if self.turns else "start"
+            said, end = (self._pieces[begin] + said, end) if said else (self._pieces[f"empty {begin}"], "")
         self._read(self.pending + said + end, pixel_values)
         self.in_turn = True
 
     def _answer(self, answer: str) -> None:
         # Read with the next turn: until then only its end would be known for certain.
-        self.pending += self._pieces["answer"] + as_text(answer, self.tokenizer) + self._pieces["end of answer"]
+        said = as_text(answer, self.tokenizer)
+        self.pending += (
+            self._pieces["answer"] + said + self._pieces["end of answer"] if said else self._pieces["empty answer"]
+        )
         self.in_turn = False
         self.turns += 1
 
@@ -237,11 +259,14 @@ class ConversationState:
         """Ids of text that follows what was read."""
         if not self.ids:
             return self.tokenizer(text)["input_ids"]
-        return self.tokenizer(self.last + text, add_special_tokens=False)["input_ids"][1:]
+        read, both = (self.tokenizer(x, add_special_tokens=False)["input_ids"] for x in (self.last, self.last + text))
+        return both[len(read) :]
 
     def _read(self, text: str, pixel_values: Tensor | None = None) -> None:
-        """Reads text up to its last control token and keeps the rest pending."""
+        """Reads text as far as its tokens are certain and keeps the rest pending."""
         ends = [(text.rfind(token) + len(token), token) for token in self.tokenizer.get_added_vocab() if token in text]
+        if self.tokenizer.splits_at_spaces and (words := WORDS.match(text)):
+            ends.append((words.end(), WORD))
         if not ends:
             self.pending = text
             return
@@ -253,6 +278,7 @@ class ConversationState:
 
     @torch.no_grad()
     def _feed(self, ids: list[int], pixel_values: Tensor | None) -> None:
+        self._ready()
         model, image_token = self.model, self.model.config.image_token_id
         tiles = iter(() if pixel_values is None else pixel_values.split(TILES_AT_ONCE))
         rows = model.model.embed_tokens.weight.new_empty(0, model.config.text_config.hidden_size)
@@ -263,11 +289,36 @@ class ConversationState:
             for piece in pieces:
                 wanted = int((piece == image_token).sum())
                 while len(rows) < wanted:  # pictures become rows as they are needed, whatever their number
-                    rows = torch.cat([rows, model.get_image_features(next(tiles)).pooler_output.flatten(0, 1)])
+                    some = next(tiles)
+                    new = model.get_image_features(some).pooler_output
+                    if new.shape[1] != (expected := model.config.vision_config.tokens_per_tile):
+                        raise ValueError(
+                            f"A tile of {some.shape[2]} x {some.shape[3]} pixels gives {new.shape[1]} rows, and the "
+                            f"prompt has {expected} for each; let the image processor cut the tiles."
+                        )
+                    rows = torch.cat([rows, new.flatten(0, 1)])
                 images = {"image": BaseModelOutputWithPooling(pooler_output=rows[:wanted])} if wanted else None
                 rows = rows[wanted:]
                 model.model(input_ids=piece, past_key_values=self.cache, use_cache=True, mm_encoder_outputs=images)
                 bar.update(piece.shape[1])
+
+    def _ready(self) -> None:
+        """Raises ValueError if the model was moved since it read; makes tensors of inference mode writable."""
+        home = (self.model.device, self.model.dtype)
+        if not self.ids:
+            self.home = home
+        if self.home != home:
+            raise ValueError(
+                f"The model was on {self.home[0]} in {self.home[1]} when it read this, now it is on {home[0]} in "
+                f"{home[1]}; move it back, or save the conversation before and load it afterwards."
+            )
+        if not torch.is_inference_mode_enabled() and any(x.is_inference() for x in self._tensors().values()):
+            for layer, linear in zip(self.cache.layers, self.cache.is_linear, strict=True):
+                if linear:
+                    states = layer.conv_states, layer.recurrent_states
+                    layer.conv_states[0], layer.recurrent_states[0] = (state[0].clone() for state in states)
+                else:
+                    layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
     # --- going back -------------------------------------------------------------------------------------------------
 
@@ -319,16 +370,35 @@ class ConversationState:
         return tensors
 
     def _maker(self) -> dict:
-        """What must be the same where a state is loaded: the architecture, and some of the weights."""
+        """What must be the same where a state is loaded: architecture, tokenizer, template, some of the weights."""
         text, weights = self.model.config.text_config, hashlib.blake2b(digest_size=16)
-        for tensor in (self.model.model.norm.weight, self.model.model.embed_tokens.weight[:64]):
-            weights.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+        some = [self.model.model.norm.weight, self.model.model.embed_tokens.weight[:64].flatten()]
+        for layer in self.model.model.layers:
+            is_linear = layer.layer_type == "linear_attention"
+            trained = [layer.mamba.A_log, layer.mamba.dt_bias] if is_linear else [layer.self_attn.q_proj.weight[0]]
+            some += [layer.post_attention_layernorm.weight, *trained]
+        some = torch.cat(
+            [x.detach().to("cpu", torch.bfloat16) for x in some if not x.is_meta]
+        )  # what is not on a disk
+        weights.update(some.view(torch.uint8).numpy().tobytes())
+        words = hashlib.blake2b(json.dumps([self._pieces, len(self.tokenizer)]).encode(), digest_size=16)
         names = ("hidden_size", "layer_types", "num_attention_heads", "num_key_value_heads", "head_dim", "conv_kernel")
-        return {name: getattr(text, name) for name in names} | {"weights": weights.hexdigest()}
+        described = {name: getattr(text, name) for name in names}
+        return described | {"weights": weights.hexdigest(), "tokenizer or template": words.hexdigest()}
+
+    def signature(self) -> tuple:
+        """Changes when the model is trained, loaded or moved: what it has read fits no longer then."""
+        return self.model.device, self.model.dtype, tuple(self._maker().items())
 
     def save(self, file: str | Path) -> None:
-        """Writes the state as one safetensors file, whole or not at all."""
+        """Writes the state as one safetensors file, whole or not at all.
+
+        Raises:
+            ValueError: if there is no folder for it, or a folder of its name.
+        """
         file = Path(file)
+        if not file.resolve().parent.is_dir() or file.is_dir():
+            raise ValueError(f"{file} cannot be written: its folder must exist, and it must not be one.")
         described = {
             "format": FORMAT,
             "maker": self._maker(),
@@ -360,6 +430,10 @@ class ConversationState:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         except FileNotFoundError:
             raise ValueError(f"{file} does not exist; give a file that ConversationState.save wrote.") from None
+        except OSError as error:
+            raise ValueError(
+                f"{file} cannot be read ({error}); give a file that ConversationState.save wrote."
+            ) from None
         except SafetensorError as error:
             raise ValueError(
                 f"{file} is not a whole safetensors file ({error}); save the conversation again."
@@ -373,6 +447,7 @@ class ConversationState:
             raise ValueError(
                 f"{file} is another model's conversation ({', '.join(differing)} differ); load that model."
             )
+        state._check(tensors, file)
         state.ids = tensors.pop("ids").tolist()
         for name in ("last", "pending", "in_turn", "turns"):
             setattr(state, name, described[name])
@@ -384,7 +459,31 @@ class ConversationState:
                 state.cache.update_conv_state(found["conv_state"].to(model.dtype), index)
                 state.cache.update_recurrent_state(found["recurrent_state"], index)
         state.cache.seen_tokens = len(state.ids)
+        state.home = (model.device, model.dtype)
         return state
+
+    def _check(self, tensors: dict[str, Tensor], file: str | Path) -> None:
+        """Raises ValueError unless these are the tensors that `save` writes for this model."""
+        text = self.model.config.text_config
+        heads, kv_heads, size = text.num_attention_heads, text.num_key_value_heads, text.head_dim
+        expected = {"ids": list(tensors["ids"].shape[:1]) if "ids" in tensors else [0]}
+        read = expected["ids"][0]
+        for index, kind in enumerate(text.layer_types if read else ()):
+            if kind == "linear_attention":
+                expected[f"layers.{index}.conv_state"] = [1, (heads + 2 * kv_heads) * size, text.conv_kernel - 1]
+                expected[f"layers.{index}.recurrent_state"] = [1, heads, size, size]
+            else:
+                names = (f"layers.{index}.{name}" for name in ("keys", "values"))
+                expected |= {name: [1, kv_heads, read, size] for name in names}
+        if {name: list(tensor.shape) for name, tensor in tensors.items()} != expected:
+            raise ValueError(f"{file} does not hold the tensors of a whole conversation; save the conversation again.")
+
+
+def rows_of(model, options: dict) -> int:
+    """How many rows `generate` makes of one prompt: beams, or answers."""
+    defaults = options.get("generation_config", model.generation_config)
+    names = ("num_beams", "num_return_sequences")
+    return max(options.get(name) or getattr(defaults, name, None) or 1 for name in names)
 
 
 class History(list):
@@ -395,7 +494,7 @@ class History(list):
 
     def __init__(self, turns: list[tuple[str, str]], state: ConversationState, counts: list[int], pictures: bytes):
         super().__init__(turns)
-        self.kept = (state, tuple(turns), tuple(counts), pictures)
+        self.kept = (state, tuple(turns), tuple(counts), pictures, state.signature())
 
     def __reduce__(self):
         return list, (list(self),)
@@ -411,7 +510,7 @@ def resume(
 ) -> tuple[ConversationState, int]:
     """A state that has read `history`, kept from an earlier call or read now, and how many pictures it has seen."""
     if isinstance(history, History) and history.kept is not None:
-        state, turns, counts, pictures = history.kept
+        state, turns, counts, pictures, signature = history.kept
         seen = None if pixel_values is None else pixel_values[: sum(counts)]
         if (
             state.model is model
@@ -420,6 +519,7 @@ def resume(
             and turns == tuple(history)
             and counts == tuple(num_patches_list[: len(counts)])
             and pictures == fingerprint(seen)
+            and signature == state.signature()
         ):
             history.kept = None  # the state goes on; whoever asks this history again has it read again
             return state, len(counts)

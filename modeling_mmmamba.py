@@ -43,7 +43,7 @@ from .conversation_mmmamba import (
     generation_options,
     resume,
 )
-from .processing_mmmamba import encode_conversation, expand_placeholders
+from .processing_mmmamba import answers_show_pictures, encode_conversation
 from .ssm_mmmamba import Sequences, backend, linear, state_dtype
 
 
@@ -786,8 +786,10 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
         if history is None and pixel_values is not None and "<image>" not in question:
             question = "<image>\n" + question
         check_tiles(num_patches_list, pixel_values)
-        expand_placeholders([text for turn in history or [] for text in turn[:1]] + [question], num_patches_list, 0)
+        kept = getattr(history, "kept", None)
         try:
+            if answers_show_pictures(history, question, num_patches_list):
+                raise TemplateError("a state reads answers as text")
             state, seen = resume(self, tokenizer, history, pixel_values, num_patches_list, system_message)
         except TemplateError:
             row = self._conversation_ids(tokenizer, question, history, num_patches_list, system_message)
@@ -796,7 +798,12 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
         else:
             tiles = sum(num_patches_list[:seen])
             new = pixel_values[tiles:] if num_patches_list[seen:] else None
-            answer = state.ask(question, generation_config, new, num_patches_list[seen:], streamer)
+            try:
+                answer = state.ask(question, generation_config, new, num_patches_list[seen:], streamer)
+            except BaseException:
+                if isinstance(history, History):
+                    history.kept = kept  # a failed turn has changed nothing
+                raise
             turns = [*(history or []), (question, answer)]
             longer = History(turns, state, num_patches_list, fingerprint(pixel_values)) if return_history else turns
         if verbose:

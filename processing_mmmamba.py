@@ -51,6 +51,12 @@ def expand_placeholders(prompts: list[str], num_patches_list: list[int], tokens_
     ]
 
 
+def answers_show_pictures(history: list[tuple[str, str]] | None, question: str, num_patches_list: list[int]) -> bool:
+    """Whether there are more pictures than the questions ask for: an answer's `<image>` is one then, else text."""
+    asked = sum(text.count(PLACEHOLDER) for text in [*(turn[0] for turn in history or []), question])
+    return asked != len(num_patches_list)
+
+
 def encode_conversation(
     tokenizer: MmMambaTokenizer,
     question: str,
@@ -64,7 +70,7 @@ def encode_conversation(
     Args:
         tokenizer: Brings the chat template.
         question: The last question; `<image>` stands for a picture here and in the history.
-        history: Earlier (question, answer) pairs.
+        history: Earlier (question, answer) pairs; in answers `<image>` is text, unless pictures are left over for it.
         num_patches_list: Tiles of each picture, in the order of the placeholders.
         tokens_per_tile: Decoder rows of a tile.
         system_message: Replaces the template's own.
@@ -72,6 +78,7 @@ def encode_conversation(
     Raises:
         ValueError: if the question is empty, or placeholders and pictures differ in number.
     """
+    all_say = answers_show_pictures(history, question, num_patches_list)
     messages = [] if system_message is None else [{"role": "system", "content": system_message}]
     for asked, answered in [*(history or []), (question, None)]:
         messages.append({"role": "user", "content": asked})
@@ -79,7 +86,7 @@ def encode_conversation(
             messages.append({"role": "assistant", "content": answered})
     for message in messages:
         # Control tokens become text; placeholders keep their meaning, as in upstream's chat().
-        parts = message["content"].split(PLACEHOLDER)
+        parts = message["content"].split(PLACEHOLDER) if all_say or message["role"] == "user" else [message["content"]]
         message["content"] = PLACEHOLDER.join(as_text(part, tokenizer) for part in parts)
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     (prompt,) = expand_placeholders([prompt], num_patches_list, tokens_per_tile)

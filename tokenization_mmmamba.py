@@ -5,6 +5,7 @@ dummy prefix again. Checked against upstream's tokenizer on the fixture `tokeniz
 """
 
 import re
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
@@ -87,6 +88,12 @@ class MmMambaTokenizer(SentencePieceBackend):
             is_text = RESERVED_PIECE.fullmatch(piece) and next(as_text)
             spelled += [part for letter in piece for part in self._letter(letter)] if is_text else [piece]
         return spelled
+
+    @cached_property
+    def splits_at_spaces(self) -> bool:
+        """Whether text before a space and the space with what follows are encoded apart: no piece has both."""
+        pieces = map(self.sp_model.id_to_piece, range(self.sp_model.get_piece_size()))
+        return not any("▁" in piece.lstrip("▁") for piece in pieces)
 
     def _has_piece(self, piece: str) -> bool:
         return self.sp_model.piece_to_id(piece) != self.sp_model.unk_id()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
@@ -107,22 +108,140 @@ def test_chat_reads_only_what_is_new(talker, tokenizer, read):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda history, pictures: (history, pictures),  # asked a second time
         lambda history, pictures: (copy.deepcopy(history), pictures),
         lambda history, pictures: (pickle.loads(pickle.dumps(history)), pictures),
         lambda history, pictures: ([(history[0][0], "another answer")], pictures),
-        lambda history, pictures: (history, pictures.flip(3)),
+        lambda history, pictures: (history, -2 * pictures.flip(3)),
     ],
-    ids=["again", "copied", "pickled", "rewritten", "other-pictures"],
+    ids=["copied", "pickled", "rewritten", "other-pictures"],
 )
-def test_a_history_is_read_again_where_its_state_does_not_fit(talker, tokenizer, change):
+def test_a_history_is_read_again_where_its_state_does_not_fit(talker, tokenizer, change, read):
     pictures = tiles(2)
     _, history = talker.chat(tokenizer, pictures, "What is this?", OPTIONS, return_history=True)
-    talker.chat(tokenizer, pictures, "Who?", OPTIONS, history, num_patches_list=[2])
     history, pictures = change(history, pictures)
-    plain = [tuple(turn) for turn in history]
-    expected = talker.chat(tokenizer, pictures, "Why?", OPTIONS, plain, num_patches_list=[2])
+    expected = talker.chat(
+        tokenizer, pictures, "Why?", OPTIONS, [tuple(turn) for turn in history], num_patches_list=[2]
+    )
+    length = sum(read)
+    del read[:]
     assert talker.chat(tokenizer, pictures, "Why?", OPTIONS, history, num_patches_list=[2]) == expected
+    whole = encode_conversation(tokenizer, "Why?", list(history), [2], TOKENS_PER_TILE)
+    assert sum(read) == len(whole) + OPTIONS["max_new_tokens"] - 1 <= length
+
+
+def test_a_history_can_be_asked_twice(talker, tokenizer):
+    pictures = tiles(2)
+    _, history = talker.chat(tokenizer, pictures, "What is this?", OPTIONS, return_history=True)
+    answers = [talker.chat(tokenizer, pictures, "Why?", OPTIONS, history, num_patches_list=[2]) for _ in range(2)]
+    assert answers[0] == answers[1]
+
+
+def test_a_model_that_has_changed_reads_again(tokenizer):
+    options = {"return_history": True, "history": None}
+    for change in ("dtype", "weights", "inference mode"):
+        model = make_talker("hybrid", tokenizer)
+        with torch.inference_mode(change == "inference mode"):
+            _, history = model.chat(tokenizer, None, "What is this?", OPTIONS, **options)
+            state = model.conversation(tokenizer).extend("What is this? And <image>", tiles(1))
+        if change == "dtype":
+            model.float()
+            with pytest.raises(ValueError, match=r"float64 when it read this, .* torch.float32"):
+                state.ask("Why?", OPTIONS)
+        elif change == "weights":
+            for layer in model.model.layers:
+                if layer.layer_type == "linear_attention":
+                    layer.mamba.A_log.data += 1
+        else:
+            whole = "What is this? And <image>Why?"
+            assert state.ask("Why?", OPTIONS) == model.chat(tokenizer, tiles(1), whole, OPTIONS)
+        expected = model.chat(tokenizer, None, "Why?", OPTIONS, list(history))
+        assert model.chat(tokenizer, None, "Why?", OPTIONS, history) == expected
+
+
+def test_a_failed_turn_keeps_what_was_read(talker, tokenizer, read):
+    _, history = talker.chat(tokenizer, None, "What is this? " * 10, OPTIONS, return_history=True)
+    kept = len(history.kept[0])
+    with pytest.raises(ValueError, match="empty"):
+        talker.chat(tokenizer, None, "", OPTIONS, history)
+    del read[:]
+    talker.chat(tokenizer, None, "Why?", OPTIONS, history)
+    whole = encode_conversation(tokenizer, "Why?", list(history), [], TOKENS_PER_TILE)
+    assert sum(read) == len(whole) - kept + OPTIONS["max_new_tokens"] - 1
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_beams_go_on_from_the_kept_state(talker, tokenizer, options):
+    options = {"max_new_tokens": 6, "do_sample": False} | options
+    state = talker.conversation(tokenizer).extend("What is <image> this?", tiles(1))
+    single = options | {"num_return_sequences": 1}
+    (expected,) = talker.batch_chat(tokenizer, tiles(1), ["What is <image> this? Why?"], single)
+    assert state.ask(" Why?", options) == expected
+    before = state.fork()
+    assert state.ask("And then?", OPTIONS) == before.ask("And then?", OPTIONS)
+    has_read(state, [("What is <image> this? Why?", expected)], "And then?", [1])
+
+
+def test_text_is_read_as_it_comes_and_as_one(talker, tokenizer, read):
+    words = (
+        "  It was the best of times,\nit was   the worst of times. naïve – 日本語 text\u3000here <|im_end|> ▁ x " * 9
+    )
+    state, sizes, place = talker.conversation(tokenizer), [1, 2, 3, 5, 50, 7, 300], 0
+    while place < len(words):
+        state.extend(words[place : place + sizes[0]])
+        place, sizes = place + sizes[0], [*sizes[1:], sizes[0]]
+    whole = encode_conversation(tokenizer, words + " Why?", None, [], TOKENS_PER_TILE)
+    assert sum(read) == len(state) > len(whole) - 40
+    has_read(state, [], words + " Why?", [])
+    del read[:]
+    assert state.fork().ask(" Why?", OPTIONS) == talker.chat(tokenizer, None, words + " Why?", OPTIONS)
+    assert sum(read[: len(read) // 2]) < 60
+
+
+def test_pieces_across_spaces_are_waited_for(tokenizer):
+    assert tokenizer.splits_at_spaces
+
+    class Across(MmMambaTokenizer):
+        splits_at_spaces = False
+
+    other = Across(str(GOLDEN / "tokenizer" / "tokenizer.model"))
+    other.chat_template = tokenizer.chat_template
+    state = make_talker("linear", tokenizer).conversation(other).extend("What is this? " * 20)
+    assert len(state.pending) > 200
+
+
+@pytest.mark.parametrize("turns", [[("Hi", "")], [("", "Hi")], [("Hi", ""), ("", ""), ("Why?", "So.")]])
+def test_turns_in_which_nothing_is_said(talker, tokenizer, turns):
+    state = talker.conversation(tokenizer)
+    for turn in turns:
+        state.tell(*turn)
+    state.extend("").extend("What? ").extend("")
+    whole = encode_conversation(tokenizer, "What? Who?", turns, [], TOKENS_PER_TILE)
+    assert whole[: len(state)] == state.ids and len(state) > len(whole) - 12
+    assert state.ask("Who?", OPTIONS) == talker.chat(tokenizer, None, "What? Who?", OPTIONS, turns)
+
+
+def test_tiles_of_another_size_are_refused(talker, tokenizer):
+    for size in (8, 32):
+        with pytest.raises(ValueError, match=f"A tile of {size} x {size} pixels gives"):
+            talker.chat(tokenizer, torch.randn(2, 3, size, size), "What?", OPTIONS)
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_the_longest_answer_can_be_said_either_way(talker, tokenizer, as_object):
+    from transformers import GenerationConfig
+
+    options = {"max_length": 125, "do_sample": False}
+    state = talker.conversation(tokenizer)
+    made = []
+    streamer = type("Counts", (), {"put": lambda self, value: made.append(value.numel()), "end": lambda self: None})()
+    state.ask("Hello", GenerationConfig(**options) if as_object else options, streamer=streamer)
+    assert sum(made) <= 125
+
+
+def test_what_an_answer_calls_a_picture_is_text(talker, tokenizer):
+    history = [("What?", "see <image>")]
+    (answer,) = talker.batch_chat(tokenizer, None, ["Why?"], OPTIONS, history=[history])
+    assert answer == talker.chat(tokenizer, None, "Why?", OPTIONS, history)
 
 
 def test_a_changed_history_is_not_answered_from_the_kept_state(talker, tokenizer):
@@ -183,8 +302,30 @@ def test_files_that_do_not_fit_are_refused_in_words(tokenizer, tmp_path):
             ConversationState.load(file, other, tokenizer)
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-9])
     save_file(load_file(file), tmp_path / "plain.safetensors")
-    for name, words in (("cut", "not a whole"), ("plain", "no saved conversation"), ("none", "does not exist")):
-        with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=r"another model's conversation.*template"):
+        ConversationState.load(file, model, make_tokenizer("phi3-chat"))
+    distilled = make_talker("linear", tokenizer)
+    distilled.model.layers[2].mamba.dt_bias.data += 1
+    with pytest.raises(ValueError, match="weights"):
+        ConversationState.load(file, distilled, tokenizer)
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(ValueError, match="cannot be written"):
+        state.save(tmp_path / "folder.safetensors")
+    with pytest.raises(ValueError, match="cannot be written"):
+        state.save(tmp_path / "nowhere" / "state.safetensors")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    whole = load_file(file)
+    for number, name in enumerate(("ids", "layers.1.recurrent_state")):
+        save_file(
+            {key: x for key, x in whole.items() if key != name}, tmp_path / f"less{number}.safetensors", metadata
+        )
+        save_file(whole | {name: whole[name][..., :-1].contiguous()}, tmp_path / f"cut{number}.safetensors", metadata)
+    damaged = [(f"{kind}{number}", "whole conversation") for kind in ("less", "cut") for number in range(2)]
+    del damaged[2]  # a linear state does not show how much it has read
+    words = (("cut", "not a whole"), ("plain", "no saved conversation"), ("none", "does not exist"))
+    for name, said in (*words, ("folder", "cannot be read"), *damaged):
+        with pytest.raises(ValueError, match=said):
             ConversationState.load(tmp_path / f"{name}.safetensors", model, tokenizer)
 
 
@@ -275,8 +416,6 @@ def test_pieces_change_nothing(talker, tokenizer, size):
 
 
 def test_the_saved_description_is_readable(tokenizer, tmp_path):
-    from safetensors import safe_open
-
     state = make_talker("linear", tokenizer).conversation(tokenizer)
     state.ask("Hello", OPTIONS)
     state.save(tmp_path / "x.safetensors")
