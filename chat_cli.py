@@ -66,13 +66,14 @@ def run(args: argparse.Namespace) -> None:
             for path, picture in zip(args.image, pictures, strict=True):
                 show(picture, path)
         chat.look_at(pictures, documents)
-    if args.question is None:
-        talk(chat)
-    else:
-        chat.ask(args.question)
-    if args.state is not None:
-        chat.state.save(args.state)
-        print(f"kept in {args.state}: {len(chat.state):,} tokens in {chat.state.nbytes / 2**20:.1f} MiB")
+    try:
+        if args.question is None:
+            talk(chat, forget=args.state is None)
+        else:
+            chat.ask(args.question)
+    finally:
+        if args.state is not None:  # whatever happened since: what was read is worth keeping
+            chat.keep(args.state)
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -112,11 +113,25 @@ class Chat:
     def look_at(self, pictures: list[Image.Image], documents: Sequence[str] = ()) -> None:
         """Forgets what was said, reads these texts and turns to these pictures."""
         self.state, self.tiles, self.counts = self.model.conversation(self.tokenizer), None, []
-        if pictures:
-            inputs = self.image_processor(pictures, return_tensors="pt")
-            self.tiles, self.counts = inputs["pixel_values"], inputs["num_patches"].tolist()
+        self.add(pictures)
         for document in documents:
             self.state.extend(document.replace("<image>", "<image >").rstrip() + "\n\n")
+
+    def add(self, pictures: list[Image.Image]) -> None:
+        """Shows more pictures; they go before the next question, or where it says `<image>`."""
+        if pictures:
+            inputs = self.image_processor(pictures, return_tensors="pt")
+            tiles = inputs["pixel_values"]
+            self.tiles = tiles if self.tiles is None else torch.cat([self.tiles, tiles])
+            self.counts = self.counts + inputs["num_patches"].tolist()
+
+    def keep(self, file: Path) -> None:
+        """Writes the conversation to a file, pictures that were not asked about included."""
+        if self.counts:
+            self.state.extend("<image>" * len(self.counts) + "\n", self.tiles, self.counts)
+            self.tiles, self.counts = None, []
+        self.state.save(file)
+        print(f"kept in {file}: {len(self.state):,} tokens in {self.state.nbytes / 2**20:.1f} MiB")
 
     def ask(self, question: str, remember: bool = True) -> str:
         """Streams the answer to the terminal and returns it."""
@@ -149,11 +164,12 @@ def demonstrate(chat: Chat) -> None:
         print(f"  (right: {truth})\n")
 
 
-def talk(chat: Chat) -> None:
-    """Answers what the user types until they stop."""
+def talk(chat: Chat, forget: bool = True) -> None:
+    """Answers what the user types until they stop; a new picture begins anew, or (not `forget`) joins the others."""
     if not sys.stdin.isatty():
         return
-    print("Your turn. An empty line or Ctrl-D ends the talk; /image FILE turns to another picture.")
+    turns = "turns to another picture" if forget else "adds a picture"
+    print(f"Your turn. An empty line or Ctrl-D ends the talk; /image FILE {turns}.")
     while True:
         try:
             line = input("> ").strip()
@@ -167,11 +183,13 @@ def talk(chat: Chat) -> None:
                 path = Path(line.removeprefix("/image ").strip())
                 picture = open_picture(path)
                 show(picture, path)
-                chat.look_at([picture])
+                (chat.look_at if forget else chat.add)([picture])
             else:
                 chat.ask(line)
         except ValueError as error:
             print(f"error: {error}")
+        except KeyboardInterrupt:
+            print("\n(the answer was stopped and is forgotten)")
 
 
 def show(picture: Image.Image, path: Path) -> None:

@@ -10,6 +10,9 @@ from golden_checkpoints import checkpoint
 
 import mmmamba
 from mmmamba.cli import COMMANDS, main
+from mmmamba.conversation_mmmamba import ConversationState
+from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 
 
 def failed(capsys, *argv):
@@ -114,6 +117,38 @@ def test_a_conversation_goes_on_in_another_process(tmp_path, capsys):
     assert main([*ask, "How many objects are there?"]) == 0
     tokens = [int(out.split(": ")[-1].split()[0].replace(",", "")) for out in (first, capsys.readouterr().out)]
     assert tokens[1] > tokens[0] > 40
+
+
+def test_a_kept_conversation_includes_pictures_nobody_has_asked_about(tmp_path, capsys):
+    state = tmp_path / "state.safetensors"
+    chat = ["chat", "--model", str(TEACHER), "--state", str(state)]
+    question = "How many objects are there?"
+    assert main([*chat, "--image", str(PICTURE)]) == 0  # nobody at the keyboard
+    assert main([*chat, question]) == 0
+    answer = capsys.readouterr().out.splitlines()[-2]
+    assert main(["chat", "--model", str(TEACHER), "--image", str(PICTURE), question]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == answer != ""
+
+
+def test_a_talk_that_is_kept_adds_pictures_and_outlives_ctrl_c(tmp_path, capsys, monkeypatch):
+    state = tmp_path / "state.safetensors"
+    lines = iter(["Hello", f"/image {PICTURE}", "stop", "How many objects are there?", ""])
+    monkeypatch.setattr(sys, "stdin", type("Keyboard", (), {"isatty": lambda self: True})())
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    ask = ConversationState.ask
+
+    def interrupted(self, question, *arguments):
+        if question.endswith("stop"):
+            raise KeyboardInterrupt
+        return ask(self, question, *arguments)
+
+    monkeypatch.setattr(ConversationState, "ask", interrupted)
+    assert main(["chat", "--model", str(TEACHER), "--state", str(state)]) == 0
+    printed = capsys.readouterr().out
+    assert "adds a picture" in printed and "the answer was stopped" in printed
+    model, tokenizer = (auto.from_pretrained(TEACHER) for auto in (MmMambaForConditionalGeneration, MmMambaTokenizer))
+    kept = ConversationState.load(state, model, tokenizer)
+    assert kept.turns == 2 and model.config.image_token_id in kept.ids
 
 
 def test_what_chat_cannot_use_is_named(tmp_path, capsys):
