@@ -22,7 +22,7 @@ from .triton_mmmamba import _dot, _power, _precision
 SPLITS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "mask_stride"])
 def _part_kernel(
     q, k, v, mask, length, sums, scales, capacity, scaling, mask_stride,
     GROUP: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, KV_HEADS: tl.constexpr,

@@ -20,7 +20,7 @@ except ImportError:
 
 
 def _convolvable(channels: int, taps: int) -> bool:
-    return taps <= 4 and channels % 8 == 0
+    return 2 <= taps <= 4 and channels % 8 == 0
 
 
 def causal_conv(
@@ -50,6 +50,10 @@ def ssd_scan(
     sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ssm_mmmamba.ssd_scan`; y is in `v`'s dtype."""
+    if sequences is not None and len(sequences.of_like_length) > 1:
+        return sequences.by_groups(
+            lambda v, k, q, dt, state, group: ssd_scan(v, k, q, dt, A, state, chunk_size, group), (v, k, q, dt), state
+        )
     if sequences is not None:
         v, k, q, dt = (sequences.to_rows(x) for x in (v, k, q, dt))
     if v.shape[1] == 0:

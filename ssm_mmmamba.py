@@ -20,6 +20,7 @@ from torch import Tensor
 
 
 BACKENDS = ("torch", "triton", "cuda")
+CHUNK = 128  # steps between two states that are in memory
 
 
 class Backend(NamedTuple):
@@ -76,6 +77,16 @@ class Sequences:
             return None
         return cls(F.pad(firsts, (0, 1), value=starts.numel()), None, tuple(starts.shape))
 
+    def to(self, device, **kwargs) -> "Sequences":
+        """The same on another device: Accelerate moves what it hands to a layer that is elsewhere."""
+        device = torch.device(device)
+        if device == self.offsets.device:
+            return self
+        if device not in self.kept:
+            steps = None if self.steps is None else self.steps.to(device)
+            self.kept[device] = Sequences(self.offsets.to(device), steps, self.shape)
+        return self.kept[device]
+
     @cached_property
     def lengths(self) -> Tensor:
         """(S,)"""
@@ -113,6 +124,41 @@ class Sequences:
         """Args: x (S, longest, ...). Returns (1, T, ...); undoes `to_rows`."""
         return x.flatten(0, 1).index_select(0, self._places)[None]
 
+    @cached_property
+    def of_like_length(self) -> list[tuple[Tensor, Tensor, "Sequences"]]:
+        """Groups whose lengths differ by less than a factor of two, so that little of `to_rows` is empty.
+
+        For each: which sequences (S',), the places of their steps among all (T',), and what belongs together there.
+        """
+        lengths, offsets = self.lengths.tolist(), self.offsets.tolist()
+        groups = {}
+        for sequence, length in enumerate(lengths):
+            groups.setdefault(length.bit_length(), []).append(sequence)
+        found, device = [], self.offsets.device
+        for which in groups.values():
+            places = torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in which])
+            ends = torch.tensor([0, *(lengths[i] for i in which)]).cumsum(0)
+            group = Sequences(ends.to(device), None, (1, len(places)))
+            found.append((torch.tensor(which, device=device), places.to(device), group))
+        return found
+
+    def by_groups(self, run: Callable, tensors: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What `run(*tensors, state, sequences)` gives, computed for each group of `of_like_length`.
+
+        Args:
+            run: Returns (1, T', ...) and states (S', ...).
+            tensors: (1, T, ...) each.
+            state: (S, ...), or None.
+        """
+        outputs = []
+        for which, places, group in self.of_like_length:
+            part = [x.index_select(1, places) for x in tensors]
+            outputs.append(run(*part, None if state is None else state.index_select(0, which), group))
+        whiches, places, _ = zip(*self.of_like_length, strict=True)
+        ys, states = zip(*outputs, strict=True)
+        y = torch.cat(ys, 1).index_select(1, torch.cat(places).argsort())
+        return y, torch.cat(states).index_select(0, torch.cat(whiches).argsort())
+
     def attention_kwargs(self) -> dict[str, Tensor | int]:
         """Boundaries of packed sequences as flash attention takes them.
 
@@ -125,6 +171,51 @@ class Sequences:
             "max_length_q": self.longest,
             "max_length_k": self.longest,
         }
+
+
+class Chunks(NamedTuple):
+    """How T flat tokens are cut into pieces of at most `CHUNK` steps of one sequence, as our kernels read them.
+
+    Attributes:
+        table: (chunks, 3), int32: first token, token after the last, sequence. Entries after the last are empty.
+        offsets: (S + 1,), int32: where each sequence begins, and T.
+        first: (S,), int32: the first chunk of each sequence.
+        count: (S,), int32: how many chunks it has.
+    """
+
+    table: Tensor
+    offsets: Tensor
+    first: Tensor
+    count: Tensor
+
+    @classmethod
+    def of_offsets(cls, offsets: Tensor, tokens: int) -> "Chunks":
+        """Args: offsets (S + 1,), ascending, from 0 to `tokens`. Does not wait for the device."""
+        lengths = offsets.diff()
+        count = (lengths + CHUNK - 1) // CHUNK
+        ends = count.cumsum(0)
+        index = torch.arange(tokens // CHUNK + len(lengths), device=offsets.device)
+        sequence = torch.searchsorted(ends, index, right=True).clamp(max=len(lengths) - 1)
+        start = offsets[sequence] + (index - (ends - count)[sequence]) * CHUNK
+        end = torch.minimum(start + CHUNK, offsets[sequence + 1])
+        start = torch.minimum(start, end)  # beyond the last chunk: empty
+        table = torch.stack([start, end, sequence], 1)
+        return cls(table.int(), offsets.int(), (ends - count).int(), count.int())
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def of_rows(cls, rows: int, length: int, device: torch.device) -> "Chunks":
+        """Rows of `length` valid steps each."""
+        return cls.of_offsets(torch.arange(rows + 1, device=device) * length, rows * length)
+
+    @classmethod
+    def of(cls, x: Tensor, sequences: Sequences | None) -> "Chunks":
+        """Those of x (B, L, ...), or of `sequences` whose steps it holds, (1, T, ...)."""
+        if sequences is None:
+            return cls.of_rows(*x.shape[:2], x.device)
+        if cls not in sequences.kept:
+            sequences.kept[cls] = cls.of_offsets(sequences.offsets, x.shape[1])
+        return sequences.kept[cls]
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------
@@ -150,6 +241,8 @@ def causal_conv(
     Returns:
         The shape of `x`, and the state after each row or sequence, (S, C, W - 1).
     """
+    if sequences is not None and len(sequences.of_like_length) > 1:
+        return sequences.by_groups(lambda x, state, group: causal_conv(x, weight, bias, state, group), (x,), state)
     if sequences is not None:
         x = sequences.to_rows(x)
     length, taps = x.shape[1], weight.shape[1]
@@ -173,7 +266,7 @@ def ssd_scan(
     dt: Tensor,
     A: Tensor,
     state: Tensor | None,
-    chunk_size: int = 128,
+    chunk_size: int = CHUNK,
     sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence over whole sequences, one chunk of matrix products at a time (arXiv 2405.21060, section 6).
@@ -191,8 +284,14 @@ def ssd_scan(
     Returns:
         y of shape (B, L, H, P), in `v`'s dtype or wider, and the last states (S, H, P, N) in `state_dtype`.
     """
+    if sequences is not None and len(sequences.of_like_length) > 1:
+        return sequences.by_groups(
+            lambda v, k, q, dt, state, group: ssd_scan(v, k, q, dt, A, state, chunk_size, group), (v, k, q, dt), state
+        )
     if sequences is not None:
         v, k, q, dt = (sequences.to_rows(x) for x in (v, k, q, dt))
+    if v.dtype == torch.float16:  # products and states may leave its range
+        v, k, q = v.float(), k.float(), q.float()
     batch, length, kv_heads, head_dim = v.shape
     heads, state_size = q.shape[2:]
     group = heads // kv_heads
@@ -367,7 +466,7 @@ def find(name: str) -> tuple[Backend | None, str]:
             from .triton_mmmamba import TRITON as found
         else:
             from .cuda_mmmamba import CUDA as found
-    except ImportError as error:
+    except Exception as error:  # a compiled package that does not fit raises whatever it likes
         return None, f"cannot be imported: {error}"
     return found, "can be imported"
 
@@ -402,11 +501,9 @@ def _backend(device: str, dtype: torch.dtype, requested: str) -> Backend:
 
 def why_not(name: str, device: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run tensors of `dtype` on a device of this type; None if it can."""
-    found, reason = find(name)
-    if found is None:
-        return reason
     if name != "torch" and device != "cuda":
         return f"runs on CUDA devices, and the tensors are on {device}"
     if name != "torch" and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes fp32, bf16 and fp16, and the tensors are {dtype}"
-    return None
+    found, reason = find(name)
+    return reason if found is None else None

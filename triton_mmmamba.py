@@ -13,14 +13,14 @@ Launches have fixed block sizes: a first call compiles each kernel once per dtyp
 """
 
 import os
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .ssm_mmmamba import Backend, Sequences
+from .ssm_mmmamba import CHUNK, Backend, Chunks, Sequences
 
 
 try:  # Transformers wants every import outside of `try` installed before it loads a model.
@@ -30,55 +30,19 @@ except ImportError:
     raise
 
 
-CHUNK = 128  # steps between two states that are in memory
 CONV_STEPS = 32  # steps of a chunk that one program convolves
 NORM_PROGRAMS = 512  # programs that share the rows of a norm's gradient
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-class Chunks(NamedTuple):
-    """How T flat tokens are cut into pieces of at most `CHUNK` steps of one sequence.
-
-    Attributes:
-        table: (chunks, 3), int32: first token, token after the last, sequence. Entries after the last are empty.
-        offsets: (S + 1,), int32: where each sequence begins, and T.
-        first: (S,), int32: the first chunk of each sequence.
-        count: (S,), int32: how many chunks it has.
-    """
-
-    table: Tensor
-    offsets: Tensor
-    first: Tensor
-    count: Tensor
-
-    @classmethod
-    def of_offsets(cls, offsets: Tensor, tokens: int) -> "Chunks":
-        """Args: offsets (S + 1,), ascending, from 0 to `tokens`. Does not wait for the device."""
-        lengths = offsets.diff()
-        count = (lengths + CHUNK - 1) // CHUNK
-        ends = count.cumsum(0)
-        index = torch.arange(tokens // CHUNK + len(lengths), device=offsets.device)
-        sequence = torch.searchsorted(ends, index, right=True).clamp(max=len(lengths) - 1)
-        start = offsets[sequence] + (index - (ends - count)[sequence]) * CHUNK
-        end = torch.minimum(start + CHUNK, offsets[sequence + 1])
-        start = torch.minimum(start, end)  # beyond the last chunk: empty
-        table = torch.stack([start, end, sequence], 1)
-        return cls(table.int(), offsets.int(), (ends - count).int(), count.int())
-
-    @classmethod
-    @lru_cache(maxsize=64)
-    def of_rows(cls, rows: int, length: int, device: torch.device) -> "Chunks":
-        """Rows of `length` valid steps each."""
-        return cls.of_offsets(torch.arange(rows + 1, device=device) * length, rows * length)
-
-    @classmethod
-    def of(cls, x: Tensor, sequences: Sequences | None) -> "Chunks":
-        """Those of x (B, L, ...), or of `sequences` whose steps it holds, (1, T, ...)."""
-        if sequences is None:
-            return cls.of_rows(*x.shape[:2], x.device)
-        if cls not in sequences.kept:
-            sequences.kept[cls] = cls.of_offsets(sequences.offsets, x.shape[1])
-        return sequences.kept[cls]
+def _rows(x: Tensor) -> Tensor:
+    """x (T, ...), copied unless each row is contiguous in itself; how far apart rows are does not matter."""
+    step = 1
+    for size, stride in zip(x.shape[:0:-1], x.stride()[:0:-1], strict=True):
+        if size > 1 and stride != step:
+            return x.contiguous()
+        step *= size
+    return x
 
 
 def _power(size: int, least: int = 16) -> int:
@@ -109,11 +73,20 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _mixed_dot(a, b, PRECISION: tl.constexpr):
+    """With b, which may be a state in fp32, in a's dtype; unless that is fp16, whose range a state may leave."""
+    if a.dtype == tl.float16 and b.dtype == tl.float32:
+        return _dot(a.to(tl.float32), b, "tf32")
+    else:
+        return _dot(a, b.to(a.dtype), PRECISION)
+
+
+@triton.jit
 def _bounds(table, chunk):
     return tl.load(table + 3 * chunk).to(tl.int64), tl.load(table + 3 * chunk + 1).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _decay_kernel(dt, A, since, table, tokens, HEADS: tl.constexpr, CHUNK: tl.constexpr):
     """since (H, T): the log decay from the start of the chunk up to and with each step."""
     head = tl.program_id(1)
@@ -123,7 +96,7 @@ def _decay_kernel(dt, A, since, table, tokens, HEADS: tl.constexpr, CHUNK: tl.co
     tl.store(since + head * tokens + t, tl.cumsum(step * tl.load(A + head), 0), mask=t < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _chunk_outer_kernel(
     left, right, dt, since, out, table, left_stride, right_stride, tokens,
     HEADS: tl.constexpr, LEFT_GROUP: tl.constexpr, RIGHT_GROUP: tl.constexpr, WRITTEN: tl.constexpr,
@@ -159,7 +132,7 @@ def _chunk_outer_kernel(
     tl.store(out + p[:, None] * N + n[None, :], sums, mask=(p < P)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _pass_kernel(
     states, initial, final, since, table, first, count, tokens,
     HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
@@ -195,7 +168,8 @@ def _against(
     for first in range(0, WIDTH, INNER):
         w = first + tl.arange(0, INNER)
         ours = _tile(a, i, a_stride, a_in, w, WIDTH)
-        sums += _dot(ours, tl.trans(_tile(b, j, b_stride, b_in, w, WIDTH)).to(ours.dtype), PRECISION)
+        theirs = tl.trans(_tile(b, j, b_stride, b_in, w, WIDTH))
+        sums += _mixed_dot(ours, theirs, PRECISION)
     return sums
 
 
@@ -209,11 +183,11 @@ def _through(
     for first in range(0, HEIGHT, INNER):
         w = first + tl.arange(0, INNER)
         ours = _tile(a, i, a_stride, a_in, w, HEIGHT)
-        sums += _dot(ours, _tile(b, w, b_stride, w < HEIGHT, columns, WIDTH).to(ours.dtype), PRECISION)
+        sums += _mixed_dot(ours, _tile(b, w, b_stride, w < HEIGHT, columns, WIDTH), PRECISION)
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _output_kernel(
     v, k, q, dt, since, states, y, table, v_stride, k_stride, q_stride, tokens,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -245,7 +219,7 @@ def _output_kernel(
     tl.store(out, sums.to(y.dtype.element_ty), mask=(i < end)[:, None] & (p < P)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _query_gradient_kernel(
     v, k, q, dy, dt, since, states, dq, reads, table, v_stride, k_stride, q_stride, tokens,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -279,7 +253,7 @@ def _query_gradient_kernel(
     tl.store(reads + head * tokens + i, read, mask=i < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _key_gradient_kernel(
     v, k, q, dy, dt, since, dstates, dk, pairs, writes, table, v_stride, k_stride, q_stride, tokens,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -324,7 +298,7 @@ def _key_gradient_kernel(
     tl.store(out, sums.to(dk.dtype.element_ty), mask=(j < end)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _value_gradient_kernel(
     k, q, dy, dt, since, dstates, dv, table, k_stride, q_stride, tokens,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -359,7 +333,7 @@ def _value_gradient_kernel(
     tl.store(out, sums.to(dv.dtype.element_ty), mask=(j < end)[:, None] & (p < P)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _step_gradient_kernel(
     dt, A, since, states, dstates, reads, pairs, writes, ddt, dA, table, tokens,
     HEADS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -500,7 +474,7 @@ def ssd_scan(
     chunks = Chunks.of(v, sequences)
     if state is None:
         state = torch.zeros(len(chunks.count), q.shape[2], v.shape[3], k.shape[3], device=v.device)
-    flat = (x.flatten(0, 1) for x in (v, k, q, dt.float().contiguous()))
+    flat = (_rows(x.flatten(0, 1)) for x in (v, k, q, dt.float().contiguous()))
     y, last = _Scan.apply(*flat, A.float().contiguous(), state.float().contiguous(), chunks)
     return y.unflatten(0, v.shape[:2]), last
 
@@ -646,14 +620,16 @@ def causal_conv(
     chunks = Chunks.of(x, sequences)
     if state is None:
         state = x.new_zeros(len(chunks.count), x.shape[2], weight.shape[1] - 1)
-    y, last = _Conv.apply(x.flatten(0, 1), weight.contiguous(), bias, state.to(x.dtype).contiguous(), chunks)
+    y, last = _Conv.apply(
+        _rows(x.flatten(0, 1)), weight.contiguous(), bias.contiguous(), state.to(x.dtype).contiguous(), chunks
+    )
     return y.unflatten(0, x.shape[:2]), last
 
 
 # --- norms ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gated_norm_kernel(
     y, gate, weight, out, gate_stride, rows, eps, HEADS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
     ROWS: tl.constexpr,
@@ -668,7 +644,7 @@ def _gated_norm_kernel(
     tl.store(places, result.to(out.dtype.element_ty), mask=(r < rows)[:, None] & (p < P)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gated_norm_gradient_kernel(
     y, gate, weight, dout, dy, dgate, dweight, gate_stride, rows, eps,
     HEADS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
@@ -713,7 +689,7 @@ class _GatedNorm(torch.autograd.Function):
         y, gate, weight = ctx.saved_tensors
         (tokens, heads, head_dim), rows = y.shape, max(1, 2048 // _power(y.shape[2]))
         programs = min(NORM_PROGRAMS, triton.cdiv(tokens * heads, rows))
-        dy, dgate = torch.empty_like(y), torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
+        dy, dgate = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (y, gate))
         dweight = torch.empty(programs, head_dim, device=y.device)
         _gated_norm_gradient_kernel[(programs,)](
             y, gate, weight, dout.contiguous(), dy, dgate, dweight, gate.stride(0), tokens * heads, ctx.eps,
@@ -725,7 +701,8 @@ class _GatedNorm(torch.autograd.Function):
 def gated_rmsnorm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `ssm_mmmamba.gated_rmsnorm`; the heads of `gate` lie side by side."""
     heads = y.shape[-2:]
-    out = _GatedNorm.apply(y.reshape(-1, *heads), gate.flatten(-2).flatten(0, -2), weight, eps)
+    gate = _rows(gate.flatten(-2).flatten(0, -2))
+    out = _GatedNorm.apply(y.reshape(-1, *heads).contiguous(), gate, weight.contiguous(), eps)
     return out.view(y.shape)
 
 
@@ -738,12 +715,12 @@ def _norm_kernel(x, residual, weight, normed, total, width, eps, BLOCK: tl.const
     x_r = x_r.to(tl.float32)
     x_r *= tl.rsqrt(tl.sum(x_r * x_r, 0) / width + eps)
     # As Llama's: the row is rounded to its dtype before the weight.
-    out = x_r.to(normed.dtype.element_ty).to(tl.float32)
+    out = x_r.to(total.dtype.element_ty).to(tl.float32)
     out *= tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32)
     tl.store(normed + row + d, out.to(normed.dtype.element_ty), mask=d < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_gradient_kernel(total, weight, dnormed, dtotal, dx, dweight, rows, width, eps, BLOCK: tl.constexpr):
     d = tl.arange(0, BLOCK)
     w = tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32)
@@ -768,10 +745,12 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps):
         rows, width = x.shape
-        normed, total = torch.empty_like(x), torch.empty_like(x)
+        # The residual stream may be wider than what is added to it, as under autocast.
+        total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+        normed = torch.empty_like(x, dtype=torch.promote_types(total.dtype, weight.dtype))
         _norm_kernel[(rows,)](x, residual, weight, normed, total, width, eps, BLOCK=_power(width))
         ctx.save_for_backward(total, weight)
-        ctx.eps = eps
+        ctx.eps, ctx.dtypes = eps, (x.dtype, residual.dtype)
         return normed, total
 
     @staticmethod
@@ -782,24 +761,17 @@ class _AddNorm(torch.autograd.Function):
         programs = min(NORM_PROGRAMS, rows)
         dx, dweight = torch.empty_like(total), torch.empty(programs, width, device=total.device)
         _norm_gradient_kernel[(programs,)](
-            total,
-            weight,
-            dnormed.contiguous(),
-            dtotal.contiguous(),
-            dx,
-            dweight,
-            rows,
-            width,
-            ctx.eps,
+            total, weight, dnormed.contiguous(), dtotal.contiguous(), dx, dweight, rows, width, ctx.eps,
             BLOCK=_power(width),
-        )
-        return dx, dx, dweight.sum(0).to(weight.dtype), None
+        )  # fmt: skip
+        return dx.to(ctx.dtypes[0]), dx.to(ctx.dtypes[1]), dweight.sum(0).to(weight.dtype), None
 
 
 def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `ssm_mmmamba.add_rmsnorm`."""
     rows = (-1, x.shape[-1])
-    normed, total = _AddNorm.apply(x.reshape(rows).contiguous(), residual.reshape(rows).contiguous(), weight, eps)
+    given = (tensor.reshape(rows).contiguous() for tensor in (x, residual))
+    normed, total = _AddNorm.apply(*given, weight.contiguous(), eps)
     return normed.view(x.shape), total.view(x.shape)
 
 
@@ -885,7 +857,7 @@ def decode_step(
     conv_state: Tensor,
     state: Tensor,
 ) -> Tensor:
-    """See `ssm_mmmamba.decode_step`; one launch. The states are contiguous."""
+    """See `ssm_mmmamba.decode_step`; one launch. Weights, states and rows of `projected` are contiguous."""
     (batch, heads, head_dim, _), (channels, taps) = state.shape, conv_weight.shape
     out = torch.empty(batch, heads, head_dim, device=projected.device, dtype=projected.dtype)
     kv_heads, block = (channels // head_dim - heads) // 2, _power(head_dim)
@@ -897,4 +869,16 @@ def decode_step(
     return out
 
 
-TRITON = Backend("triton", causal_conv, ssd_scan, decode_step, gated_rmsnorm, add_rmsnorm)
+def _on_its_device(operation: Callable) -> Callable:
+    """Triton launches on the current device: that of the first argument."""
+
+    @wraps(operation)
+    def run(x: Tensor, *args, **kwargs):
+        with torch.cuda.device_of(x):
+            return operation(x, *args, **kwargs)
+
+    return run
+
+
+OPERATIONS = (causal_conv, ssd_scan, decode_step, gated_rmsnorm, add_rmsnorm)
+TRITON = Backend("triton", *map(_on_its_device, OPERATIONS))

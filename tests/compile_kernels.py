@@ -42,7 +42,9 @@ def compile_instead(self, *args, grid, warmup, **kwargs):
     values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in kwargs if name in names}
     constants = {parameter.name for parameter in self.params if parameter.is_constexpr}
     types = {name: "constexpr" if name in constants else signature(values[name]) for name in names}
-    aligned = [i for i, name in enumerate(names) if isinstance(values[name], torch.Tensor)]
+    specialized = {parameter.name for parameter in self.params if not parameter.do_not_specialize} - constants
+    numbers = {name for name in specialized if isinstance(values[name], int) and values[name] % 16 == 0}
+    aligned = [i for i, name in enumerate(names) if isinstance(values[name], torch.Tensor) or name in numbers]
     source = ASTSource(
         self,
         types,

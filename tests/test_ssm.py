@@ -168,3 +168,43 @@ def test_decode_step_is_one_step_of_the_sequence():
         out = decode_step(projected[:, t], weight, bias, A_log, dt_bias, norm, 1e-5, *states)
         torch.testing.assert_close(out, expected[:, t])
     torch.testing.assert_close(states, (conv_state, state))
+
+
+def test_sequences_of_any_lengths_take_little_more_room_than_their_steps():
+    """One long and many short ones, an empty one among them, as if each were alone."""
+    lengths = [900, *[3, 10, 0, 7] * 20]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    sequences = Sequences(offsets, None, (1, sum(lengths)))
+    assert sum(len(group.lengths) * group.longest for *_, group in sequences.of_like_length) < 2 * sum(lengths)
+    generator = torch.Generator().manual_seed(0)
+    v, k, q, x = (
+        torch.randn(1, sum(lengths), *size, generator=generator, dtype=torch.float64)
+        for size in ((1, 4), (1, 4), (2, 4), (6,))
+    )
+    dt, A = torch.rand(1, sum(lengths), 2, generator=generator, dtype=torch.float64), -torch.ones(2)
+    state, conv_state = (
+        torch.randn(len(lengths), *size, generator=generator, dtype=torch.float64) for size in ((2, 4, 4), (6, 2))
+    )
+    weight, bias = torch.randn(6, 3, generator=generator, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    y, last = ssd_scan(v, k, q, dt, A, state, sequences=sequences)
+    out, conv_last = causal_conv(x, weight, bias, conv_state, sequences)
+    for i, length in enumerate(lengths):
+        own = slice(offsets[i], offsets[i + 1])
+        if length:
+            alone, alone_last = ssd_scan(*(t[:, own] for t in (v, k, q, dt)), A, state[i : i + 1])
+            torch.testing.assert_close(y[:, own], alone)
+            conv_alone, conv_alone_last = causal_conv(x[:, own], weight, bias, conv_state[i : i + 1])
+            torch.testing.assert_close(out[:, own], conv_alone)
+        else:
+            alone_last, conv_alone_last = state[i : i + 1], conv_state[i : i + 1]
+        torch.testing.assert_close(last[i : i + 1], alone_last)
+        torch.testing.assert_close(conv_last[i : i + 1], conv_alone_last)
+
+
+def test_accelerate_moves_sequences_to_a_layer_on_another_device():
+    from accelerate.utils import send_to_device
+
+    sequences = Sequences.of_mask(torch.tensor([[1, 1, 0], [0, 1, 1]]))
+    moved = send_to_device({"attention_mask": sequences}, "meta")["attention_mask"]
+    assert moved.offsets.is_meta and moved.steps.is_meta and moved.shape == sequences.shape
+    assert sequences.to("meta") is moved and sequences.to("cpu") is sequences

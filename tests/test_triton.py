@@ -1,5 +1,6 @@
 """Our Triton kernels against the reference in fp64: on a GPU, or in Triton's interpreter where there is none."""
 
+import ast
 import json
 import os
 import re
@@ -117,6 +118,95 @@ def test_scan_of_every_head_size(size, dtype):
     inputs = [random(1, 70, 1, size), random(1, 70, 1, size) / size**0.5, random(1, 70, 2, size)]
     inputs += [F.softplus(random(1, 70, 2) - 2), -torch.rand(2), random(1, 2, size, size)]
     agree(TRITON.ssd_scan, TORCH.ssd_scan, inputs, dtype, exact=(3, 4, 5))
+
+
+@pytest.mark.parametrize("layout", [("rows", 2, 400), ("packed", [300, 130, 270]), ("padded", [400, 0, 257], True)])
+def test_states_pass_through_many_chunks(layout):
+    torch.manual_seed(0)
+    rows, length, states, sequences = laid_out(layout)
+    inputs = [random(rows, length, 1, 8), random(rows, length, 1, 8), random(rows, length, 2, 8)]
+    # Slow decay: what the first chunk writes is still there in the last.
+    inputs += [F.softplus(random(rows, length, 2) - 5), -0.1 * torch.rand(2, dtype=torch.float64)]
+    inputs += [random(states, 2, 8, 8)]
+    run = lambda backend: lambda *xs: backend.ssd_scan(*xs, sequences=sequences)  # noqa: E731
+    agree(run(TRITON), run(TORCH), inputs, torch.float32, exact=(3, 4, 5))
+
+
+def test_packed_sequences_with_wide_heads():
+    torch.manual_seed(0)
+    _, length, states, sequences = laid_out(("packed", [20, 130]))
+    inputs = [random(1, length, 1, 128), random(1, length, 1, 128) / 128**0.5, random(1, length, 1, 128)]
+    inputs += [F.softplus(random(1, length, 1) - 2), -torch.rand(1), random(states, 1, 128, 128)]
+    run = lambda backend: lambda *xs: backend.ssd_scan(*xs, sequences=sequences)  # noqa: E731
+    agree(run(TRITON), run(TORCH), inputs, torch.bfloat16, exact=(3, 4, 5))
+
+
+def test_tensors_may_lie_in_memory_in_any_way():
+    torch.manual_seed(0)
+
+    def spread(*shape):  # no axis is contiguous
+        wide = torch.randn(*(2 * size for size in reversed(shape)), device=DEVICE)
+        return wide[tuple(slice(None, None, 2) for _ in shape)].permute(*reversed(range(len(shape))))
+
+    scan = [spread(2, 40, 2, 16), spread(2, 40, 2, 16), spread(2, 40, 4, 16), F.softplus(spread(2, 40, 4))]
+    scan += [-spread(4).abs(), spread(2, 4, 16, 16)]
+    calls = {
+        "ssd_scan": scan,
+        "causal_conv": [spread(2, 40, 24), spread(24, 3), spread(24), spread(2, 24, 2)],
+        "gated_rmsnorm": [spread(2, 40, 3, 16), spread(2, 40, 3, 16), spread(16), 1e-5],
+        "add_rmsnorm": [spread(2, 40, 16), spread(2, 40, 16), spread(16), 1e-5],
+    }
+    for name, arguments in calls.items():
+        given = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
+        found = []
+        for backend in (TRITON, TORCH):
+            output = getattr(backend, name)(*given)
+            outputs = output if isinstance(output, tuple) else (output,)
+            leaves = [x for x in given if isinstance(x, torch.Tensor)]
+            found.append([*outputs, *torch.autograd.grad(sum((y * y).sum() for y in outputs), leaves)])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.detach().abs().max()), msg=name
+            )
+
+
+def test_the_residual_stream_stays_as_wide_as_it_is():
+    """As under autocast: what is added is bf16, stream and weight are fp32."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 40, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    residual, weight = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((5, 40), (40,)))
+    found = []
+    for backend in (TRITON, TORCH):
+        normed, total = backend.add_rmsnorm(x, residual, weight, 1e-5)
+        found.append([normed, total, *torch.autograd.grad((normed**2 + total).sum(), [x, residual, weight])])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", [TORCH, TRITON], ids=["torch", "triton"])
+def test_fp16_does_not_overflow_where_the_result_is_small(backend):
+    full = lambda value, *shape: torch.full(shape, value, device=DEVICE)  # noqa: E731
+    cases = [
+        (12.0, 12.0, 1e-3, 1.0, -1e-4, 600),  # the state leaves the range
+        (0.1, 25.0, 25.0, 1e-3, -1.0, 200),  # products of steps that do not see each other
+    ]
+    for v, k, q, dt, A, length in cases:
+        inputs = [full(x, 1, length, 1, 128).half() for x in (v, k, q)] + [full(dt, 1, length, 1), full(A, 1)]
+        y = backend.ssd_scan(*inputs, None)[0]
+        truth = TORCH.ssd_scan(*(x.double() for x in inputs), None)[0]
+        assert truth.abs().max() < 60_000
+        assert (y.double() - truth).norm() < 3e-3 * truth.norm()
+
+
+def test_kernels_are_compiled_for_no_length_in_particular():
+    """Triton compiles anew for numbers that are 1 or divisible by 16, unless told not to."""
+    varying = {"tokens", "rows", "capacity", "mask_stride"}
+    for module in (triton_mmmamba, attention_mmmamba):
+        for function in ast.walk(ast.parse(Path(module.__file__).read_text())):
+            if isinstance(function, ast.FunctionDef) and function.name.endswith("_kernel"):
+                given = varying & {argument.arg for argument in function.args.args}
+                assert given == set(re.findall(r"'(\w+)'", ast.unparse(function.decorator_list[0]))), function.name
 
 
 def test_strong_decay_over_a_long_sequence_does_not_overflow():
@@ -239,12 +329,15 @@ def test_nothing_read_leaves_the_states_as_they_are():
         assert y.shape == x.shape and torch.equal(last, conv_state)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_compiles_for_a_gpu_and_fits_into_it(capability):
-    """At the released size; 99 KiB is the shared memory of the smallest of today's GPUs, and spilling is slow."""
+# At the released size nothing spills, which would be slow; 99 KiB is the shared memory of today's smallest GPUs.
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "dtype"),
+    [(80, 128, "bfloat16"), (90, 128, "bfloat16"), (80, 128, "float16"), (80, 128, "float32"), (80, 256, "bfloat16")],
+)
+def test_every_kernel_compiles_for_a_gpu_and_fits_into_it(capability, head_dim, dtype):
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(script), str(capability), "128", "bfloat16"]
+    command = [sys.executable, str(script), str(capability), str(head_dim), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)
@@ -252,4 +345,5 @@ def test_every_kernel_compiles_for_a_gpu_and_fits_into_it(capability):
     launched = set(re.findall(r"^ +(_\w+_kernel)\[", text, re.MULTILINE))
     assert set(kernels) == launched and len(launched) == 17
     for name, (shared, _, spilled) in kernels.items():
-        assert shared <= 99 * 1024 and spilled == 0, (name, shared, spilled)
+        assert shared <= 99 * 1024, (name, shared)
+        assert spilled == 0 or (head_dim, dtype) != (128, "bfloat16"), (name, spilled)
