@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, device: torch.device) -> None:
     limits = ceilings(device, DTYPES[args.dtype])
     models = {name: make(name, args, device) for name in args.models}
-    rows = []
+    rows, settings = [], {name: getattr(args, name) for name in ("size", "layers", "dtype", "batch", "steps")}
     for lengths in [args.lengths] if args.together else [[length] for length in args.lengths]:
         runs, work = {}, {}
         for length in lengths:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
                     try:
                         cache = read(model, length, args.batch)
                         work[length, name, way] = decode_work(model, cache, args.batch)
-                        step = stepper(model, cache, args.batch, way == "recorded")
+                        step = stepper(model, cache, args.batch, way == "recorded", (args.rounds + 1) * args.steps)
                         runs[length, name, way] = several(step, args.steps)
                     except torch.OutOfMemoryError:
                         rows.append({"context": length, "model": name, "way": f"{way}: out of memory"})
@@ -54,10 +54,9 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
                     "roofline ms": 1e3 * bytes_ / limits["bytes_per_second"],
                 }
             )  # fmt: skip
+        file = write("decode", device, {"settings": settings, "ceilings": limits, "rows": rows}, args.results)
     print(f"read bandwidth {limits['bytes_per_second'] / 1e9:.1f} GB/s, {args.dtype}, batch {args.batch}\n")
     print(table(rows, COLUMNS))
-    settings = {name: getattr(args, name) for name in ("size", "layers", "dtype", "batch", "steps")}
-    file = write("decode", device, {"settings": settings, "ceilings": limits, "rows": rows}, args.results)
     if file is not None:
         lines(file.with_suffix(".png"), rows, "context", "ms", "context (tokens)", "ms per token", "roofline ms")
 

@@ -3,12 +3,13 @@
 mmmamba bench memory --models linear hybrid llama --lengths 8192 32768 131072
 mmmamba bench memory --models linear --layers 2 --lengths 1048576       # a million tokens, then an answer
 
-Every measurement is a process of its own.
+Every measurement is a process of its own; the medians of some are given.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -24,12 +25,13 @@ from .timing import table, write
 
 # Freed memory goes back at once: what the C library keeps for later depends on chance more than on length.
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-COLUMNS = ["length", "model", "peak MiB", "kept MiB", "seconds", "tokens/s"]
+COLUMNS = ["length", "model", "peak MiB", "least MiB", "most MiB", "kept MiB", "seconds", "tokens/s"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_models(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
+    parser.set_defaults(rounds=3)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -37,20 +39,22 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     if args.one:
         print(json.dumps(measure(args, device)))
         return
-    rows = []
+    rows, settings = [], {name: getattr(args, name) for name in ("size", "layers", "dtype", "batch")}
     for length in args.lengths:
         for name in args.models:
             command = ["memory", "--one", f"--device={args.device}", f"--threads={torch.get_num_threads()}"]
             command += [f"--models={name}", f"--lengths={length}", f"--size={args.size}", f"--dtype={args.dtype}"]
             command += [f"--batch={args.batch}"] + ([f"--layers={args.layers}"] if args.layers else [])
             try:
-                found = in_a_process(command)
+                runs = [in_a_process(command) for _ in range(args.rounds)]
+                found = {column: statistics.median(run[column] for run in runs) for column in runs[0]}
+                peaks = [run["peak MiB"] for run in runs]
+                found |= {"least MiB": min(peaks), "most MiB": max(peaks)}
             except ChildProcessError as error:
                 found = {"failed": str(error)}
             rows.append({"length": length, "model": name} | found)
+        file = write("memory", device, {"settings": settings, "rows": rows}, args.results)
     print(table(rows, [*COLUMNS, "failed"] if any("failed" in row for row in rows) else COLUMNS))
-    settings = {name: getattr(args, name) for name in ("size", "layers", "dtype", "batch")}
-    file = write("memory", device, {"settings": settings, "rows": rows}, args.results)
     if file is not None:
         lines(file.with_suffix(".png"), rows, "length", "peak MiB", "prompt (tokens)", "MiB above weights", "kept MiB")
 

@@ -88,12 +88,12 @@ def read(model, length: int, batch: int = 1):
     return cache
 
 
-def stepper(model, cache, batch: int, recorded: bool):
-    """A function that runs one decoding step after `cache`."""
+def stepper(model, cache, batch: int, recorded: bool, steps: int):
+    """A function that runs one decoding step after `cache`, `steps` times at most."""
     ids = torch.full((batch, 1), 5, device=model.device)
     if recorded:
         with torch.no_grad():
-            step = Step(model, cache, None, batch, int(cache.get_seq_length()) + 512)
+            step = Step(model, cache, None, batch, int(cache.get_seq_length()) + steps)
         return lambda: step(ids)
     lengths = {"position": int(cache.get_seq_length())}
 

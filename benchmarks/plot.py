@@ -1,4 +1,4 @@
-"""One plot for all benchmarks: a line per model over length, the roofline dashed."""
+"""Plots: a line per model over length, the roofline dashed; or bars side by side."""
 
 from pathlib import Path
 
@@ -21,4 +21,25 @@ def lines(file: Path, rows: list[dict], x: str, y: str, x_label: str, y_label: s
         axes.plot([], [], linestyle="--", color="grey", label=limit)
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def bars(file: Path, groups: dict[str, dict[str, tuple[float, float, float]]], label: str) -> None:
+    """Draws a panel per group: for each name a bar with its value, and a line from least to most."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 + 0.5 * sum(map(len, groups.values())), 4.5), layout="constrained")
+    widths = {"width_ratios": [len(ones) for ones in groups.values()]}
+    panels = figure.subplots(1, len(groups), squeeze=False, gridspec_kw=widths)[0]
+    for axes, (group, ones) in zip(panels, groups.items(), strict=True):
+        values, errors = [], ([], [])
+        for value, least, most in ones.values():
+            values.append(value)
+            errors[0].append(value - least)
+            errors[1].append(most - value)
+        axes.bar(range(len(ones)), values, yerr=errors, capsize=4)
+        axes.set_xticks(range(len(ones)), list(ones), rotation=60, ha="right", fontsize=8)
+        axes.set_title(group, fontsize=9)
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel(label)
     figure.savefig(file, dpi=120)

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, device: torch.device) -> None:
     limits = ceilings(device, DTYPES[args.dtype])
     models = {name: make(name, args, device) for name in args.models}
-    rows = []
+    rows, settings = [], {name: getattr(args, name) for name in ("size", "layers", "dtype", "batch")}
     for length in args.lengths:
         ids = torch.randint(4, 1000, (args.batch, length), device=device)
         runs = {name: lambda model=model, ids=ids: prompt(model, ids) for name, model in models.items()}
@@ -49,10 +49,9 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
                     "roofline s": flops / limits["flops_per_second"],
                 }
             )  # fmt: skip
+        file = write("prefill", device, {"settings": settings, "ceilings": limits, "rows": rows}, args.results)
     print(f"matrix products {limits['flops_per_second'] / 1e9:,.0f} GFLOP/s, {args.dtype}, batch {args.batch}\n")
     print(table(rows, COLUMNS))
-    settings = {name: getattr(args, name) for name in ("size", "layers", "dtype", "batch")}
-    file = write("prefill", device, {"settings": settings, "ceilings": limits, "rows": rows}, args.results)
     if file is not None:
         lines(file.with_suffix(".png"), rows, "length", "seconds", "prompt (tokens)", "seconds", "roofline s")
 

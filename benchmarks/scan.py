@@ -11,8 +11,9 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from mmmamba.ssm_mmmamba import BACKENDS, find, why_not
+from mmmamba.ssm_mmmamba import find, why_not
 
+from .plot import bars
 from .timing import in_turns, once, table, write
 
 
@@ -40,20 +41,24 @@ def inputs(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -
     return [v, k, q, F.softplus(draw(args.heads) - 3), -torch.ones(args.heads, device=device)]
 
 
-def candidates(args: argparse.Namespace, tensors: list[torch.Tensor]) -> dict:
-    """Functions that scan the same inputs, returning y."""
-    v, k, q, dt, A = tensors
-    found = {}
-    for name in BACKENDS:
+def candidates(args: argparse.Namespace, tensors: list[torch.Tensor], wide: list[torch.Tensor]) -> dict:
+    """Functions that scan the same inputs, returning y; `wide` are values and keys repeated for every query head."""
+    (v, k, q, dt, A), found = tensors, {}
+    for name in ("torch", "triton"):
         if why_not(name, v.device.type, v.dtype) is None:
             found[name] = lambda ops=find(name)[0]: ops.ssd_scan(v, k, q, dt, A, None)[0]  # noqa: B008
     from transformers.models.bamba.modeling_bamba import mamba2_chunk_scan
 
     # Where mamba_ssm is installed the decorated function would be its kernel: the body is the PyTorch path.
-    plain = getattr(mamba2_chunk_scan, "__wrapped__", mamba2_chunk_scan)
-    wide_v, wide_k = (x.repeat_interleave(args.heads // args.kv_heads, 2) for x in (v, k))
-    for chunk in (128, 256):
-        found[f"transformers, chunks of {chunk}"] = lambda chunk=chunk: plain(wide_v, dt, A, wide_k, q, chunk)
+    peers = {"transformers": getattr(mamba2_chunk_scan, "__wrapped__", mamba2_chunk_scan)}
+    if why_not("cuda", v.device.type, v.dtype) is None:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        peers["mamba_ssm"] = mamba_chunk_scan_combined
+    for name, scan in peers.items():
+        for chunk in (128, 256):
+            run = lambda scan=scan, chunk=chunk: scan(wide[0], dt, A, wide[1], q, chunk)  # noqa: E731
+            found[f"{name}, chunks of {chunk}"] = run
     return found
 
 
@@ -78,12 +83,13 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     rows = []
     for name in args.dtypes:
         tensors = inputs(args, DTYPES[name], device)
-        runs = candidates(args, tensors)
+        wide = [x.repeat_interleave(args.heads // args.kv_heads, 2) for x in tensors[:2]]
+        runs = candidates(args, tensors, wide)
         wrong = errors(runs, tensors)
         if args.backward:
-            for tensor in tensors:
+            for tensor in [*tensors, *wide]:
                 tensor.requires_grad_()
-            runs = {label: lambda one=one: one().sum().backward() for label, one in candidates(args, tensors).items()}
+            runs = {label: lambda one=one: one().sum().backward() for label, one in runs.items()}
             timed = in_turns(runs, device, args.rounds)
         else:
             with torch.no_grad():
@@ -97,4 +103,12 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             )
     print(table(rows, ["dtype", "scan", "ms", "least ms", "most ms", "times faster", "error", "peak MiB"]))
     shape = {name: getattr(args, name) for name in ("batch", "length", "heads", "kv_heads", "head_dim", "backward")}
-    write("scan-backward" if args.backward else "scan", device, {"shape": shape, "rows": rows}, args.results)
+    name = "scan-backward" if args.backward else "scan"
+    file = write(name, device, {"shape": shape, "rows": rows}, args.results)
+    if file is not None:
+        groups = {dtype: [row for row in rows if row["dtype"] == dtype] for dtype in args.dtypes}
+        spread = {
+            dtype: {row["scan"]: (row["ms"], row["least ms"], row["most ms"]) for row in of_dtype}
+            for dtype, of_dtype in groups.items()
+        }
+        bars(file.with_suffix(".png"), spread, "ms")

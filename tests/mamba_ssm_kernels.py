@@ -5,7 +5,7 @@ the first candidate is taken. causal_conv1d is CUDA only, so the reference convo
 """
 
 import contextlib
-import importlib
+import importlib.util
 import sys
 import types
 
@@ -48,7 +48,12 @@ def causal_conv1d_update(x, conv_state, weight, bias, activation):
 
 
 def install(monkeypatch) -> None:
-    """Makes `mamba_ssm.ops.triton` and `causal_conv1d` importable; skips where the source cannot be had."""
+    """Makes `mamba_ssm.ops.triton` and `causal_conv1d` importable; skips where the source cannot be had.
+
+    On a GPU with both installed, they are what is tested.
+    """
+    if torch.cuda.is_available() and all(map(importlib.util.find_spec, ("mamba_ssm", "causal_conv1d"))):
+        return  # the packages themselves
     folder = unpacked("mamba_ssm", VERSION, MAMBA_SKIP_CUDA_BUILD="TRUE")
     for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.utils"):
         package = types.ModuleType(name)

@@ -20,6 +20,7 @@ def test_scan_measures_every_backend_against_fp64(tmp_path, capsys):
     errors = {row["scan"]: row["error"] for row in found["rows"]}
     assert {"torch", "transformers, chunks of 128"} <= set(errors)
     assert all(error < 1e-5 for error in errors.values()), errors
+    assert (tmp_path / "scan-cpu.png").stat().st_size
     assert "times faster" in capsys.readouterr().out and found["machine"]["packages"]["torch"]
 
 
@@ -33,7 +34,7 @@ def test_models_are_timed_beside_their_peers(tmp_path, name):
 
 
 def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
-    (row,) = bench(tmp_path, "memory", "--models=linear", "--layers=2", "--lengths=2048")["rows"]
+    (row,) = bench(tmp_path, "memory", "--models=linear", "--layers=2", "--lengths=2048", "--rounds=1")["rows"]
     text = models.SIZES["small"]
     head_dim = text[1] // text[3]
     state, window = text[3] * head_dim**2, (text[1] + 2 * text[4] * head_dim) * (2 - 1)
