@@ -118,7 +118,13 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        args = _parser(argv).parse_args(argv)
+        parser = _parser(argv)
+        args, more = parser.parse_known_args(argv)
+        # argparse takes KEY=VALUE before options only.
+        if more and hasattr(args, "overrides") and all("=" in text and text[0] != "-" for text in more):
+            args.overrides += more
+        elif more:
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
         return args.run(args) or 0
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -11,7 +11,6 @@ Every experiment is `mmmamba distill` with a recipe of the package and some over
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
-from mmmamba.conversion.distillation.recipe import RECIPES
+from mmmamba.benchmarks.plot import bars
+from mmmamba.benchmarks.timing import processor
+from mmmamba.conversion.distillation.recipe import RECIPES, load_recipe
 
 
 FOLDER = Path("runs/proof")
@@ -68,7 +69,27 @@ GROUPS: dict[str, dict[str, tuple[str, list[str]]]] = {
         f"placement-{strategy}": ("shapes-hybrid", [*short(1, 2, 3), f"strategy={strategy}"])
         for strategy in ("head-interleaved", "tail-interleaved", "head-stacked", "tail-stacked", "measured")
     },
-    "count": {f"count-{count}": ("shapes-hybrid", [*short(1, 2, 3), f"num_attention={count}"]) for count in (1, 3, 4)},
+    "count": {
+        f"count-{count}": ("shapes-hybrid", [*short(1, 2, 3), f"num_attention={count}"]) for count in (1, 3, 4, 5)
+    },
+}
+# What the report compares: some experiments belong to several tables.
+TABLES = {
+    "students": {"teacher": "teacher", "linear": "linear", "hybrid": "hybrid"},
+    "stages": {"+".join(name.removeprefix("stages-")): name for name in GROUPS["stages"]},
+    "initialization": {
+        "scratch": "initialization-scratch",
+        "inherited": "initialization-inherited",
+        "inherited + mimic": "stages-123",
+    },
+    "placement of two": {name.removeprefix("placement-"): name for name in GROUPS["placement"]},
+    "attention layers": {
+        "0": "stages-123",
+        "1": "count-1",
+        "2": "placement-head-interleaved",
+        **{str(count): f"count-{count}" for count in (3, 4, 5)},
+        "6 (the teacher)": "teacher",
+    },
 }
 
 
@@ -82,80 +103,93 @@ def scores(name: str, seed: int) -> dict | None:
     return json.loads(file.read_text(encoding="utf-8")).get("scores") if file.is_file() else None
 
 
-def run_one(name: str, recipe: str, overrides: list[str], seed: int) -> None:
-    """Runs an experiment in a process of its own with one thread."""
+def run_one(name: str, recipe: str, overrides: list[str], seed: int) -> bool:
+    """Runs an experiment in a process of its own with one thread; returns whether it succeeded."""
     if scores(name, seed) is not None:
-        return
+        return True
     FOLDER.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mmmamba", "distill", str(RECIPES / f"{recipe}.yaml"), *overrides]
     command += [f"seed={seed}", f"output={folder_of(name, seed)}", f"teacher={TEACHER}", "workers=0"]
     with (FOLDER / f"{name}-{seed}.log").open("a", encoding="utf-8") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
     print(f"{name} {seed}: {'done' if done.returncode == 0 else f'failed, see {log.name}'}", flush=True)
+    return done.returncode == 0
 
 
-def run(groups: list[str], workers: int) -> None:
-    """Runs groups of experiments, first seeds first."""
+def run(groups: list[str], workers: int) -> bool:
+    """Runs groups of experiments, first seeds first. Returns whether all of them succeeded."""
     with ThreadPoolExecutor(workers) as pool:
-        for seed in SEEDS:
-            for group in groups:
-                for name, (recipe, overrides) in GROUPS[group].items():
-                    pool.submit(run_one, name, recipe, overrides, seed)
+        jobs = [
+            pool.submit(run_one, name, recipe, overrides, seed)
+            for seed in SEEDS
+            for group in groups
+            for name, (recipe, overrides) in GROUPS[group].items()
+        ]
+    return all(job.result() for job in jobs)
 
 
-def summary() -> dict:
-    """Scores by experiment: those of each seed, mean and standard deviation; in percent."""
-    found = {}
-    for group, experiments in GROUPS.items():
-        for name in experiments:
-            results = {seed: scores(name, seed) for seed in SEEDS}
-            totals = [100 * one["total"]["exact"] for one in results.values() if one]
-            if not totals:
+def teacher_scores() -> dict:
+    """The teacher's, on the same questions as the students of the recipes."""
+    file = FOLDER / "teacher.json"
+    if not file.is_file():
+        from mmmamba.conversion.distillation.recipe import resolve
+        from mmmamba.examples.shapes.evaluate import evaluate
+
+        scores = evaluate(resolve(TEACHER), load_recipe("shapes-linear").evaluate)
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(scores), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def summary() -> dict[str, dict[str, dict]]:
+    """By table and row: scores of each seed, mean and standard deviation, means by kind of question; in percent."""
+    teacher, found = teacher_scores(), {}
+    for table, rows in TABLES.items():
+        for label, name in rows.items():
+            results = [teacher] if name == "teacher" else [one for seed in SEEDS if (one := scores(name, seed))]
+            if not results:
                 continue
-            kinds = [one["kinds"] for one in results.values() if one]
-            found[name] = {
-                "group": group,
+            totals = [100 * one["total"]["exact"] for one in results]
+            found.setdefault(table, {})[label] = {
+                "experiment": name,
+                "questions": results[0]["questions"],
                 "seeds": totals,
                 "mean": statistics.mean(totals),
-                "spread": statistics.stdev(totals) if len(totals) > 1 else 0.0,
-                "kinds": {kind: statistics.mean(100 * one[kind]["exact"] for one in kinds) for kind in kinds[0]},
+                "spread": statistics.stdev(totals) if len(totals) > 1 else None,
+                "kinds": {
+                    kind: statistics.mean(100 * one["kinds"][kind]["exact"] for one in results)
+                    for kind in results[0]["kinds"]
+                },
             }
     return found
 
 
 def report(file: Path) -> None:
-    """Writes the summary as JSON and prints it as tables."""
+    """Writes the summary as JSON and a plot, and prints it as tables for Markdown."""
     found = summary()
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     file.parent.mkdir(parents=True, exist_ok=True)
-    result = {"date": date.today().isoformat(), "machine": machine, "experiments": found}
+    result = {"date": date.today().isoformat(), "processor": processor(), "cores": os.cpu_count(), "tables": found}
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if found:
-        plot(found, file.with_suffix(".png"))
-    for name, one in found.items():
-        each = ", ".join(f"{value:.1f}" for value in one["seeds"])
-        print(f"{name:32} {one['mean']:6.1f} ± {one['spread']:4.1f}   ({each})")
+    plot(found, file.with_suffix(".png"))
+    for table, rows in found.items():
+        print(f"\n| {table} | exact match, % | each seed |\n|---|---|---|")
+        for label, one in rows.items():
+            spread = "" if one["spread"] is None else f" ± {one['spread']:.1f}"
+            print(f"| {label} | {one['mean']:.1f}{spread} | {', '.join(f'{value:.1f}' for value in one['seeds'])} |")
+    kinds = list(found["students"]["teacher"]["kinds"])
+    print(f"\n| | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}")
+    for label, one in found["students"].items():
+        cells = [f"{one['kinds'][kind]:.1f}" for kind in kinds]
+        print(f"| {label} | {' | '.join(cells)} |")
 
 
 def plot(found: dict, file: Path) -> None:
-    """Draws each group's means with their spread."""
-    from matplotlib.figure import Figure
-
-    groups = [group for group in GROUPS if any(one["group"] == group for one in found.values())]
-    figure = Figure(figsize=(4 * len(groups), 4), layout="constrained")
-    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        ones = {name.removeprefix(f"{group}-"): one for name, one in found.items() if one["group"] == group}
-        axes.bar(
-            list(ones),
-            [one["mean"] for one in ones.values()],
-            yerr=[one["spread"] for one in ones.values()],
-            capsize=4,
-        )
-        axes.set(title=group, ylim=(0, 102))
-        axes.tick_params(axis="x", rotation=45)
-        axes.grid(axis="y", alpha=0.3)
-    figure.axes[0].set_ylabel("exact match (%)")
-    figure.savefig(file, dpi=120)
+    """Draws each table's means with the least and the best seed."""
+    panels = {
+        table: {label: (one["mean"], min(one["seeds"]), max(one["seeds"])) for label, one in rows.items()}
+        for table, rows in found.items()
+    }
+    bars(file, panels, "exact match (%)")
 
 
 def main() -> None:
@@ -172,7 +206,8 @@ def main() -> None:
         return
     if unknown := [group for group in args.groups if group not in GROUPS]:
         parser.error(f"unknown group {unknown[0]}; choose from {', '.join(GROUPS)}")
-    run(args.groups or list(GROUPS), args.workers)
+    if not run(args.groups or list(GROUPS), args.workers):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 
 from mmmamba.benchmarks import distillation, models, proof
 from mmmamba.cli import main
+from mmmamba.conversion.distillation.recipe import load_recipe
 
 
 def bench(folder, name, *options):
@@ -83,15 +84,32 @@ def test_distillation_is_compared_with_the_same_computation(stage):
 
 def test_the_proof_reports_mean_and_spread(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(proof, "FOLDER", tmp_path / "proof")
+
+    def scores(exact):
+        return {"questions": 5, "total": {"exact": exact}, "kinds": {"color": {"exact": exact}}}
+
     for seed, exact in enumerate((0.5, 0.7)):
-        folder = proof.folder_of("stages-13", seed)
+        folder = proof.folder_of("stages-123", seed)
         folder.mkdir(parents=True)
-        scores = {"total": {"exact": exact}, "kinds": {"color": {"exact": exact}}}
-        (folder / "results.json").write_text(json.dumps({"scores": scores}), encoding="utf-8")
+        (folder / "results.json").write_text(json.dumps({"scores": scores(exact)}), encoding="utf-8")
+    (tmp_path / "proof" / "teacher.json").write_text(json.dumps(scores(0.9)), encoding="utf-8")
     proof.report(tmp_path / "proof.json")
-    found = json.loads((tmp_path / "proof.json").read_text(encoding="utf-8"))["experiments"]
-    assert list(found) == ["stages-13"]
-    assert found["stages-13"]["mean"] == pytest.approx(60) and found["stages-13"]["spread"] == pytest.approx(
-        14.142, 1e-3
-    )
-    assert "60.0 ± 14.1" in capsys.readouterr().out and (tmp_path / "proof.png").stat().st_size
+    found = json.loads((tmp_path / "proof.json").read_text(encoding="utf-8"))["tables"]
+    rows = {(table, label) for table, ones in found.items() for label in ones}
+    assert rows == {
+        ("students", "teacher"), ("stages", "1+2+3"), ("initialization", "inherited + mimic"),
+        ("attention layers", "0"), ("attention layers", "6 (the teacher)"),
+    }  # fmt: skip
+    one = found["stages"]["1+2+3"]
+    assert one["mean"] == pytest.approx(60) and one["spread"] == pytest.approx(14.142, 1e-3)
+    printed = capsys.readouterr().out
+    assert "| 1+2+3 | 60.0 ± 14.1 | 50.0, 70.0 |" in printed and "| teacher | 90.0 | 90.0 |" in printed
+    assert (tmp_path / "proof.png").stat().st_size
+
+
+def test_the_proof_repeats_what_is_in_its_tables():
+    experiments = {name for group in proof.GROUPS.values() for name in group} | {"teacher"}
+    assert {name for rows in proof.TABLES.values() for name in rows.values()} == experiments
+    for group in proof.GROUPS.values():
+        for recipe, overrides in group.values():
+            load_recipe(recipe, overrides)

@@ -40,6 +40,13 @@ def test_python_dash_m_runs_the_same_command():
     assert shown.returncode == 0 and "--num-attention" in shown.stdout
 
 
+def test_keys_may_stand_behind_options(capsys):
+    assert main(["distill", "hovle-hybrid", "--cost", "2000", "teacher=mmmamba:."]) == 0
+    assert "12.80" in capsys.readouterr().out
+    assert failed(capsys, "distill", "hovle-hybrid", "--cost", "2000", "--teacher=x")[0] == 2
+    assert failed(capsys, "seed", "a", "b", "--linear", "x=y")[0] == 2
+
+
 def test_convert_then_seed(tmp_path, capsys):
     source = checkpoint(tmp_path / "src", "hovle_tiny")
     assert main(["convert", str(source), str(tmp_path / "teacher")]) == 0

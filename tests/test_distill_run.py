@@ -1,7 +1,10 @@
 """Whole distillation runs: chained, killed and resumed, on two processes, measured, refused."""
 
+import copy
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 import mmmamba
+from mmmamba.conversion.distillation.placement import layer_costs
 from mmmamba.conversion.distillation.recipe import load_recipe
 from mmmamba.conversion.distillation.run import distill
+from mmmamba.conversion.distillation.sources import Source
 from mmmamba.conversion.distillation.trainer import DistillationTrainer, passes
+from mmmamba.conversion.shards import ShardWriter
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 
@@ -56,11 +62,12 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
     done = subprocess.run(command(folder), env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return folder, done.stdout, done.stderr
 
 
 def test_a_run_chains_its_stages_and_leaves_a_model_logs_plots_and_results(finished):
-    folder, printed = finished
+    folder, printed, progress = finished
+    assert re.search(r"5/5 \[\d\d:\d\d<\d\d:\d\d, .*loss [\d.]+, [\d,]+ tokens/s\]", progress)  # time left among it
     assert "stage 1: " in printed and "in_proj.weight (gate and dt rows)" in printed
     assert "WARNING" not in printed
     results = json.loads((folder / "results.json").read_text())
@@ -113,6 +120,41 @@ def test_a_killed_run_goes_on_to_the_same_weights(finished, tmp_path, stage):
     assert history[0] == history[1]
 
 
+def test_a_run_that_is_stopped_while_it_writes_goes_on(finished, tmp_path, monkeypatch):
+    """In every folder that it makes, once: seeded, the three stages', and the finished model."""
+    write, stopped, folders = ShardWriter.write, set(), []
+
+    def stopping(self, *arguments):
+        name = f"{self._folder.parent.name}/{self._folder.name.split('.unfinished')[0]}"
+        folders.append(name)
+        if name not in stopped and folders.count(name) == 3:
+            stopped.add(name)
+            raise KeyboardInterrupt
+        write(self, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "write", stopping)
+    recipe = load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}"])
+    for _ in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            distill(recipe)
+        assert not (tmp_path / "run" / "model").exists()
+    distill(recipe)
+    assert len(stopped) == 5 and not list((tmp_path / "run").rglob("*unfinished*"))
+    expected = weights(finished[0])
+    for name, tensor in weights(tmp_path / "run").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["8-gpus", "2-nodes", "fsdp2", "deepspeed-zero2"])
+def test_launch_configurations_are_accelerates(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    folder = Path(mmmamba.__file__).parent / "conversion" / "distillation" / "accelerate"
+    config = load_config_from_file(str(folder / f"{name}.yaml"))
+    assert config.num_processes == (16 if name == "2-nodes" else 8)
+    assert config.mixed_precision in (None, "no")  # precision is the recipe's
+
+
 def test_two_processes_give_the_result_of_one(finished, tmp_path):
     """Stages 1 to 3 over gloo: the same conversations per step, dealt out differently."""
     folder = tmp_path / "run"
@@ -133,7 +175,7 @@ def test_two_processes_give_the_result_of_one(finished, tmp_path):
 
 
 def test_a_finished_run_is_left_alone_and_another_recipe_refused(finished):
-    folder, _ = finished
+    folder, *_ = finished
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     distill(load_recipe("shapes-hybrid", [*SMALL, f"output={folder}"]))
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
@@ -260,11 +302,27 @@ def test_a_measured_placement_keeps_the_costliest_layers(tmp_path, capsys):
     distill(recipe)
     placement = json.loads((tmp_path / "run" / "results.json").read_text())["placement"]
     costs, chosen = placement["kl_per_token"], placement["attention"]
-    assert len(costs) == 6 and min(costs) > 0
-    assert min(costs[i] for i in chosen) >= max(costs[i] for i in range(6) if i not in chosen)
     model = MmMambaForConditionalGeneration.from_pretrained(tmp_path / "run" / "placed")
-    teacher = MmMambaForConditionalGeneration.from_pretrained(TEACHER, dtype=torch.float32)
+    teacher = MmMambaForConditionalGeneration.from_pretrained(TEACHER, dtype=torch.float32).eval()
     trained = load_file(tmp_path / "run" / "stage-2" / "model" / "model.safetensors")
+    # Each layer's cost again, from a hybrid of its own and plain logits.
+    source = Source(recipe, TEACHER)
+    batches = list(source.held_out(2, 4, torch.device("cpu")))
+    for layer, cost in enumerate(costs):
+        config = copy.deepcopy(teacher.config)
+        config.text_config.layer_types = ["full_attention"] * 6
+        config.text_config.layer_types[layer] = "linear_attention"
+        hybrid = MmMambaForConditionalGeneration._from_config(config, dtype=torch.float32).eval()
+        own = {name: x for name, x in trained.items() if name.startswith(f"model.layers.{layer}.")}
+        hybrid.load_state_dict({name: own.get(name, teacher.state_dict().get(name)) for name in hybrid.state_dict()})
+        found = []
+        for batch in batches:
+            answers = batch["labels"][:, 1:] != -100
+            with torch.no_grad():
+                p, q = (x(**batch).logits[:, :-1].double().log_softmax(-1)[answers] for x in (teacher, hybrid))
+            found.append((p.exp() * (p - q)).sum(-1).mean())
+        assert cost == pytest.approx(float(sum(found) / 2), rel=1e-3)
+    assert min(costs[i] for i in chosen) >= max(costs[i] for i in range(6) if i not in chosen)
     for layer, kind in enumerate(model.config.text_config.layer_types):
         assert (kind == "full_attention") == (layer in chosen)
         if layer in chosen:
@@ -273,6 +331,63 @@ def test_a_measured_placement_keeps_the_costliest_layers(tmp_path, capsys):
         else:
             name = f"model.layers.{layer}.mamba.conv1d.weight"
             assert torch.equal(model.state_dict()[name], trained[name])
+    # A teacher that is held in another dtype than its student.
+    student = MmMambaForConditionalGeneration.from_pretrained(tmp_path / "run" / "stage-2" / "model").float().eval()
+    assert layer_costs(teacher.bfloat16(), student, batches) == pytest.approx(costs, rel=0.3)
+
+
+def test_bf16_with_a_reading_process_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    """As recipes are by default, in stage 2."""
+    options = [*SMALL, "precision=bf16", "workers=1", "stages=[2]"]
+    distill(load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'whole'}"]))
+    plain, steps = DistillationTrainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
+    recipe = load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'cut'}"])
+    with pytest.raises(KeyboardInterrupt):
+        distill(recipe)
+    distill(recipe)
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "cut").items())
+    exact = load_recipe("shapes-hybrid", [*options, "precision=fp32", f"output={tmp_path / 'exact'}"])
+    distill(exact)
+    assert any(not torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "exact").items())
+
+
+def test_stage_3_with_gradient_checkpointing_and_a_tied_teacher(tmp_path):
+    teacher = MmMambaForConditionalGeneration.from_pretrained(TEACHER, dtype=torch.float32)
+    teacher.config.text_config.tie_word_embeddings = teacher.config.tie_word_embeddings = True
+    teacher.lm_head.weight = teacher.model.embed_tokens.weight
+    folder = tmp_path / "tied"
+    shutil.copytree(TEACHER, folder)
+    (folder / "model.safetensors").unlink()
+    teacher.save_pretrained(folder)
+    results = []
+    for checkpointing in ("true", "false"):
+        output = tmp_path / checkpointing
+        options = [*SMALL, "stages=[3]", f"teacher={folder}", f"stage_3.gradient_checkpointing={checkpointing}"]
+        distill(load_recipe("shapes-hybrid", [*options, f"output={output}"]))
+        results.append(weights(output))
+    assert all(torch.allclose(results[0][name], tensor, atol=1e-6) for name, tensor in results[1].items())
+
+
+def test_nothing_is_exported_before_the_last_stage(tmp_path):
+    recipe = load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}"])
+    for done in ("seed", "1"):
+        distill(recipe, done)
+        with pytest.raises(ValueError, match=r"stage-3 of .* is not finished, so there is nothing to export yet"):
+            distill(recipe, "export")
+    # What has not begun may be changed; what has, not.
+    another = [*SMALL, f"output={tmp_path / 'run'}", "stage_3.logits_chunk=64", "stage_2.steps=6"]
+    distill(load_recipe("shapes-hybrid", another), "seed")
+    with pytest.raises(ValueError, match="holds a run with another stage_1;"):
+        distill(load_recipe("shapes-hybrid", [*another, "stage_1.learning_rate=1"]), "seed")
 
 
 @pytest.mark.parametrize(
@@ -280,6 +395,12 @@ def test_a_measured_placement_keeps_the_costliest_layers(tmp_path, capsys):
     [
         (["teacher=nowhere"], "nowhere is no model folder: it has no config.json"),
         (["stage_1.batch_size=3"], "stage_1.batch_size=3 cannot be dealt out"),
+        (["strategy=measured", "num_attention=2", "stages=[1, 2]"], "stages=[1, 2] lacks one of them"),
+        (["strategy=measured", "num_attention=2", "measure_batches=0"], "measure_batches=0 must be at least 1"),
+        (
+            ["strategy=measured", "num_attention=2", "held_out=[{file: none.jsonl}]", "data=[{file: x.jsonl}]"],
+            "none.jsonl",
+        ),
         (["strategy=measured", "num_attention=6"], "num_attention=6 must lie between 1 and 5"),
         (["strategy=measured", "num_attention=2", "data=[{file: x.jsonl}]"], "needs held_out in the recipe"),
         (["data=[{shapes: train}, {file: x.jsonl}]"], "is more than the picture world"),

@@ -297,6 +297,21 @@ class _Kept:
         self.kept.discard(self.key)
 
 
+def test_logits_of_all_positions_never_exist_at_once():
+    class Head(torch.nn.Linear):
+        most = 0
+
+        def forward(self, x):
+            Head.most = max(Head.most, x.shape[:-1].numel())
+            return super().forward(x)
+
+    head = Head(8, 50, bias=False).requires_grad_(False)
+    rows = torch.randn(2, 40, 8, requires_grad=True)
+    batch = {"input_ids": torch.zeros(2, 40, dtype=torch.long)}
+    distillation_loss(rows, torch.randn(2, 40, 8), head, head, batch, chunk_size=7).backward()
+    assert Head.most == 7 and rows.grad.abs().min() > 0
+
+
 def test_labels_may_be_missing_where_nothing_needs_them():
     teacher, student = pair()
     batch = pad(rows(), pad_token_id=2)

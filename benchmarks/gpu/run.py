@@ -34,6 +34,10 @@ def sections(small: bool) -> list[tuple[str, int, list[str]]]:
     def bench(name, *options):
         return [sys.executable, "-m", "mmmamba", "bench", name, *rounds, *options]
 
+    def batch(size_of_batch):
+        return bench("decode", *size, "--models", *OURS[:2], "--lengths", lengths[0], "--batch", size_of_batch)
+
+    several, many = ("2", "4") if small else ("64", "256")
     return [
         ("kernel tests", 130, tests),
         ("warm-up", 40, [sys.executable, "-m", "mmmamba.benchmarks.gpu.warm_up", *size]),
@@ -41,8 +45,8 @@ def sections(small: bool) -> list[tuple[str, int, list[str]]]:
         ("scan-backward", 25, bench("scan", *shape, "--backward")),
         ("decode", 90, bench("decode", *size, "--models", *OURS, *PEERS, "--lengths", *lengths)),
         ("decode-million", 20, bench("decode", *size, "--models", *OURS[:2], "--lengths", million)),
-        ("decode-64", 20, bench("decode", *size, "--models", *OURS[:2], "--lengths", lengths[0], "--batch", "64")),
-        ("decode-256", 20, bench("decode", *size, "--models", *OURS[:2], "--lengths", lengths[0], "--batch", "256")),
+        (f"decode-{several}", 20, batch(several)),
+        (f"decode-{many}", 20, batch(many)),
         ("prefill", 60, bench("prefill", *size, "--models", *OURS, "llama", "--lengths", *lengths[1::2])),
         ("prefill-peers", 30, bench("prefill", *size, "--models", "linear", *PEERS, "--lengths", lengths[1])),
         ("memory", 50, bench("memory", *size, "--models", *OURS, "--lengths", *lengths[1::2], "--rounds", "1")),

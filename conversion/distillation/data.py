@@ -258,9 +258,10 @@ class BadRows:
 
     Args:
         max_share: Largest share of bad rows among the rows seen.
-        file: JSON Lines file that gets each bad row once (`row` and `reason`). Rows that it holds already, from
-            before a run was interrupted, count.
-        seen: Rows seen before the run was interrupted.
+        file: JSON Lines file that gets each bad row once: `row`, `reason`, and the rows `seen` before it. Those of an
+            earlier part of the run count.
+        writes: Whether this process writes the file; all of them read it.
+        seen: Rows seen before the run was interrupted. What the file names after that will be met again.
         size: Rows of the whole dataset, if known; rows beyond are those seen again.
         patience: Rows to see before the share counts, or the whole dataset if it is smaller.
         shown: Bad rows that a message quotes.
@@ -270,6 +271,7 @@ class BadRows:
         self,
         max_share: float = 0.01,
         file: str | Path | None = None,
+        writes: bool = True,
         size: int | None = None,
         patience: int = 100,
         shown: int = 3,
@@ -279,10 +281,13 @@ class BadRows:
             raise ValueError(f"The largest share of bad rows is {max_share}; give one from 0 to 1.")
         self.max_share, self.size, self.shown = max_share, size, shown
         self.patience = patience if size is None else min(patience, size)
-        self.file = None if file is None else Path(file)
-        self.first: list[str] = []
+        self.file, self.writes = None if file is None else Path(file), writes
         self._seen = seen
-        self._names = set(_names_in(self.file)) if self.file is not None and self.file.is_file() else set()
+        there = self.file is not None and self.file.is_file()
+        lines = [line for line in _lines_in(self.file) if line["seen"] < seen] if there else []
+        self._names = {line["row"] for line in lines}
+        self.first = [f"{line['row']}: {line['reason']}" for line in lines[:shown]]
+        self._kept: list[dict] | None = lines  # until the file is written, then none: it is appended to
 
     @property
     def count(self) -> int:
@@ -300,15 +305,19 @@ class BadRows:
             self._names.add(name)
             if len(self.first) < self.shown:
                 self.first.append(message)
-            lines.append(json.dumps({"row": name, "reason": message[len(name) :].removeprefix(": ")}))
-        if lines and self.file is not None:
+            reason = message[len(name) :].removeprefix(": ")
+            lines.append({"row": name, "reason": reason, "seen": self._seen})
+        if lines and self.file is not None and self.writes:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in lines)
+            with self.file.open("a" if self._kept is None else "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in [*(self._kept or []), *lines])
+            self._kept = None
         return len(self._names) - before
 
     def check(self, seen_rows: int) -> None:
         """Stops the run if too many rows are bad.
+
+        Until the whole dataset was seen, a few more than the share are put down to chance: three standard deviations.
 
         Args:
             seen_rows: Rows seen since the last check.
@@ -317,10 +326,12 @@ class BadRows:
             ValueError: if their share is above the limit.
         """
         self._seen += seen_rows
-        seen = self._seen if self.size is None else min(self._seen, self.size)
-        if seen < max(1, self.patience) or self.count <= self.max_share * seen:
+        whole = self.size is not None and self._seen >= self.size
+        seen = self.size if whole else self._seen
+        allowed = self.max_share * seen
+        if seen < max(1, self.patience) or self.count <= allowed + (0 if whole else 3 * allowed**0.5):
             return
-        first = "; ".join(self.first) or "named before the run was interrupted"
+        first = "; ".join(self.first)
         listed = "" if self.file is None else f" (all of them are in {self.file})"
         raise ValueError(
             f"{self.count} bad rows among {seen} rows ({self.count / seen:.2%}) are more than the "
@@ -329,10 +340,11 @@ class BadRows:
         )
 
 
-def _names_in(file: Path) -> Iterator[str]:
-    for line in file.read_text(encoding="utf-8").splitlines():
+def _lines_in(file: Path) -> Iterator[dict[str, Any]]:
+    for text in file.read_text(encoding="utf-8").splitlines():
         try:
-            yield json.loads(line)["row"]
+            line = json.loads(text)
+            yield {"row": line["row"], "reason": line["reason"], "seen": line["seen"]}
         except (ValueError, TypeError, KeyError):  # half a line, of a run that was killed
             continue
 
@@ -414,7 +426,8 @@ def _opened(entry: dict[str, Any]) -> list[tuple[RecordFile | RecordTable, float
     return [(RecordTable(_load_dataset(entry), entry["dataset"], _root(entry)), repeat)]
 
 
-def _local_files(entry: dict[str, Any]) -> list[str]:
+def local_files(entry: dict[str, Any]) -> list[str]:
+    """Files of this machine that an entry with a `dataset` reads by one of the library's builders, such as "json"."""
     files = entry.get("data_files") or []
     files = list(files.values()) if isinstance(files, dict) else files
     files = [files] if isinstance(files, str) else files
@@ -429,7 +442,7 @@ def _root(entry: dict[str, Any]) -> Path:
         if not root.is_dir():
             raise FileNotFoundError(f"root={entry['root']} is no folder; give the one that image paths start at.")
         return root
-    files = _local_files(entry)
+    files = local_files(entry)
     return Path(files[0]).parent if files else Path(".")
 
 
@@ -438,7 +451,7 @@ def _load_dataset(entry: dict[str, Any]) -> Any:
         import datasets
     except ImportError:
         raise ImportError('Datasets need the datasets library; run `pip install "mmmamba[train]"`.') from None
-    for file in _local_files(entry):
+    for file in local_files(entry):
         if not any(letter in file for letter in "*?[") and not Path(file).exists():
             raise FileNotFoundError(f"{file} of the data's entry {entry!r} does not exist; give the path of a file.")
     options = {key: entry[key] for key in ("name", "data_files", "data_dir", "revision") if key in entry}

@@ -1,5 +1,6 @@
 """Stage 3: the student's next-token distribution learns the teacher's (arXiv 2502.13145, section 3.3)."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -121,6 +122,8 @@ class EndToEndDistiller(nn.Module):
         super().__init__()
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.student, self.options = student, options
+        if student.lm_head.weight is student.model.embed_tokens.weight:  # a checkpoint takes no tensor under two names
+            student.lm_head = copy.deepcopy(student.lm_head)
         for name, parameter in student.named_parameters():
             in_mixer = ".mamba." in name and (trainable == "mixers+o_proj" or ".out_proj." not in name)
             parameter.requires_grad_(".layers." in name if trainable == "decoder" else in_mixer)

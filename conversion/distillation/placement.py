@@ -23,13 +23,13 @@ def layer_costs(
 
     Args:
         teacher: All attention; the same afterwards.
-        student: All Mamba-2, trained by stages 1 or 2.
+        student: All Mamba-2, trained by stages 1 or 2; may be held in another dtype.
         batches: Held-out inputs; answers' tokens count if there are `labels`, else all.
 
     Returns:
         One value per layer.
     """
-    costs = []
+    costs, device = [], teacher.device.type
     inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     truths = [teacher.model(**one, use_cache=False).last_hidden_state for one in inputs]
     layers = teacher.model.layers
@@ -38,16 +38,13 @@ def layer_costs(
         replacement = student.model.layers[index]
         layers[index] = replacement
         try:
+            with torch.autocast(device, torch.bfloat16, enabled=teacher.dtype != student.dtype):
+                rows = [teacher.model(**one, use_cache=False).last_hidden_state for one in inputs]
             losses = [
                 distillation_loss(
-                    teacher.model(**one, use_cache=False).last_hidden_state,
-                    truth,
-                    teacher.lm_head,
-                    teacher.lm_head,
-                    batch,
-                    answers_only="labels" in batch,
+                    row.to(truth.dtype), truth, teacher.lm_head, teacher.lm_head, batch, answers_only="labels" in batch
                 )
-                for one, truth, batch in zip(inputs, truths, batches, strict=True)
+                for row, truth, batch in zip(rows, truths, batches, strict=True)
             ]
         finally:
             layers[index] = original

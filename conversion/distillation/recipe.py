@@ -177,8 +177,13 @@ class Recipe:
         for stage in self.stages:
             if self.stage(stage) is None:
                 raise ValueError(f"stages={self.stages} needs stage_{stage}, which is not given.")
-        if self.strategy == "measured" and not set(self.stages) & {1, 2}:
-            raise ValueError("strategy='measured' measures trained mixers; add stages 1 or 2.")
+        if self.strategy == "measured" and (3 not in self.stages or len(self.stages) < 2):
+            raise ValueError(
+                f"strategy='measured' measures mixers that stages 1 or 2 have trained and places attention for stage "
+                f"3; stages={self.stages} lacks one of them."
+            )
+        if self.measure_batches < 1:
+            raise ValueError(f"measure_batches={self.measure_batches} must be at least 1.")
         if len(self.betas) != 2:
             raise ValueError(f"betas={self.betas} must be two numbers.")
         for name in ("save_every", "log_every"):
@@ -235,12 +240,12 @@ def dump_recipe(recipe: Recipe, file: Path) -> None:
     file.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), encoding="utf-8")
 
 
-def differences(one: Recipe, other: Recipe) -> list[str]:
-    """Keys that change results and differ between two recipes."""
+def differences(one: Recipe, other: Recipe, unused: typing.Collection[str] = ()) -> list[str]:
+    """Keys that change results and differ between two recipes; `unused` are those that have changed nothing yet."""
     return [
         entry.name
         for entry in dataclasses.fields(Recipe)
-        if entry.name not in CHANGEABLE and getattr(one, entry.name) != getattr(other, entry.name)
+        if entry.name not in {*CHANGEABLE, *unused} and getattr(one, entry.name) != getattr(other, entry.name)
     ]
 
 

@@ -43,7 +43,7 @@ from mmmamba.conversion.shards import ShardReader, ShardWriter, read_json, write
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 from .cost import cost_table, costs
-from .data import BadRows
+from .data import BadRows, local_files
 from .end_to_end import EndToEndDistiller
 from .layerwise import LayerwiseDistiller
 from .placement import costliest, layer_costs
@@ -98,7 +98,7 @@ class Run:
     def _claim_folder(self) -> None:
         file = self.folder / "recipe.yaml"
         if file.is_file():
-            if changed := differences(load_recipe(file), self.recipe):
+            if changed := differences(load_recipe(file), self.recipe, self._unused()):
                 raise ValueError(
                     f"{self.folder} holds a run with another {', '.join(changed)}; give another output=FOLDER, or "
                     "remove this one to start anew."
@@ -111,6 +111,15 @@ class Run:
             dump_recipe(self.recipe, file.with_suffix(".new"))
             file.with_suffix(".new").replace(file)
         PartialState().wait_for_everyone()
+
+    def _unused(self) -> list[str]:
+        """Keys of steps that have not begun: a stage that ran out of memory at once may get other settings."""
+        whole = [
+            path for name in ("model", "checkpoints/checkpoint-*") for path in self.folder.glob(f"stage-*/{name}")
+        ]
+        begun = {path.relative_to(self.folder).parts[0] for path in whole}
+        keys = [f"stage_{number}" for number in (1, 2, 3) if f"stage-{number}" not in begun]
+        return keys if (self.folder / "placed").is_dir() else [*keys, "held_out", "measure_batches"]
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -172,11 +181,14 @@ class Run:
             self._check_resume(number, checkpoint, args, isinstance(rows, IterableDataset))
         bad_rows = BadRows(
             recipe.bad_share,
-            folder / "bad_rows.jsonl" if self.main else None,
+            folder / "bad_rows.jsonl",
+            writes=self.main,
             size=self.source.size(rows),
             seen=int(checkpoint.name.removeprefix("checkpoint-")) * stage.batch_size if checkpoint else 0,
         )
-        trainer = DistillationTrainer(distiller, args, rows, self.source.collate, stage, bad_rows, folder / "logs")
+        trainer = DistillationTrainer(
+            distiller, args, rows, self.source.collate, stage, recipe.precision, bad_rows, folder / "logs"
+        )
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - started
@@ -231,8 +243,13 @@ class Run:
         """Makes `model/`: the last stage's student in the wanted dtype, scored, with its card."""
         folder, recipe = self.folder / "model", self.recipe
         there = self._is_there(folder, "the finished model")
+        last = self.folder / f"stage-{recipe.stages[-1]}" / "model" if recipe.stages else self.folder / "seeded"
+        if not there and not last.is_dir():
+            raise ValueError(
+                f"{last.parent.name} of {self.folder} is not finished, so there is nothing to export yet."
+            )
         if self.main and not there:
-            self._write(folder, self._before(4), [], self.name, None, getattr(torch, recipe.dtype), self._provenance())
+            self._write(folder, last, [], self.name, None, getattr(torch, recipe.dtype), self._provenance())
             print(f"written to {folder}")
         if self.main and recipe.evaluate and "scores" not in self._results():
             from mmmamba.examples.shapes.evaluate import evaluate
@@ -271,7 +288,7 @@ class Run:
         candidates.append(("the seeded student", self.folder / "seeded", 0))
         for what, folder, n in candidates:
             if folder.is_dir():
-                if n < number - 1 and number <= 3 and self.main:
+                if n < number - 1 and self.main:
                     skipped = " and ".join(str(i) for i in range(n + 1, number))
                     print(f"WARNING: stage {number} starts from {what}, without stage {skipped} before it.")
                 return folder
@@ -356,10 +373,8 @@ class Run:
         return Provenance(
             base_model=recipe.base_model,
             origin=f"Seeded from {self.teacher_folder.name} and distilled from it.",
-            datasets=[entry["dataset"] for entry in entries if "dataset" in entry],
-            files=[
-                "the shapes picture world" if "shapes" in e else str(e["file"]) for e in entries if "dataset" not in e
-            ],
+            datasets=[entry["dataset"] for entry in entries if "dataset" in entry and not local_files(entry)],
+            files=[name for entry in entries for name in _named(entry)],
             results=[
                 EvalResult(
                     task_type="image-text-to-text",
@@ -372,8 +387,14 @@ class Run:
             if scores
             else [],
             training="; ".join(words) or None,
-            command="mmmamba distill recipe.yaml",
         )
+
+
+def _named(entry: dict) -> list[str]:
+    """What a source that is not on the Hub is called."""
+    if "shapes" in entry:
+        return ["the shapes picture world"]
+    return [str(entry["file"])] if "file" in entry else local_files(entry)
 
 
 def teacher_config(recipe: Recipe) -> MmMambaConfig:

@@ -39,6 +39,8 @@ class Source:
             )
         if recipe.strategy == "measured" and recipe.held_out is None and not self.of_shapes:
             raise ValueError("strategy='measured' needs held_out in the recipe: data that no stage trains on.")
+        if recipe.strategy == "measured" and not self.of_shapes:
+            self._open_held_out()  # what is wrong with it should not be found out after two stages
 
     def rows(self, stage: int) -> Dataset:
         """Conversations for a stage; another order, or other pictures, for each."""
@@ -56,11 +58,14 @@ class Source:
         if self.of_shapes:
             rows = self._shapes("test", 10**6, batch_size)
         else:
-            rows = open_data(self.recipe.held_out, self.processor, max_tokens=self.recipe.max_tokens, seed=0)
+            rows = self._open_held_out()
         each = iter(rows) if isinstance(rows, IterableDataset) else (rows[i % len(rows)] for i in count())
         for _ in range(batches):
             batch = self.collate(list(islice(each, batch_size)))
             yield {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+    def _open_held_out(self) -> Dataset:
+        return open_data(self.recipe.held_out, self.processor, max_tokens=self.recipe.max_tokens, seed=0)
 
     def _shapes(self, split: str, seed: int, batch_size: int) -> Dataset:
         from mmmamba.examples.shapes.data import Conversations

@@ -16,7 +16,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -53,9 +52,9 @@ def training_arguments(recipe: Recipe, number: int, folder: Path) -> TrainingArg
         folder: Of the stage's checkpoints.
     """
     stage, seed = recipe.stage(number), recipe.seed + number
-    # The recipe decides; the Trainer would let a launcher's configuration overrule fp32.
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if recipe.precision == "bf16" else "no"
-    return TrainingArguments(
+    # Precision is `compute_loss`'s: FSDP would leave autocast out, DeepSpeed turn decay rates and biases into bf16.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    args = TrainingArguments(
         output_dir=str(folder),
         max_steps=stage.steps,
         learning_rate=stage.learning_rate,
@@ -70,7 +69,6 @@ def training_arguments(recipe: Recipe, number: int, folder: Path) -> TrainingArg
         gradient_accumulation_steps=accumulation(recipe, number),
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
-        bf16=recipe.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
         data_seed=seed,
@@ -86,6 +84,12 @@ def training_arguments(recipe: Recipe, number: int, folder: Path) -> TrainingArg
         report_to=[],
         disable_tqdm=True,
     )
+    if (
+        args.n_gpu > 1
+    ):  # the Trainer would split batches over threads, which gradients computed on the spot cannot bear
+        args._n_gpu = 1
+        print(f"One of {torch.cuda.device_count()} GPUs is used; start with `accelerate launch` to use them all.")
+    return args
 
 
 class DistillationTrainer(Trainer):
@@ -97,6 +101,7 @@ class DistillationTrainer(Trainer):
         rows: Conversations, as `data.open_data` or the picture world gives them.
         collate: Rows to a batch.
         stage: Its schedule.
+        precision: `bf16` (autocast) or `fp32`.
         bad_rows: Counts the rows that could not be read.
         logs: Folder of the TensorBoard logs.
     """
@@ -108,14 +113,12 @@ class DistillationTrainer(Trainer):
         rows: Dataset,
         collate: Callable[[list[dict]], dict],
         stage: Stage,
+        precision: str,
         bad_rows: BadRows,
         logs: Path,
     ):
-        self.bad_rows, self.include_padding = bad_rows, stage.include_padding
+        self.bad_rows, self.include_padding, self.precision = bad_rows, stage.include_padding, precision
         super().__init__(distiller, args, data_collator=collate, train_dataset=rows)
-        if (plugin := getattr(self.accelerator.state, "fsdp_plugin", None)) is not None:
-            # Autocast chooses precision operation by operation; FSDP would compute decays and sum gradients in bf16.
-            plugin.mixed_precision_policy = MixedPrecisionPolicy()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(WholeCheckpoints())
@@ -163,8 +166,10 @@ class DistillationTrainer(Trainer):
         return counts[:2].clamp(min=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = model(**inputs, num_items_in_batch=num_items_in_batch)
         # Data-parallel gradients are averaged over processes, but a loss over the counts of all of them is a share.
-        return model(**inputs, num_items_in_batch=num_items_in_batch) * self.accelerator.num_processes
+        return loss * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         logs["tokens"] = self.state.num_input_tokens_seen
@@ -195,7 +200,8 @@ class WholeCheckpoints(TrainerCallback):
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             mark = Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE
-            mark.write_text(json.dumps(readers_of(args)), encoding="utf-8")
+            mark.with_suffix(".new").write_text(json.dumps(readers_of(args)), encoding="utf-8")
+            mark.with_suffix(".new").replace(mark)  # there with its content or not at all
 
 
 def readers_of(args: TrainingArguments) -> dict[str, int]:
