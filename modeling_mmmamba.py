@@ -679,9 +679,11 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
         config = self.config.text_config
         if config.prefill_chunk_size is not None:
             return config.prefill_chunk_size
-        tokens = 8192 if self.device.type == "cuda" else 2048
+        on_gpu = self.device.type == "cuda"
+        tokens = 8192 if on_gpu else 2048
         if "full_attention" in config.layer_types and "flash" not in str(config._attn_implementation):
-            tokens = min(tokens, 2**26 // length)  # the mask of attention layers has (tokens x length) entries
+            mask = 2**28 if on_gpu else 2**26  # of attention layers: (tokens x length) entries
+            tokens = min(tokens, mask // length)
         return max(128, tokens // rows)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):

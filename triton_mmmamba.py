@@ -9,7 +9,8 @@ recomputes the states, so that only inputs are kept. With s the log decay since 
 steps carries E = exp(s_i - s_j) dt_j (q_i . k_j)(dy_i . v_j); the gradient of the log decay at t is the sum of what
 crosses t: pairs inside the chunk, reads of what came in, writes that go out, and what passes through.
 
-Launches have fixed block sizes: a first call compiles each kernel once per dtype and head size and tries nothing out.
+Launches have fixed block sizes: a first call compiles each kernel once per dtype and model, whatever the lengths, and
+tries nothing out.
 """
 
 import os

@@ -350,4 +350,4 @@ def test_every_kernel_compiles_for_a_gpu_and_fits_into_it(capability, head_dim, 
     assert set(kernels) == launched and len(launched) == 17
     for name, (shared, _, spilled) in kernels.items():
         assert shared <= 99 * 1024, (name, shared)
-        assert spilled == 0 or (head_dim, dtype) != (128, "bfloat16"), (name, spilled)
+        assert spilled == 0 or dtype == "float32", (name, spilled)
