@@ -29,7 +29,8 @@ FOLDER = Path("runs/recall")
 SHAPES = Path(__file__).resolve().parent.parent / "examples" / "shapes"
 SEEDS = (0, 1, 2)
 ITEMS = (4, 8, 16, 32, 64, 128, 256)
-BATCH_SIZE = 8
+BATCH_SIZE = 32
+SCHEDULES = {"stage_1": 100, "stage_2": 200, "stage_3": 1000}  # steps; the recipes' own are for pictures
 
 
 def train_teacher(steps: int) -> None:
@@ -40,8 +41,9 @@ def train_teacher(steps: int) -> None:
     set_seed(0)
     processor = make_processor()
     model = MmMambaForConditionalGeneration.from_pretrained(SHAPES / "teacher", dtype=torch.float32)
-    rows = RecallConversations(processor, seed=100, batch_size=BATCH_SIZE)
-    fit(model, rows, FOLDER / "teacher-checkpoints", steps, 1e-3, processor.tokenizer.pad_token_id)
+    # The largest number of things is 256 for the last half of the steps.
+    rows = RecallConversations(processor, 100, BATCH_SIZE, growing=steps * BATCH_SIZE // 10)
+    fit(model, rows, FOLDER / "teacher-checkpoints", steps, 2e-3, processor.tokenizer.pad_token_id)
     save(model, folder, "shapes-recall-teacher", f"The shapes teacher after {steps:,} more steps on recall.")
 
 
@@ -53,7 +55,10 @@ def distil(job: tuple[str, int]) -> None:
         return
     command = [sys.executable, "-m", "mmmamba", "distill", f"shapes-{kind}", "data=[{shapes: recall}]", "evaluate=0"]
     command += [f"teacher={FOLDER / 'teacher'}", f"output={folder}", f"seed={seed}", "workers=0"]
-    command += [f"stage_{n}.{key}={BATCH_SIZE}" for n in (1, 2, 3) for key in ("batch_size", "per_device_batch_size")]
+    for stage, steps in SCHEDULES.items():
+        values = {"steps": steps, "warmup": steps // 10, "decay": steps // 4}
+        values |= dict.fromkeys(("batch_size", "per_device_batch_size"), BATCH_SIZE)
+        command += [f"{stage}.{key}={value}" for key, value in values.items()]
     with (FOLDER / f"{kind}-{seed}.log").open("a", encoding="utf-8") as log:
         subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
@@ -69,7 +74,7 @@ def score(folder: Path, questions: int) -> dict[int, float]:
         for start in range(0, questions, 25):
             batch = examples[start : start + 25]
             asked = [f"{one.told}\n{one.turns[0][0]}" for one in batch]
-            answers = model.batch_chat(tokenizer, None, asked, {"max_new_tokens": 8, "do_sample": False})
+            answers = model.batch_chat(tokenizer, None, asked, {"max_new_tokens": 10, "do_sample": False})
             right += sum(answer == one.turns[0][1] for answer, one in zip(answers, batch, strict=True))
         found[items] = right / questions
     return found
@@ -79,10 +84,14 @@ def report(file: Path, questions: int) -> None:
     """Scores every model that is there, writes JSON and a plot, prints a table."""
     from matplotlib.figure import Figure
 
-    scores = {"teacher": [score(FOLDER / "teacher", questions)]}
+    folders = {"teacher": [FOLDER / "teacher"]}
     for kind in ("hybrid", "linear"):
-        folders = [FOLDER / f"{kind}-{seed}" / "model" for seed in SEEDS]
-        scores[kind] = [score(folder, questions) for folder in folders if folder.is_dir()]
+        folders[kind] = [FOLDER / f"{kind}-{seed}" / "model" for seed in SEEDS]
+    scores = {
+        kind: [score(folder, questions) for folder in of_kind if folder.is_dir()]
+        for kind, of_kind in folders.items()
+        if any(folder.is_dir() for folder in of_kind)
+    }
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     print("things  " + "  ".join(f"{items:>11}" for items in ITEMS))
@@ -104,7 +113,7 @@ def report(file: Path, questions: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("run", "report"))
-    parser.add_argument("--teacher-steps", type=int, default=3000)
+    parser.add_argument("--teacher-steps", type=int, default=2000)
     parser.add_argument("--questions", type=int, default=300, help="per number of things")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="students at once")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/recall.json"))

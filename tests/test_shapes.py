@@ -209,16 +209,27 @@ def test_batches_hold_every_conversation_once_and_conversations_of_like_length(p
 
 
 def test_what_is_asked_for_was_told(processor):
-    for items in (4, 256):
-        one = recall(0, 7, items, turns=3)
-        told = dict(entry.split(": ") for entry in one.told.removesuffix(".").split(". "))
+    for items, at_once in ((4, 1), (256, 8)):
+        one = recall(0, 7, items, asked=20, at_once=at_once)
+        told = {entry.split()[0]: entry + "." for entry in one.told.removesuffix(".").split(". ")}
         assert len(told) == items
-        for question, answer in one.turns:
-            name = question.removesuffix("?")
-            assert answer == f"{name}: {told[name]}"
+        asked = [question.removesuffix("?").split() for question, _ in one.turns]
+        assert sum(map(len, asked)) == len({name for names in asked for name in names}) == min(20, items)
+        assert max(map(len, asked)) <= at_once
+        for names, (_, answer) in zip(asked, one.turns, strict=True):
+            assert answer == " ".join(told[name] for name in names)
     rows = RecallConversations(processor, 0, batch_size=2)
     lengths = [len(rows[i]["input_ids"]) for i in range(16)]
     assert max(lengths) < 2048 and max(lengths) > 4 * min(lengths)
+    grown = RecallConversations(processor, 0, growing=10)
+    assert max(len(grown.row(i)["input_ids"]) for i in range(10)) < max(
+        len(grown.row(i)["input_ids"]) for i in range(60, 70)
+    )
+    # A name is two tokens wherever it stands, so that a model has something to look for.
+    tokenizer = processor.tokenizer
+    for name in ("A0", "K7", "W9"):
+        ids = tokenizer(name, add_special_tokens=False)["input_ids"]
+        assert len(ids) == 2 and tokenizer(f"x. {name} red", add_special_tokens=False)["input_ids"][-3:-1] == ids
 
 
 def test_shuffled_pictures_belong_to_other_questions(examples):

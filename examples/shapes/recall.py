@@ -1,8 +1,8 @@
 """Recall: which of many things told before is asked for? What an attention layer looks up, a state must have kept.
 
-A conversation lists n named things (`K7: red star. B2: blue card. …`) and then asks for some of them by name (`B2?`);
-the answer says the name again, as the list does. The models of the picture world can learn it with their words;
-`benchmarks/recall.py` trains and scores them.
+A conversation lists n named things (`K7 red star. B2 blue card. …`) and then asks for some of them by name (`B2?`). The
+answer says the name again, as the list does (`B2 blue card.`). The models of the picture world can learn it with their
+words; `benchmarks/recall.py` trains and scores them.
 """
 
 import math
@@ -22,6 +22,7 @@ from .world import COLORS, SHAPES
 
 NAMES = [letter + digit for letter in string.ascii_uppercase for digit in string.digits]  # two tokens each
 THINGS = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+AT_ONCE = 8  # names that one question asks for, at most
 
 
 class RecallExample(NamedTuple):
@@ -31,14 +32,25 @@ class RecallExample(NamedTuple):
     turns: tuple[tuple[str, str], ...]
 
 
-def recall(seed: int, index: int, items: int, turns: int = 1) -> RecallExample:
-    """Example number `index`: `items` things with different names, asked for `turns` times."""
+def recall(seed: int, index: int, items: int, asked: int = 1, at_once: int = 1) -> RecallExample:
+    """Example number `index`.
+
+    Args:
+        seed: Which series.
+        index: In it.
+        items: Things that are listed, each under a name of its own.
+        asked: How many of them are asked for.
+        at_once: In questions for up to so many.
+    """
     rng = np.random.default_rng((seed, index, items))
     names = [NAMES[i] for i in rng.choice(len(NAMES), items, replace=False)]
-    things = [THINGS[i] for i in rng.integers(len(THINGS), size=items)]
-    told = " ".join(f"{name}: {thing}." for name, thing in zip(names, things, strict=True))
-    asked = rng.choice(items, min(turns, items), replace=False)
-    return RecallExample(told, tuple((f"{names[i]}?", f"{names[i]}: {things[i]}") for i in asked))
+    lines = [f"{name} {THINGS[i]}." for name, i in zip(names, rng.integers(len(THINGS), size=items), strict=True)]
+    left, turns = list(rng.choice(items, min(asked, items), replace=False)), []
+    while left:
+        count = int(rng.integers(1, at_once + 1))
+        some, left = left[:count], left[count:]
+        turns.append((" ".join(names[i] for i in some) + "?", " ".join(lines[i] for i in some)))
+    return RecallExample(" ".join(lines), tuple(turns))
 
 
 class RecallConversations(InOrder):
@@ -49,17 +61,27 @@ class RecallConversations(InOrder):
         seed: Which series.
         batch_size: Conversations that go together.
         most: Largest number of things.
+        growing: The series begins with up to eight things; the largest number doubles every so many conversations. A
+            model that cannot look things up learns it in short lists; in long ones it finds no beginning.
     """
 
-    def __init__(self, processor: MmMambaProcessor, seed: int = 0, batch_size: int = 1, most: int = 256):
+    def __init__(
+        self,
+        processor: MmMambaProcessor,
+        seed: int = 0,
+        batch_size: int = 1,
+        most: int = 256,
+        growing: int | None = None,
+    ):
         super().__init__(seed, batch_size)
-        self.encoder, self.most = ConversationEncoder(processor), most
+        self.encoder, self.most, self.growing = ConversationEncoder(processor), most, growing
 
     def row(self, index: int) -> dict[str, torch.Tensor]:
         """Conversation number `index`; see `ConversationEncoder`."""
         rng = np.random.default_rng((self.seed, index))
-        items = round(math.exp(rng.uniform(math.log(4), math.log(self.most))))
-        one = recall(self.seed, index, items, turns=16)
+        most = self.most if self.growing is None else min(self.most, 8 << min(index // self.growing, 10))
+        items = round(math.exp(rng.uniform(math.log(4), math.log(most))))
+        one = recall(self.seed, index, items, asked=32, at_once=AT_ONCE)
         messages = [{"role": "system", "content": SYSTEM_MESSAGE}]
         told = one.told + "\n"
         for question, answer in one.turns:
