@@ -1,8 +1,8 @@
 """Recall: which of many things told before is asked for? What an attention layer looks up, a state must have kept.
 
-A conversation lists n named things (`K7 red star. B2 blue card. …`) and then asks for some of them by name (`B2?`). The
-answer says the name again, as the list does (`B2 blue card.`). The models of the picture world can learn it with their
-words; `benchmarks/recall.py` trains and scores them.
+A conversation lists n named things (`K7 red star. B2 blue card. …`) and then asks for some of them by name (`B2?`).
+The answer says the name again, as the list does (`B2 blue card.`). The models of the picture world can learn it with
+their words; `benchmarks/recall.py` trains and scores them.
 """
 
 import math
