@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             command += [f"--models={name}", f"--lengths={length}", f"--size={args.size}", f"--dtype={args.dtype}"]
             command += [f"--batch={args.batch}"] + ([f"--layers={args.layers}"] if args.layers else [])
             try:
-                runs = [in_a_process(command) for _ in range(args.rounds)]
+                runs = [in_a_process(command, **AT_ONCE) for _ in range(args.rounds)]
                 found = {column: statistics.median(run[column] for run in runs) for column in runs[0]}
                 peaks = [run["peak MiB"] for run in runs]
                 found |= {"least MiB": min(peaks), "most MiB": max(peaks)}
@@ -59,10 +59,10 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         lines(file.with_suffix(".png"), rows, "length", "peak MiB", "prompt (tokens)", "MiB above weights", "kept MiB")
 
 
-def in_a_process(command: list[str]) -> dict:
+def in_a_process(command: list[str], **environment: str) -> dict:
     """What `mmmamba bench` with these arguments prints last, as JSON. Raises ChildProcessError with its last words."""
     command = [sys.executable, "-m", "mmmamba", "bench", *command]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | AT_ONCE)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     if done.returncode:
         raise ChildProcessError((done.stderr.strip().splitlines() or ["killed"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
