@@ -30,7 +30,7 @@ def bars(file: Path, groups: dict[str, dict[str, tuple[float, float, float]]], l
 
     figure = Figure(figsize=(1.5 + 0.5 * sum(map(len, groups.values())), 4.5), layout="constrained")
     widths = {"width_ratios": [len(ones) for ones in groups.values()]}
-    panels = figure.subplots(1, len(groups), squeeze=False, gridspec_kw=widths)[0]
+    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True, gridspec_kw=widths)[0]
     for axes, (group, ones) in zip(panels, groups.items(), strict=True):
         values, errors = [], ([], [])
         for value, least, most in ones.values():
