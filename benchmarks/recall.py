@@ -30,6 +30,7 @@ SHAPES = Path(__file__).resolve().parent.parent / "examples" / "shapes"
 SEEDS = (0, 1, 2)
 ITEMS = (4, 8, 16, 32, 64, 128, 256)
 BATCH_SIZE = 32
+AT_ONCE = 8  # conversations that are in memory together
 SCHEDULES = {"stage_1": 100, "stage_2": 200, "stage_3": 1000}  # steps; the recipes' own are for pictures
 
 
@@ -43,7 +44,8 @@ def train_teacher(steps: int) -> None:
     model = MmMambaForConditionalGeneration.from_pretrained(SHAPES / "teacher", dtype=torch.float32)
     # The largest number of things is 256 for the last half of the steps.
     rows = RecallConversations(processor, 100, BATCH_SIZE, growing=steps * BATCH_SIZE // 10)
-    fit(model, rows, FOLDER / "teacher-checkpoints", steps, 2e-3, processor.tokenizer.pad_token_id)
+    checkpoints, pad = FOLDER / "teacher-checkpoints", processor.tokenizer.pad_token_id
+    fit(model, rows, checkpoints, steps, 2e-3, pad, parts=BATCH_SIZE // AT_ONCE)
     save(model, folder, "shapes-recall-teacher", f"The shapes teacher after {steps:,} more steps on recall.")
 
 
@@ -57,7 +59,7 @@ def distil(job: tuple[str, int]) -> None:
     command += [f"teacher={FOLDER / 'teacher'}", f"output={folder}", f"seed={seed}", "workers=0"]
     for stage, steps in SCHEDULES.items():
         values = {"steps": steps, "warmup": steps // 10, "decay": steps // 4}
-        values |= dict.fromkeys(("batch_size", "per_device_batch_size"), BATCH_SIZE)
+        values |= {"batch_size": BATCH_SIZE, "per_device_batch_size": AT_ONCE}
         command += [f"{stage}.{key}={value}" for key, value in values.items()]
     with (FOLDER / f"{kind}-{seed}.log").open("a", encoding="utf-8") as log:
         subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
