@@ -682,7 +682,7 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
         on_gpu = self.device.type == "cuda"
         tokens = 8192 if on_gpu else 2048
         if "full_attention" in config.layer_types and "flash" not in str(config._attn_implementation):
-            mask = 2**28 if on_gpu else 2**26  # of attention layers: (tokens x length) entries
+            mask = 2**28 if on_gpu else 2**24  # of attention layers: (tokens x length) entries
             tokens = min(tokens, mask // length)
         return max(128, tokens // rows)
 
