@@ -41,7 +41,9 @@ def generation_options(model, tokenizer, generation_config: dict | GenerationCon
     options = {"generation_config": generation_config} if as_object else dict(generation_config)
     defaults = options.get("generation_config", model.generation_config)
     options["streamer"] = options.pop("streamer", streamer)
-    if options.get("max_length") is None and (not as_object or defaults.max_length is None):
+    if options.get("max_length") is not None:
+        options.setdefault("max_new_tokens", None)  # the model's own would win
+    elif not as_object or defaults.max_length is None:
         options.setdefault("max_new_tokens", defaults.max_new_tokens or 1024)
     ends = options.pop("eos_token_id", defaults.eos_token_id)
     ends = set(ends if isinstance(ends, (list, tuple)) else [ends])

@@ -10,6 +10,7 @@ Read top to bottom: cache, patch embedding, mixer, decoder layer, model, model w
 
 import copy
 import time
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -788,12 +789,11 @@ class MmMambaForConditionalGeneration(MmMambaPreTrainedModel, GenerationMixin):
         if history is None and pixel_values is not None and "<image>" not in question:
             question = "<image>\n" + question
         check_tiles(num_patches_list, pixel_values)
-        kept = getattr(history, "kept", None)
-        try:
-            if answers_show_pictures(history, question, num_patches_list):
-                raise TemplateError("a state reads answers as text")
-            state, seen = resume(self, tokenizer, history, pixel_values, num_patches_list, system_message)
-        except TemplateError:
+        kept, state = getattr(history, "kept", None), None
+        if not answers_show_pictures(history, question, num_patches_list):  # a state reads answers as text
+            with suppress(TemplateError):
+                state, seen = resume(self, tokenizer, history, pixel_values, num_patches_list, system_message)
+        if state is None:
             row = self._conversation_ids(tokenizer, question, history, num_patches_list, system_message)
             (answer,) = self._answers(tokenizer, [row], num_patches_list, pixel_values, generation_config, streamer)
             longer = [*(history or []), (question, answer)]
