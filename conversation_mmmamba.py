@@ -379,9 +379,8 @@ class ConversationState:
             is_linear = layer.layer_type == "linear_attention"
             trained = [layer.mamba.A_log, layer.mamba.dt_bias] if is_linear else [layer.self_attn.q_proj.weight[0]]
             some += [layer.post_attention_layernorm.weight, *trained]
-        some = torch.cat(
-            [x.detach().to("cpu", torch.bfloat16) for x in some if not x.is_meta]
-        )  # what is not on a disk
+        here = [x for x in some if not x.is_meta]  # the rest is offloaded to a disk
+        some = torch.cat([x.detach().to("cpu", torch.bfloat16) for x in here])
         weights.update(some.view(torch.uint8).numpy().tobytes())
         words = hashlib.blake2b(json.dumps([self._pieces, len(self.tokenizer)]).encode(), digest_size=16)
         names = ("hidden_size", "layer_types", "num_attention_heads", "num_key_value_heads", "head_dim", "conv_kernel")

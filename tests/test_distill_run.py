@@ -224,6 +224,24 @@ def conversations(tmp_path):
     return tmp_path / "train.jsonl"
 
 
+def stopped_and_gone_on(overrides, monkeypatch):
+    """A run that is interrupted at its eighth micro-batch and started again; the steps of all micro-batches."""
+    plain, steps = DistillationTrainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
+    recipe = load_recipe("shapes-hybrid", overrides)
+    with pytest.raises(KeyboardInterrupt):
+        distill(recipe)
+    distill(recipe)
+    return steps
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_run_over_a_users_data_goes_on_in_the_middle_of_an_epoch(tmp_path, conversations, streaming, monkeypatch):
     data = f"[{{file: {conversations}}}]"
@@ -234,19 +252,7 @@ def test_a_run_over_a_users_data_goes_on_in_the_middle_of_an_epoch(tmp_path, con
                "bad_share=0.2", "stage_1.batch_size=2"]  # fmt: skip
     distill(load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'whole'}"]))
 
-    plain, steps = DistillationTrainer.training_step, []
-
-    def interrupted(self, *args, **kwargs):
-        steps.append(self.state.global_step)
-        if len(steps) == 8:
-            raise KeyboardInterrupt
-        return plain(self, *args, **kwargs)
-
-    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
-    recipe = load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'cut'}"])
-    with pytest.raises(KeyboardInterrupt):
-        distill(recipe)
-    distill(recipe)
+    steps = stopped_and_gone_on([*options, f"output={tmp_path / 'cut'}"], monkeypatch)
     assert steps == [*range(8), 6, 7]
     expected = weights(tmp_path / "whole")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "cut").items())
@@ -340,19 +346,7 @@ def test_bf16_with_a_reading_process_goes_on_to_the_same_weights(tmp_path, monke
     """As recipes are by default, in stage 2."""
     options = [*SMALL, "precision=bf16", "workers=1", "stages=[2]"]
     distill(load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'whole'}"]))
-    plain, steps = DistillationTrainer.training_step, []
-
-    def interrupted(self, *args, **kwargs):
-        steps.append(self.state.global_step)
-        if len(steps) == 8:
-            raise KeyboardInterrupt
-        return plain(self, *args, **kwargs)
-
-    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
-    recipe = load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'cut'}"])
-    with pytest.raises(KeyboardInterrupt):
-        distill(recipe)
-    distill(recipe)
+    stopped_and_gone_on([*options, f"output={tmp_path / 'cut'}"], monkeypatch)
     expected = weights(tmp_path / "whole")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "cut").items())
     exact = load_recipe("shapes-hybrid", [*options, "precision=fp32", f"output={tmp_path / 'exact'}"])
