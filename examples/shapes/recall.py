@@ -61,26 +61,16 @@ class RecallConversations(InOrder):
         seed: Which series.
         batch_size: Conversations that go together.
         most: Largest number of things.
-        growing: The series begins with up to eight things; the largest number doubles every so many conversations. A
-            model that cannot look things up learns it in short lists; in long ones it finds no beginning.
     """
 
-    def __init__(
-        self,
-        processor: MmMambaProcessor,
-        seed: int = 0,
-        batch_size: int = 1,
-        most: int = 256,
-        growing: int | None = None,
-    ):
+    def __init__(self, processor: MmMambaProcessor, seed: int = 0, batch_size: int = 1, most: int = 256):
         super().__init__(seed, batch_size)
-        self.encoder, self.most, self.growing = ConversationEncoder(processor), most, growing
+        self.encoder, self.most = ConversationEncoder(processor), most
 
     def row(self, index: int) -> dict[str, torch.Tensor]:
         """Conversation number `index`; see `ConversationEncoder`."""
         rng = np.random.default_rng((self.seed, index))
-        most = self.most if self.growing is None else min(self.most, 8 << min(index // self.growing, 10))
-        items = round(math.exp(rng.uniform(math.log(4), math.log(most))))
+        items = round(math.exp(rng.uniform(math.log(4), math.log(self.most))))
         one = recall(self.seed, index, items, asked=32, at_once=AT_ONCE)
         messages = [{"role": "system", "content": SYSTEM_MESSAGE}]
         told = one.told + "\n"

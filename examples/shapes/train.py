@@ -56,7 +56,6 @@ def fit(
     learning_rate: float = 2e-3,
     pad_token_id: int = 2,
     seed: int = 0,
-    parts: int = 1,
 ) -> None:
     """Trains a model on answers: warm up, keep the learning rate, let it fall for the last fifth of the steps.
 
@@ -68,7 +67,6 @@ def fit(
         learning_rate: At the top.
         pad_token_id: Fills short rows.
         seed: Of all but the rows.
-        parts: How many a step's batch is read in, for less memory.
     """
     options = TrainingArguments(
         output_dir=checkpoints,
@@ -80,8 +78,7 @@ def fit(
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": steps // 5, "min_lr_ratio": 0.02},
         warmup_steps=min(200, steps // 5),
-        per_device_train_batch_size=rows.batch_size // parts,
-        gradient_accumulation_steps=parts,
+        per_device_train_batch_size=rows.batch_size,
         train_sampling_strategy="sequential",
         dataloader_num_workers=1,
         dataloader_prefetch_factor=8,
