@@ -10,7 +10,7 @@ import torch
 from mmmamba.examples.shapes import evaluate, tokenizer, world
 from mmmamba.examples.shapes.data import Conversations
 from mmmamba.examples.shapes.folder import make_processor
-from mmmamba.examples.shapes.recall import RecallConversations, recall
+from mmmamba.examples.shapes.recall import WORDS, RecallConversations, names_of, recall
 from mmmamba.examples.shapes.world import (
     CELL,
     COLORS,
@@ -209,25 +209,35 @@ def test_batches_hold_every_conversation_once_and_conversations_of_like_length(p
 
 
 def test_what_is_asked_for_was_told(processor):
-    for items, at_once in ((4, 1), (256, 8)):
-        one = recall(0, 7, items, asked=20, at_once=at_once)
-        told = {entry.split()[0]: entry + "." for entry in one.told.removesuffix(".").split(". ")}
-        assert len(told) == items
-        asked = [question.removesuffix("?").split() for question, _ in one.turns]
-        assert sum(map(len, asked)) == len({name for names in asked for name in names}) == min(20, items)
-        assert max(map(len, asked)) <= at_once
-        for names, (_, answer) in zip(asked, one.turns, strict=True):
-            assert answer == " ".join(told[name] for name in names)
+    names = names_of(processor.tokenizer)
+    assert len(names) == len(set(names)) >= 256
+    for items in (4, 256):
+        one = recall(names, 0, 7, items, asked=20)
+        told = one.told.split("\n")
+        assert len(told) == len({line.rsplit(" ", 1)[0] for line in told}) == items
+        assert len({question for question, _ in one.turns}) == len(one.turns) == min(20, items)
+        for question, answer in one.turns:
+            assert answer in told and answer.rsplit(" ", 1)[0] == question.removesuffix("?")
     rows = RecallConversations(processor, 0, batch_size=2)
     lengths = [len(rows[i]["input_ids"]) for i in range(16)]
     assert max(lengths) < 2048 and max(lengths) > 4 * min(lengths)
-    short = RecallConversations(processor, 0, most=8)
-    assert max(len(short.row(i)["input_ids"]) for i in range(16)) < 200 < max(lengths)
-    # A name is two tokens wherever it stands, so that a model has something to look for.
-    tokenizer = processor.tokenizer
-    for name in ("A0", "K7", "W9"):
-        ids = tokenizer(name, add_special_tokens=False)["input_ids"]
-        assert len(ids) == 2 and tokenizer(f"x. {name} red", add_special_tokens=False)["input_ids"][-3:-1] == ids
+    few = RecallConversations(processor, 0, most=8, known=10)
+    texts = [processor.tokenizer.decode(few.row(i)["input_ids"]) for i in range(16)]
+    assert all(set("ABC").isdisjoint(text.replace("</s>", "").split("user")[1]) for text in texts)
+
+
+def test_a_name_is_one_token_wherever_it_stands(processor):
+    tokenizer, rows = processor.tokenizer, RecallConversations(processor, 3)
+    new_line = tokenizer.convert_tokens_to_ids("\n")
+    for index in range(5):
+        row = rows.row(index)["input_ids"].tolist()
+        lines = [row[i + 1 : i + 3] for i, token in enumerate(row) if token == new_line][
+            1:
+        ]  # the first is the system's
+        words = [name for name, word in lines if tokenizer.decode([word]).strip() in WORDS]
+        asked = [name for name, mark in lines if tokenizer.decode([mark]) == "?"]
+        assert len(lines) == len(words) + len(asked) and set(asked) <= set(words)
+        assert len(set(words)) + len(asked) == len(words)  # each in the list, and again in its answer
 
 
 def test_shuffled_pictures_belong_to_other_questions(examples):
