@@ -30,11 +30,11 @@ from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 FOLDER = Path("runs/recall")
 SEEDS = (0, 1, 2)
 ITEMS = (4, 8, 16, 32, 64, 128, 256)
-BATCH_SIZE = 32
+BATCH_SIZE = 32  # the students' is half of it
 AT_ONCE = 8  # conversations that are in memory together
 RIGHT = 0.95  # share of the answers' tokens that lets lists grow
 MOST_STEPS, DECAY = 1000, 150  # steps with lists up to one length; steps in which the learning rate falls to zero
-SCHEDULES = {"stage_1": 100, "stage_2": 200, "stage_3": 1000}  # steps; the recipes' own are for pictures
+SCHEDULES = {"stage_1": 50, "stage_2": 100, "stage_3": 500}  # the students' steps
 
 
 def train_teacher() -> None:
@@ -105,9 +105,11 @@ def distil(job: tuple[str, int]) -> None:
         return
     command = [sys.executable, "-m", "mmmamba", "distill", f"shapes-{kind}", "data=[{shapes: recall}]", "evaluate=0"]
     command += [f"teacher={FOLDER / 'teacher'}", f"output={folder}", f"seed={seed}", "workers=0"]
+    if kind == "hybrid":
+        command += ["strategy=measured"]
     for stage, steps in SCHEDULES.items():
         values = {"steps": steps, "warmup": steps // 10, "decay": steps // 4}
-        values |= {"batch_size": BATCH_SIZE, "per_device_batch_size": AT_ONCE}
+        values |= {"batch_size": BATCH_SIZE // 2, "per_device_batch_size": AT_ONCE}
         command += [f"{stage}.{key}={value}" for key, value in values.items()]
     with (FOLDER / f"{kind}-{seed}.log").open("a", encoding="utf-8") as log:
         subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
