@@ -1,6 +1,6 @@
 """Recall under length: what was said of one of n names, for n = 4 … 256?
 
-    python benchmarks/recall.py run      # trains a teacher for it, distils three linear and three hybrid students
+    python benchmarks/recall.py run      # trains a teacher for it, distils students with 0, 2 and 3 attention layers
     python benchmarks/recall.py report   # scores them; writes JSON and a plot
 
 The teacher has the picture world's shape and learns recall alone; the students learn from it with the package's
@@ -29,6 +29,7 @@ from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 FOLDER = Path("runs/recall")
 SEEDS = (0, 1, 2)
+ATTENTION = {"linear": 0, "hybrid-2": 2, "hybrid-3": 3}  # layers of six that the students keep
 ITEMS = (4, 8, 16, 32, 64, 128, 256)
 BATCH_SIZE = 32  # the students' is half of it
 AT_ONCE = 8  # conversations that are in memory together
@@ -103,10 +104,11 @@ def distil(job: tuple[str, int]) -> None:
     folder = FOLDER / f"{kind}-{seed}"
     if (folder / "model").is_dir():
         return
-    command = [sys.executable, "-m", "mmmamba", "distill", f"shapes-{kind}", "data=[{shapes: recall}]", "evaluate=0"]
+    recipe = "shapes-hybrid" if ATTENTION[kind] else "shapes-linear"
+    command = [sys.executable, "-m", "mmmamba", "distill", recipe, "data=[{shapes: recall}]", "evaluate=0"]
     command += [f"teacher={FOLDER / 'teacher'}", f"output={folder}", f"seed={seed}", "workers=0"]
-    if kind == "hybrid":
-        command += ["strategy=measured"]
+    if ATTENTION[kind]:
+        command += [f"num_attention={ATTENTION[kind]}", "strategy=measured"]
     for stage, steps in SCHEDULES.items():
         values = {"steps": steps, "warmup": steps // 10, "decay": steps // 4}
         values |= {"batch_size": BATCH_SIZE // 2, "per_device_batch_size": AT_ONCE}
@@ -137,7 +139,7 @@ def report(file: Path, questions: int) -> None:
     from matplotlib.figure import Figure
 
     folders = {"teacher": [FOLDER / "teacher"]}
-    for kind in ("hybrid", "linear"):
+    for kind in ATTENTION:
         folders[kind] = [FOLDER / f"{kind}-{seed}" / "model" for seed in SEEDS]
     scores = {
         kind: [score(folder, questions) for folder in of_kind if folder.is_dir()]
@@ -174,7 +176,7 @@ def main() -> None:
         return
     train_teacher()
     with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(distil, [(kind, seed) for seed in SEEDS for kind in ("linear", "hybrid")]))
+        list(pool.map(distil, [(kind, seed) for seed in SEEDS for kind in ATTENTION]))
 
 
 if __name__ == "__main__":
