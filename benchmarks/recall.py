@@ -135,7 +135,7 @@ def score(folder: Path, questions: int) -> dict[int, float]:
 
 
 def report(file: Path, questions: int) -> None:
-    """Scores every model that is there, writes JSON and a plot, prints a table."""
+    """Scores every model that is there, writes JSON and a plot, prints a Markdown table."""
     from matplotlib.figure import Figure
 
     folders = {"teacher": [FOLDER / "teacher"]}
@@ -148,12 +148,13 @@ def report(file: Path, questions: int) -> None:
     }
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    print("names   " + "  ".join(f"{items:>11}" for items in ITEMS))
+    print(f"| names | {' | '.join(map(str, ITEMS))} |\n|---|{'---|' * len(ITEMS)}")
     for kind, results in scores.items():
         means = [100 * statistics.mean(one[items] for one in results) for items in ITEMS]
         spreads = [100 * statistics.stdev(o[i] for o in results) if len(results) > 1 else 0.0 for i in ITEMS]
         axes.errorbar(ITEMS, means, spreads, marker="o", capsize=3, label=kind)
-        print(f"{kind:8}" + "  ".join(f"{m:5.1f} ± {s:3.1f}" for m, s in zip(means, spreads, strict=True)))
+        cells = [f"{m:.1f}" + f" ± {s:.1f}" * (len(results) > 1) for m, s in zip(means, spreads, strict=True)]
+        print(f"| {kind} | {' | '.join(cells)} |")
     axes.set(
         xscale="log", xticks=ITEMS, xticklabels=ITEMS, xlabel="names told", ylabel="exact match (%)", ylim=(0, 102)
     )
