@@ -15,11 +15,13 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 
 import torch
 from transformers import set_seed
 
+from mmmamba.benchmarks.timing import processor as processor_name
 from mmmamba.conversion.distillation.data import pad
 from mmmamba.examples.shapes.folder import make_processor, save
 from mmmamba.examples.shapes.recall import RecallConversations, names_of, recall
@@ -162,7 +164,10 @@ def report(file: Path, questions: int) -> None:
     axes.grid(alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file.with_suffix(".png"), dpi=120)
-    file.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    measured = {"date": date.today().isoformat(), "processor": processor_name(), "cores": os.cpu_count()}
+    file.write_text(
+        json.dumps(measured | {"questions": questions, "scores": scores}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def main() -> None:
