@@ -22,6 +22,7 @@ from mmmamba.conversion.distillation.run import distill
 from mmmamba.conversion.distillation.sources import Source
 from mmmamba.conversion.distillation.trainer import DistillationTrainer, passes
 from mmmamba.conversion.shards import ShardWriter
+from mmmamba.examples.shapes.evaluate import evaluate
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 
@@ -289,6 +290,63 @@ def test_every_pass_reads_every_row_in_another_order():
     assert read != list(passes(rows, 17, seed=4))
 
 
+def test_a_run_without_any_picture_says_so_from_its_reading_process(tmp_path, conversations):
+    options = [*SMALL, f"data=[{{file: {conversations}, root: {tmp_path / 'elsewhere'}}}]", "stages=[1]", "workers=1"]
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(ValueError, match=r"^11 records in a row are bad and none is good; the first are [^\n]*$"):
+        distill(load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'run'}"]))
+
+
+def test_what_a_refused_run_advises_can_be_done(tmp_path, conversations):
+    """Data of another name, fewer tokens, more bad rows: the same folder goes on."""
+    base = [*SMALL, "stages=[1]", "stage_1.steps=8", f"output={tmp_path / 'run'}"]
+    with pytest.raises(FileNotFoundError, match=r"mistyped\.jsonl does not exist"):
+        distill(load_recipe("shapes-hybrid", [*base, "data=[{file: mistyped.jsonl}]"]))
+    assert not (tmp_path / "run" / "seeded").exists()
+    data = f"data=[{{file: {conversations}}}]"
+    with pytest.raises(ValueError, match="or allow a larger share"):
+        distill(load_recipe("shapes-hybrid", [*base, data]))
+    assert (tmp_path / "run" / "stage-1" / "checkpoints").is_dir()
+    with pytest.raises(ValueError, match="holds a run with another max_tokens;"):  # a checkpoint depends on it
+        distill(load_recipe("shapes-hybrid", [*base, data, "bad_share=0.5", "max_tokens=500"]))
+    distill(load_recipe("shapes-hybrid", [*base, data, "bad_share=0.5"]))
+    assert (tmp_path / "run" / "stage-1" / "model").is_dir()
+
+
+def test_a_stage_after_those_that_should_have_waited_for_it_is_refused(tmp_path, capsys):
+    recipe = load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}"])
+    distill(recipe, "seed")
+    distill(recipe, "2")
+    assert "WARNING: stage 2 starts from the seeded student, without stage 1" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"stage-2 of .* began without stage 1; remove stage-2 to train it first"):
+        distill(recipe)
+    shutil.rmtree(tmp_path / "run" / "stage-2")
+    distill(recipe)
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_the_card_of_a_finished_run_follows_its_recipe(tmp_path, capsys):
+    options = [*SMALL, "stages=[1]", "stage_1.steps=2", "stage_1.decay=0", f"output={tmp_path / 'run'}"]
+    distill(load_recipe("shapes-hybrid", options))
+    card = tmp_path / "run" / "model" / "README.md"
+    before, written = card.read_text(), (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
+    distill(load_recipe("shapes-hybrid", [*options, "evaluate=3", "base_model=someone/teacher", "name=Mine"]))
+    text = card.read_text()
+    assert "Mine" in text and "base_model: someone/teacher" in text and "3 held-out questions" in text
+    # As a kill between the scores and the card would leave it.
+    card.write_text(before)
+    capsys.readouterr()
+    distill(load_recipe("shapes-hybrid", [*options, "evaluate=3", "base_model=someone/teacher", "name=Mine"]))
+    assert card.read_text() == text and "questions right" not in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_folder_that_processes_do_not_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmmamba.conversion.distillation.run.gather_object", lambda mine: [*mine, False])
+    with pytest.raises(FileNotFoundError, match=r"Not every process sees \S*recipe.yaml, which the first one wrote"):
+        distill(load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}"]))
+
+
 def test_too_many_bad_rows_stop_a_run(tmp_path, conversations):
     options = [
         *SMALL,
@@ -303,7 +361,8 @@ def test_too_many_bad_rows_stop_a_run(tmp_path, conversations):
 
 
 def test_a_measured_placement_keeps_the_costliest_layers(tmp_path, capsys):
-    options = ["strategy=measured", "num_attention=2", "measure_batches=2", "stage_3.per_device_batch_size=4"]
+    # Two batches of four conversations, of which the device holds two at once.
+    options = ["strategy=measured", "num_attention=2", "measure_batches=2"]
     recipe = load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}", *options])
     distill(recipe)
     placement = json.loads((tmp_path / "run" / "results.json").read_text())["placement"]
@@ -313,7 +372,7 @@ def test_a_measured_placement_keeps_the_costliest_layers(tmp_path, capsys):
     trained = load_file(tmp_path / "run" / "stage-2" / "model" / "model.safetensors")
     # Each layer's cost again, from a hybrid of its own and plain logits.
     source = Source(recipe, TEACHER)
-    batches = list(source.held_out(2, 4, torch.device("cpu")))
+    batches = list(source.held_out(4, 2, torch.device("cpu")))
     for layer, cost in enumerate(costs):
         config = copy.deepcopy(teacher.config)
         config.text_config.layer_types = ["full_attention"] * 6
@@ -326,8 +385,8 @@ def test_a_measured_placement_keeps_the_costliest_layers(tmp_path, capsys):
             answers = batch["labels"][:, 1:] != -100
             with torch.no_grad():
                 p, q = (x(**batch).logits[:, :-1].double().log_softmax(-1)[answers] for x in (teacher, hybrid))
-            found.append((p.exp() * (p - q)).sum(-1).mean())
-        assert cost == pytest.approx(float(sum(found) / 2), rel=1e-3)
+            found.append((p.exp() * (p - q)).sum(-1))
+        assert cost == pytest.approx(float(torch.cat(found).mean()), rel=1e-3)
     assert min(costs[i] for i in chosen) >= max(costs[i] for i in range(6) if i not in chosen)
     for layer, kind in enumerate(model.config.text_config.layer_types):
         assert (kind == "full_attention") == (layer in chosen)
@@ -398,13 +457,28 @@ def test_nothing_is_exported_before_the_last_stage(tmp_path):
         (["strategy=measured", "num_attention=6"], "num_attention=6 must lie between 1 and 5"),
         (["strategy=measured", "num_attention=2", "data=[{file: x.jsonl}]"], "needs held_out in the recipe"),
         (["data=[{shapes: train}, {file: x.jsonl}]"], "is more than the picture world"),
+        (["data=[{file: x.jsonl}]"], "x.jsonl does not exist"),
+        (["held_out=[{fil: x.jsonl}]"], "did you mean file for fil?"),
     ],
 )
 def test_what_cannot_run_is_refused_in_a_sentence(tmp_path, overrides, message):
     with pytest.raises((ValueError, OSError), match=r"^[^\n]*$") as error:
         distill(load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}", *overrides]))
     assert message in str(error.value)
-    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "seeded").exists()
+
+
+def test_a_model_of_another_world_is_not_scored_on_the_pictures(tmp_path):
+    shutil.copytree(TEACHER, tmp_path / "other")
+    config = json.loads((TEACHER / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 700
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    message = r"^\S*other was not made for the picture world: it has 700 tokens [^\n]*$"
+    with pytest.raises(ValueError, match=message):
+        evaluate(tmp_path / "other")
+    with pytest.raises(ValueError, match=message):
+        distill(load_recipe("shapes-hybrid", [f"teacher={tmp_path / 'other'}", f"output={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):

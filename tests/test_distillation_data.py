@@ -58,6 +58,9 @@ def test_a_bad_row_is_replaced_by_the_next_good_one(encoder, tmp_path):
     same(rows[2], rows[-3])
     with pytest.raises(IndexError):
         rows[5]
+    # However often records are read, so many are different.
+    for repeat, size in ((1, 5), (10, 5), (0.4, 2)):
+        assert ConversationRows(encoder, [(RecordFile(file), repeat)]).records == size
 
 
 def test_nothing_but_bad_rows_is_an_error(encoder, tmp_path, monkeypatch):
@@ -204,6 +207,12 @@ def test_a_meta_file_lists_files(encoder, tmp_path, monkeypatch):
     rows = ConversationRows(encoder, records.open_files(tmp_path / "meta.json"))
     assert len(rows) == 3 + 5
     assert [len(rows[i]["pixel_values"]) for i in range(8)] == [1] * 3 + [0] * 5
+    picture(96, 48).save(tmp_path / "images" / "a.png")
+    tiles = []
+    for most in (1, 2):
+        (tmp_path / "meta.json").write_text(json.dumps({"one": entry | {"max_dynamic_patch": most}}))
+        tiles.append(len(ConversationRows(encoder, records.open_files(tmp_path / "meta.json"))[0]["pixel_values"]))
+    assert tiles == [1, 3]  # two, and a thumbnail
     for i, number in enumerate(range(0, 10, 2)):  # evenly spread
         same(rows[3 + i], encoder(numbered(10)[number]))
 
@@ -212,7 +221,9 @@ def test_a_meta_file_lists_files(encoder, tmp_path, monkeypatch):
         with pytest.raises(kind, match=words):
             records.open_files(tmp_path / "meta.json")
 
-    refused("one has the unknown key 'max_dynamic_patch'", max_dynamic_patch=6)
+    refused("one has the unknown key 'max_dynamic_path'", max_dynamic_path=6)
+    refused("one has max_dynamic_patch='6'; give a whole number of tiles", max_dynamic_patch="6")
+    refused("one has max_dynamic_patch=0; give a whole number of tiles", max_dynamic_patch=0)
     refused("one repeats 1.5 times", repeat_time=1.5)
     refused("one repeats 0 times", repeat_time=0)
     refused("one has no annotation", annotation=None)
@@ -326,9 +337,9 @@ def test_a_record_is_decoded_by_its_reader_only(caches, processor, tmp_path):
     decoded = []
 
     class Counting(ConversationEncoder):
-        def __call__(self, record, root="."):
+        def __call__(self, record, root=".", max_patches=None):
             decoded.append(record["id"])
-            return super().__call__(record, root)
+            return super().__call__(record, root, max_patches)
 
     dataset = caches.load_dataset("parquet", data_files=paths, split="train", streaming=True)
     for process in range(3):

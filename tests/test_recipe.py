@@ -1,8 +1,22 @@
 """Recipes: strict keys and types, overrides, and what each of ours says."""
 
+import dataclasses
+import re
+
 import pytest
 
-from mmmamba.conversion.distillation.recipe import RECIPES, differences, dump_recipe, load_recipe
+from mmmamba.conversion.distillation.cost import costs
+from mmmamba.conversion.distillation.data import DATASET_KEYS, FILE_KEYS
+from mmmamba.conversion.distillation.recipe import (
+    RECIPES,
+    EndToEndStage,
+    Recipe,
+    differences,
+    dump_recipe,
+    load_recipe,
+)
+from mmmamba.conversion.distillation.run import teacher_config
+from mmmamba.conversion.publish import PACKAGE
 from mmmamba.conversion.seeding import attention_layers
 
 
@@ -46,7 +60,14 @@ def test_overrides_reach_every_key():
         ("seed=1.5", "seed=1.5 in the recipe is of the wrong type"),
         ("packing=1", "packing=1 in the recipe is of the wrong type; it must be bool"),
         ("stage_3=5", "stage_3=5 in the recipe is of the wrong type; it must be keys and values"),
-        ("stage_1.learning_rate=fast", "must be float"),
+        ("stage_1.learning_rate=fast", "must be a finite number"),
+        ("stage_1.learning_rate=.nan", "must be a finite number"),
+        ("bad_share=5", "bad_share=5.0 must lie between 0 and 1"),
+        ("max_tokens=0", "max_tokens=0 must be at least 1"),
+        ("evaluate=-5", "evaluate=-5 must be at least 0"),
+        ("weight_decay=-3", "weight_decay=-3.0 must be at least 0"),
+        ("betas=[1.5, 2]", "betas=[1.5, 2.0] must be two numbers, at least 0 and below 1"),
+        ("stage_1={steps: 5, steps: 7}", "the key steps stands there twice"),
         ("stage_1.steps=0", "stage_1: steps=0 must be greater than 0"),
         ("stage_1.warmup=1000", "do not fit into steps=200"),
         ("stage_3.trainable=head", "trainable='head' is unknown; choose one of mixers,"),
@@ -73,6 +94,38 @@ def test_a_recipe_that_is_not_there_or_no_recipe(tmp_path):
     file.write_text("- a\n- b\n")
     with pytest.raises(ValueError, match="no recipe; it must hold keys and values"):
         load_recipe(file)
+    file.write_text((RECIPES / "shapes-linear.yaml").read_text() + "seed: 1\nseed: 2\n")
+    with pytest.raises(ValueError, match=r"^\S*list.yaml is not YAML: the key seed stands there twice$"):
+        load_recipe(file)
+
+
+def test_the_guide_explains_every_key(tmp_path):
+    guide = (PACKAGE / "docs" / "distill.md").read_text(encoding="utf-8")
+    explained = {
+        key
+        for line in guide.splitlines()
+        if line.startswith("| `")
+        for key in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
+    keys = {entry.name for kind in (Recipe, EndToEndStage) for entry in dataclasses.fields(kind)}
+    assert explained >= keys | {*FILE_KEYS, *DATASET_KEYS} | {"shapes"}, keys - explained
+    (tmp_path / "my-recipe.yaml").write_text(re.search(r"```yaml\n(# my-recipe.yaml.*?)```", guide, re.DOTALL)[1])
+    assert load_recipe(tmp_path / "my-recipe.yaml").strategy == "measured"
+
+
+def test_a_recipes_cost_counts_what_each_stage_trains():
+    recipes = [load_recipe("shapes-hybrid", [f"strategy={name}"]) for name in ("head-stacked", "measured")]
+    fixed, measured = ({cost.stage: cost for cost in costs(one, teacher_config(one), 300)} for one in recipes)
+    assert list(fixed) == [1, 2, 3] and list(measured) == [1, 2, "place", 3]
+    assert fixed[3] == measured[3]  # two layers attend
+    # Four layers of six train in stages 1 and 2, or all of them.
+    teacher = costs(
+        load_recipe("shapes-linear", ["attention_layers=[0, 1, 2, 3, 4, 5]"]), teacher_config(recipes[0]), 300
+    )
+    for number in (1, 2):
+        alone = teacher[number - 1].operations
+        assert (measured[number].operations - alone) * 4 == pytest.approx((fixed[number].operations - alone) * 6)
+    assert measured["place"].tokens == 4 * 32 * 300
 
 
 def test_a_written_recipe_is_the_same_recipe(tmp_path):

@@ -16,9 +16,9 @@ H100 = 989e12  # dense bf16 operations per second
 
 @dataclass(frozen=True)
 class Cost:
-    """One stage: tokens read and operations done, over all steps."""
+    """One stage, or `place` (measuring a placement): tokens read and operations done, over all steps."""
 
-    stage: int
+    stage: int | str
     tokens: float
     operations: float
 
@@ -27,13 +27,12 @@ class Cost:
         return self.operations / (peak * utilization) / 3600
 
 
-def costs(recipe: Recipe, config: MmMambaConfig, mamba_layers: int, tokens: int) -> list[Cost]:
-    """The cost of each stage.
+def costs(recipe: Recipe, config: MmMambaConfig, tokens: int) -> list[Cost]:
+    """The cost of each stage, and of measuring before stage 3 if the placement is measured.
 
     Args:
         recipe: Steps, batches and options.
         config: The teacher's.
-        mamba_layers: How many of the student's layers are Mamba-2.
         tokens: Tokens per conversation, those of pictures included.
     """
     text = config.text_config
@@ -48,13 +47,21 @@ def costs(recipe: Recipe, config: MmMambaConfig, mamba_layers: int, tokens: int)
     scan = 2 * inner * text.ssm_chunk_size + 4 * inner * text.head_dim
 
     found = []
+    measured = recipe.strategy == "measured"
+    kept = recipe.num_attention or len(recipe.attention_layers or [])
     for number in recipe.stages:
+        # A measured placement is known after stages 1 and 2, which train all layers.
+        mamba_layers = layers if measured and number < 3 else layers - kept
         stage = recipe.stage(number)
         read = stage.steps * stage.batch_size * tokens
         if number < 3:
             # Nothing flows back into a layer's input: in_proj forward and its own gradient, the scan thrice.
             per_token = teacher + mamba_layers * (4 * in_proj + 3 * scan)
         else:
+            if measured:
+                # The teacher and, once with each layer's replacement, the teacher again; both heads each time.
+                placing = recipe.measure_batches * stage.batch_size * tokens
+                found.append(Cost("place", placing, placing * ((layers + 1) * teacher + layers * 2 * 2 * head)))
             mixer = 2 * (in_proj + inner * hidden) + scan
             student = mamba_layers * mixer + (layers - mamba_layers) * attention + layers * 2 * mlp
             again = student if stage.gradient_checkpointing else 0

@@ -34,6 +34,8 @@ __all__ = [
     "ConversationEncoder",
     "ConversationRows",
     "ConversationStream",
+    "UnusableData",
+    "check_entry",
     "open_data",
     "pack",
     "pad",
@@ -45,18 +47,34 @@ PATIENCE = 1000  # bad records in a row after which nobody looks for a good one 
 _NAME = re.compile(r".*?(?::\d+|\[[^\]]*\])(?=: )")  # of a record, as it starts a message about it
 
 
+class UnusableData(ValueError):
+    """Data without anything to train on; says why in one sentence.
+
+    Args:
+        message: The sentence. A DataLoader raises what its worker raised again, with a whole traceback as the message,
+            of which the last line is the sentence.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.rstrip().rpartition("\n")[2].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
 class ConversationRows(Dataset):
     """Rows by number, of files and map-style datasets one after another. The same number gives the same row.
 
     Args:
         encoder: Makes rows of records.
         sources: Records, and how often each is read (a whole number), or the share below 1 of them, evenly spread.
+
+    Attributes:
+        records: How many different records are read.
     """
 
     def __init__(self, encoder: ConversationEncoder, sources: Sequence[tuple[RecordFile | RecordTable, float]]):
         self.encoder, self.sources = encoder, list(sources)
         sizes = [max(1, int(len(source) * repeat)) for source, repeat in self.sources]
         self._ends = list(itertools.accumulate(sizes))
+        self.records = sum(min(size, len(source)) for size, (source, _) in zip(sizes, self.sources, strict=True))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -69,7 +87,7 @@ class ConversationRows(Dataset):
 
         Raises:
             IndexError: if there is no such number.
-            ValueError: if a thousand records in a row, or all, are bad.
+            UnusableData: if a thousand records in a row, or all, are bad.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -77,12 +95,12 @@ class ConversationRows(Dataset):
         for step in range(min(len(self), PATIENCE)):
             source, number = self._record((index + step) % len(self))
             try:
-                row = self.encoder(source.read(number), source.root)
+                row = self.encoder(source.read(number), source.root, source.max_patches)
             except BadRow as error:
                 bad[source.name(number)] = str(error)
             else:
                 return _with_bad_rows(row, bad)
-        raise ValueError(_hopeless(bad))
+        raise UnusableData(_hopeless(bad))
 
     def _record(self, index: int) -> tuple[RecordFile | RecordTable, int]:
         which = bisect_right(self._ends, index)
@@ -135,7 +153,7 @@ class ConversationStream(IterableDataset):
         """Yields rows; see `ConversationEncoder` and, for bad ones, `ConversationRows`.
 
         Raises:
-            ValueError: if a thousand records in a row, or all of a dataset, are bad.
+            UnusableData: if a thousand records in a row, or all of a dataset, are bad.
         """
         streams = [self._rows(*source) for source in self.sources]
         while True:
@@ -167,15 +185,15 @@ class ConversationStream(IterableDataset):
                     place = f"reader {reader} of {readers}, pass {epoch}, record {read - 1}"
                     bad[f"{label}[{place if known is None else f'id {known}'}]"] = str(error)
                     if len(bad) == PATIENCE:
-                        raise ValueError(_hopeless(bad)) from None
+                        raise UnusableData(_hopeless(bad)) from None
                 else:
                     good += 1
                     yield _with_bad_rows(row, bad)
                     bad = {}
             if not read:
-                raise ValueError(f"{label} has fewer records than its {readers} readers; use fewer workers.")
+                raise UnusableData(f"{label} has fewer records than its {readers} readers; use fewer workers.")
             if not good:
-                raise ValueError(_hopeless(bad))
+                raise UnusableData(_hopeless(bad))
 
 
 def _undecoded(feature: Any) -> Any:
@@ -262,7 +280,7 @@ class BadRows:
             earlier part of the run count.
         writes: Whether this process writes the file; all of them read it.
         seen: Rows seen before the run was interrupted. What the file names after that will be met again.
-        size: Rows of the whole dataset, if known; rows beyond are those seen again.
+        size: Different records of the whole dataset, if known; rows beyond are those seen again.
         patience: Rows to see before the share counts, or the whole dataset if it is smaller.
         shown: Bad rows that a message quotes.
     """
@@ -381,7 +399,7 @@ def open_data(
     if not entries:
         raise ValueError("The data names nothing to read; give at least one file or dataset.")
     for entry in entries:
-        _check_entry(entry)
+        check_entry(entry)
     streaming = {bool(entry.get("streaming")) for entry in entries}
     if len(streaming) > 1:
         raise ValueError("The data mixes streaming datasets with others; make all of them stream, or none.")
@@ -397,7 +415,8 @@ def open_data(
     return ConversationStream(encoder, streams, seed, buffer_size, num_processes, process_index)
 
 
-def _check_entry(entry: Any) -> None:
+def check_entry(entry: Any) -> None:
+    """Raises ValueError if an entry of `open_data` has unknown keys or values of the wrong type."""
     if not isinstance(entry, dict):
         raise ValueError(f"The data's entry {entry!r} must be keys and values, such as `file: train.jsonl`.")
     if ("file" in entry) == ("dataset" in entry):

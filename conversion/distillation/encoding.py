@@ -46,12 +46,15 @@ class ConversationEncoder:
         # Tokens such as the beginning of text, which stand in front of what is encoded.
         self._front = self.tokenizer.build_inputs_with_special_tokens([-1]).index(-1)
 
-    def __call__(self, record: dict[str, Any], root: str | Path = ".") -> dict[str, torch.Tensor]:
+    def __call__(
+        self, record: dict[str, Any], root: str | Path = ".", max_patches: int | None = None
+    ) -> dict[str, torch.Tensor]:
         """The row of a record.
 
         Args:
             record: Of any known format.
             root: Folder that image paths start at.
+            max_patches: Most tiles of a picture, thumbnail not counted; the image processor's own if not given.
 
         Returns:
             `input_ids` (length,) int64; `labels` (length,) int64, -100 but on the answers' tokens and the token that
@@ -68,7 +71,8 @@ class ConversationEncoder:
         )
         if pictures:
             try:
-                vision = self.image_processor(pictures, return_tensors="pt")
+                most = {} if max_patches is None else {"max_patches": max_patches}
+                vision = self.image_processor(pictures, return_tensors="pt", **most)
             except ValueError as error:
                 raise BadRow(f"its images cannot be cut into tiles ({reason_of(error)})") from None
             counts, pixel_values = vision["num_patches"].tolist(), vision["pixel_values"].float()

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
+from .counting import totals_of
 from .end_to_end import distillation_loss
 
 
@@ -24,12 +25,14 @@ def layer_costs(
     Args:
         teacher: All attention; the same afterwards.
         student: All Mamba-2, trained by stages 1 or 2; may be held in another dtype.
-        batches: Held-out inputs; answers' tokens count if there are `labels`, else all.
+        batches: Held-out inputs; answers' tokens count if there are `labels`, else all, each as much as any other.
 
     Returns:
         One value per layer.
     """
     costs, device = [], teacher.device.type
+    answers_only = all("labels" in batch for batch in batches)
+    totals = torch.stack([totals_of(batch) for batch in batches]).sum(0)
     inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     truths = [teacher.model(**one, use_cache=False).last_hidden_state for one in inputs]
     layers = teacher.model.layers
@@ -42,13 +45,19 @@ def layer_costs(
                 rows = [teacher.model(**one, use_cache=False).last_hidden_state for one in inputs]
             losses = [
                 distillation_loss(
-                    row.to(truth.dtype), truth, teacher.lm_head, teacher.lm_head, batch, answers_only="labels" in batch
+                    row.to(truth.dtype),
+                    truth,
+                    teacher.lm_head,
+                    teacher.lm_head,
+                    batch,
+                    totals,
+                    answers_only=answers_only,
                 )
                 for row, truth, batch in zip(rows, truths, batches, strict=True)
             ]
         finally:
             layers[index] = original
-        costs.append(float(torch.stack(losses).mean()))
+        costs.append(float(torch.stack(losses).sum()))
     return costs
 
 

@@ -7,6 +7,7 @@ Paths are relative to where the command runs; `mmmamba:` at their start stands f
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ class Recipe:
         attention_layers: Layers that stay attention.
         num_attention: Or how many, placed by `strategy`. With neither the student is linear.
         strategy: One of the published placements, or `measured`: the layers whose Mamba-2 replacement costs most.
-        measure_batches: Batches of stage 3's size on which `measured` measures.
+        measure_batches: Batches of stage 3's `batch_size` on which `measured` measures.
         held_out: Sources of conversations to measure on, which no stage trains on; the picture world has its own.
         initialization: `mimic` as published; `inherited` without the parameters that mimic linear attention; `scratch`
             without queries, keys and values, too.
@@ -182,21 +183,28 @@ class Recipe:
                 f"strategy='measured' measures mixers that stages 1 or 2 have trained and places attention for stage "
                 f"3; stages={self.stages} lacks one of them."
             )
-        if self.measure_batches < 1:
-            raise ValueError(f"measure_batches={self.measure_batches} must be at least 1.")
-        if len(self.betas) != 2:
-            raise ValueError(f"betas={self.betas} must be two numbers.")
-        for name in ("save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must be two numbers, at least 0 and below 1.")
+        if not 0 <= self.bad_share <= 1:
+            raise ValueError(f"bad_share={self.bad_share} must lie between 0 and 1.")
+        for least, names in LEAST.items():
+            for name in names:
+                if getattr(self, name) is not None and getattr(self, name) < least:
+                    raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
 
     def stage(self, number: int) -> Stage | None:
         """The schedule of stage 1, 2 or 3."""
         return getattr(self, f"stage_{number}")
 
 
-# What may differ when a run goes on: it changes no result.
-CHANGEABLE = {"output", "name", "workers", "save_every", "log_every", "evaluate", "base_model"}
+LEAST = {
+    0: ("seed", "weight_decay", "clip", "workers", "evaluate"),
+    1: ("measure_batches", "max_tokens", "save_every", "log_every"),
+}
+# What may differ when a run goes on: it changes no weight.
+CHANGEABLE = {"output", "name", "bad_share", "workers", "save_every", "log_every", "evaluate", "base_model"}
+# What seeding depends on; anything else has changed nothing before a stage has begun.
+OF_SEEDING = {"teacher", "attention_layers", "num_attention", "strategy", "initialization", "seed"}
 
 
 def load_recipe(source: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -254,9 +262,20 @@ def resolve(path: str) -> Path:
     return PACKAGE / path.removeprefix("mmmamba:") if path.startswith("mmmamba:") else Path(path)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key may stand only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"the key {key} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
 def _parse(text: str, where: str):
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{where} is not YAML: {problem}") from None
@@ -302,13 +321,14 @@ def _convert(kind, value, key: str):
             return [_convert(item, one, f"{key}[{i}]") for i, one in enumerate(value)]
     elif kind is float:
         try:
-            if not isinstance(value, bool):
+            if not isinstance(value, bool) and math.isfinite(float(value)):
                 return float(value)
         except (TypeError, ValueError):
             pass
     elif type(value) is kind:
         return value
     wanted = "keys and values" if dataclasses.is_dataclass(kind) else getattr(kind, "__name__", str(kind))
+    wanted = "a finite number" if kind is float else wanted
     raise ValueError(f"{key}={value!r} in the recipe is of the wrong type; it must be {wanted}.")
 
 

@@ -26,7 +26,7 @@ from mmmamba.processing_mmmamba import PLACEHOLDER
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-META_KEYS = {"annotation", "root", "repeat_time", "data_augment", "length"}
+META_KEYS = {"annotation", "root", "repeat_time", "max_dynamic_patch", "data_augment", "length"}
 _SPACE_OR_COMMA = re.compile(r"[ \t\r\n,]*")
 _CHUNK = 1 << 24  # bytes of a file that are searched for line ends at once
 
@@ -181,14 +181,15 @@ class RecordFile:
     Args:
         file: JSON Lines (`.jsonl`), or `.json` with a list or lines.
         root: Folder of the images; the file's own if not given.
+        max_patches: Most tiles of its pictures; the image processor's own if not given.
 
     Raises:
         FileNotFoundError: if file or root is missing.
         ValueError: if the file holds no records, or is a list that is broken JSON.
     """
 
-    def __init__(self, file: str | Path, root: str | Path | None = None):
-        self.file = Path(file)
+    def __init__(self, file: str | Path, root: str | Path | None = None, max_patches: int | None = None):
+        self.file, self.max_patches = Path(file), max_patches
         self.root = self.file.parent if root is None else Path(root)
         if not self.file.is_file():
             raise FileNotFoundError(f"{file} does not exist; give the path of a .jsonl or .json file.")
@@ -238,6 +239,8 @@ class RecordTable:
         label: What it is called in messages.
         root: Folder that image paths start at.
     """
+
+    max_patches = None
 
     def __init__(self, dataset: Any, label: str, root: str | Path = "."):
         self.dataset, self.label, self.root = dataset, label, Path(root)
@@ -303,7 +306,8 @@ def open_files(file: str | Path, root: str | Path | None = None, repeat: float =
     """Opens a file of records, or every file that an InternVL meta file lists.
 
     Paths in a meta file start at its own folder or, if there is nothing of that name, where the command runs. Of a
-    meta file's keys `data_augment` and `length` are ignored: pictures are never augmented, and records are counted.
+    meta file's keys `max_dynamic_patch` is the most tiles of a picture; `data_augment` and `length` are ignored:
+    pictures are never augmented, and records are counted.
 
     Args:
         file: `.jsonl` or `.json`.
@@ -356,7 +360,10 @@ def _meta_entry(file: Path, name: str, entry: Any) -> tuple[RecordFile, float]:
         return beside if beside.exists() else Path(path)
 
     root = None if entry.get("root") is None else found(entry["root"])
-    return RecordFile(found(entry["annotation"]), root), checked_repeat(entry.get("repeat_time", 1), where)
+    most = entry.get("max_dynamic_patch")
+    if most is not None and (type(most) is not int or most < 1):
+        raise ValueError(f"{where} has max_dynamic_patch={most!r}; give a whole number of tiles, at least 1.")
+    return RecordFile(found(entry["annotation"]), root, most), checked_repeat(entry.get("repeat_time", 1), where)
 
 
 def checked_repeat(repeat: Any, where: str) -> float:

@@ -18,11 +18,13 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from huggingface_hub import EvalResult
 from torch import Tensor
 from torch.utils.data import IterableDataset
@@ -47,7 +49,7 @@ from .data import BadRows, local_files
 from .end_to_end import EndToEndDistiller
 from .layerwise import LayerwiseDistiller
 from .placement import costliest, layer_costs
-from .recipe import Recipe, differences, dump_recipe, load_recipe, resolve
+from .recipe import OF_SEEDING, Recipe, differences, dump_recipe, load_recipe, resolve
 from .sources import Source
 from .trainer import (
     WHOLE,
@@ -80,6 +82,10 @@ class Run:
         self.main = PartialState().is_main_process
         for number in recipe.stages:
             accumulation(recipe, number)
+        if recipe.evaluate:
+            from mmmamba.examples.shapes.evaluate import check_of_shapes
+
+            check_of_shapes(self.teacher_folder)
         self.source = Source(recipe, self.teacher_folder)
         self.teacher: MmMambaForConditionalGeneration | None = None
         self._claim_folder()
@@ -111,15 +117,30 @@ class Run:
             dump_recipe(self.recipe, file.with_suffix(".new"))
             file.with_suffix(".new").replace(file)
         PartialState().wait_for_everyone()
+        if not all(gather_object([file.is_file()])):
+            raise FileNotFoundError(
+                f"Not every process sees {file}, which the first one wrote; give an output=FOLDER that all machines "
+                "share."
+            )
 
-    def _unused(self) -> list[str]:
-        """Keys of steps that have not begun: a stage that ran out of memory at once may get other settings."""
-        whole = [
-            path for name in ("model", "checkpoints/checkpoint-*") for path in self.folder.glob(f"stage-*/{name}")
+    def _unused(self) -> set[str]:
+        """Keys that have changed nothing yet: a stage that ran out of memory at once may get other settings."""
+        begun = self._begun()
+        unused = {f"stage_{number}" for number in (1, 2, 3) if number not in begun}
+        if not begun:
+            unused |= {entry.name for entry in fields(Recipe)} - OF_SEEDING
+        if not (self.folder / "seeded").is_dir():
+            unused |= OF_SEEDING
+        return unused if (self.folder / "placed").is_dir() else unused | {"held_out", "measure_batches"}
+
+    def _begun(self) -> list[int]:
+        """Stages that have a model, or a checkpoint to go on from."""
+        stages = {n: self.folder / f"stage-{n}" for n in (1, 2, 3)}
+        return [
+            n
+            for n, folder in stages.items()
+            if (folder / "model").is_dir() or any(folder.glob(f"checkpoints/checkpoint-*/{WHOLE}"))
         ]
-        begun = {path.relative_to(self.folder).parts[0] for path in whole}
-        keys = [f"stage_{number}" for number in (1, 2, 3) if f"stage-{number}" not in begun]
-        return keys if (self.folder / "placed").is_dir() else [*keys, "held_out", "measure_batches"]
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -128,6 +149,8 @@ class Run:
         folder = self.folder / "seeded"
         if self._is_there(folder, "the seeded student"):
             return
+        if self.recipe.stages:
+            self.source.check()
         if self.main:
             self._tidy()
             # A measured placement starts from the linear model.
@@ -150,6 +173,7 @@ class Run:
         if self._is_there(folder / "model", f"stage {number}"):
             self._remove(folder / "checkpoints")
             return
+        self._check_order(number)
         before = self._before(number)
         rows = self.source.rows(number)
         args = training_arguments(recipe, number, folder / "checkpoints")
@@ -226,8 +250,10 @@ class Run:
         if self.main:
             device = PartialState().device
             student = self._load(before, torch.float32).to(device).eval()
-            batch_size = self.recipe.stage(3).per_device_batch_size
-            batches = self.source.held_out(self.recipe.measure_batches, batch_size, device)
+            # As many conversations whatever the device holds at once.
+            stage = self.recipe.stage(3)
+            passes = self.recipe.measure_batches * stage.batch_size // stage.per_device_batch_size
+            batches = self.source.held_out(passes, stage.per_device_batch_size, device)
             costs = layer_costs(self.teacher, student, list(batches))
             chosen = costliest(costs, self.recipe.num_attention)
             self._note("placement", {"kl_per_token": costs, "attention": chosen})
@@ -251,16 +277,15 @@ class Run:
         if self.main and not there:
             self._write(folder, last, [], self.name, None, getattr(torch, recipe.dtype), self._provenance())
             print(f"written to {folder}")
-        if self.main and recipe.evaluate and "scores" not in self._results():
+        if self.main and recipe.evaluate and self._results().get("scores", {}).get("questions") != recipe.evaluate:
             from mmmamba.examples.shapes.evaluate import evaluate
 
             scores = evaluate(folder, recipe.evaluate)
             self._note("scores", scores)
             kinds = ", ".join(f"{kind} {row['exact']:.1%}" for kind, row in scores["kinds"].items())
             print(f"held-out questions right: {scores['total']['exact']:.1%} ({kinds})")
-            config = MmMambaConfig.from_pretrained(folder)
-            card = model_card(self.name, config, provenance=self._provenance())
-            (folder / "README.md").write_text(card, encoding="utf-8")
+        if self.main:
+            self._write_card(folder)
 
     # --- pieces ------------------------------------------------------------------------------------------------------
 
@@ -322,6 +347,27 @@ class Run:
                 for key in specs:
                     writer.write(key, read(key))
             write_model_folder(folder, config, name, companions=self.teacher_folder, provenance=provenance)
+
+    def _write_card(self, folder: Path) -> None:
+        """A finished model's card, with what is known by now."""
+        card = model_card(self.name, MmMambaConfig.from_pretrained(folder), provenance=self._provenance())
+        file = folder / "README.md"
+        if not file.is_file() or file.read_text(encoding="utf-8") != card:
+            file.with_suffix(".new").write_text(card, encoding="utf-8")
+            file.with_suffix(".new").replace(file)
+            print(f"card written: {file}")
+
+    def _check_order(self, number: int) -> None:
+        """A stage that later ones did not wait for would be part of nothing that they end with."""
+        later = [f"stage-{n}" for n in self._begun() if n > number]
+        if (self.folder / "placed").is_dir() and number < 3:
+            later.insert(0, "placed")
+        if later:
+            names = " and ".join(later)
+            raise ValueError(
+                f"{names} of {self.folder} began without stage {number}; remove {names} to train it first, or give "
+                "another output=FOLDER."
+            )
 
     def _is_there(self, folder: Path, what: str) -> bool:
         """Whether a step is done already. Every process sees the same, as none goes on before all have looked."""
@@ -458,10 +504,7 @@ def run(args: argparse.Namespace) -> None:
     if args.cost is not None:
         if args.cost < 1:
             raise ValueError(f"--cost {args.cost} is no number of tokens per conversation; give 1 or more.")
-        config = teacher_config(recipe)
-        kept = recipe.num_attention or len(recipe.attention_layers or [])
-        mamba_layers = config.text_config.num_hidden_layers - kept
-        print(cost_table(costs(recipe, config, mamba_layers, args.cost), args.cost))
+        print(cost_table(costs(recipe, teacher_config(recipe), args.cost), args.cost))
         return
     folder = distill(recipe, args.only)
     if PartialState().is_main_process and (folder / "results.json").is_file():

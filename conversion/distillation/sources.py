@@ -13,7 +13,7 @@ from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
 from mmmamba.processing_mmmamba import MmMambaProcessor
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 
-from .data import open_data, pack, pad
+from .data import ConversationRows, check_entry, open_data, pack, pad
 from .recipe import Recipe
 
 
@@ -37,13 +37,24 @@ class Source:
             raise ValueError(
                 f"data={recipe.data} is more than the picture world; give `- shapes: train` alone (or `recall`)."
             )
+        for entry in [*(() if self.of_shapes else recipe.data), *(recipe.held_out or ())]:
+            check_entry(entry)
         if recipe.strategy == "measured" and recipe.held_out is None and not self.of_shapes:
             raise ValueError("strategy='measured' needs held_out in the recipe: data that no stage trains on.")
-        if recipe.strategy == "measured" and not self.of_shapes:
-            self._open_held_out()  # what is wrong with it should not be found out after two stages
+
+    def check(self) -> None:
+        """Opens all data once: what is wrong with them should not be found out after hours of training.
+
+        Raises:
+            ValueError, FileNotFoundError, ImportError: see `open_data`.
+        """
+        if not self.of_shapes:
+            if self.recipe.strategy == "measured":
+                self._open_held_out()
+            self.rows(1)
 
     def rows(self, stage: int) -> Dataset:
-        """Conversations for a stage; another order, or other pictures, for each."""
+        """Conversations for a stage; another order, or other pictures, for each. See `open_data` for errors."""
         recipe, seed = self.recipe, self.recipe.seed * 10 + stage
         if self.of_shapes:
             return self._shapes("train", 1 + seed, recipe.stage(stage).per_device_batch_size)
@@ -51,10 +62,10 @@ class Source:
 
     def size(self, rows: Dataset) -> int | None:
         """How many different conversations there are; None if they never end or nobody knows."""
-        return None if self.of_shapes or isinstance(rows, IterableDataset) else len(rows)
+        return rows.records if isinstance(rows, ConversationRows) else None
 
     def held_out(self, batches: int, batch_size: int, device: torch.device) -> Iterator[dict]:
-        """Batches of conversations that no stage trains on."""
+        """Batches of conversations that no stage trains on; other questions than the picture world's scores are of."""
         if self.of_shapes:
             rows = self._shapes("test", 10**6, batch_size)
         else:

@@ -14,11 +14,27 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.publish import check_model_folder
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
-from .folder import make_processor
-from .world import KINDS, Example, example
+from .folder import TOKENS_PER_TILE, make_processor
+from .world import KINDS, TILE, Example, example
+
+
+def check_of_shapes(folder: str | Path) -> None:
+    """Raises ValueError if a model folder was not made for the picture world: its answers would mean nothing."""
+    check_model_folder(folder)
+    config, tokenizer = MmMambaConfig.from_pretrained(folder), make_processor().tokenizer
+    vision = config.vision_config
+    found = (config.text_config.vocab_size, vision.image_size, vision.tokens_per_tile)
+    wanted = (len(tokenizer), TILE, TOKENS_PER_TILE)
+    if found != wanted:
+        raise ValueError(
+            f"{folder} was not made for the picture world: it has {found[0]} tokens and tiles of {found[1]} pixels in "
+            f"{found[2]} tokens, not {wanted[0]}, {wanted[1]} and {wanted[2]}; give a model that was seeded from the "
+            "picture world's teacher (evaluate=0 leaves it out of a recipe)."
+        )
 
 
 def answers(
@@ -68,7 +84,11 @@ def evaluate(folder: str | Path, num_questions: int = 2000, seed: int = 0, batch
     Returns:
         `{"questions": n, "total": row, "kinds": {kind: row}}` with rows of `share`, `exact`, `shuffled`, `majority`,
         all between 0 and 1.
+
+    Raises:
+        ValueError: if the folder is no model of the picture world.
     """
+    check_of_shapes(folder)
     dtype = torch.float32 if not torch.cuda.is_available() else torch.bfloat16
     model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
     if torch.cuda.is_available():
@@ -106,7 +126,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs `mmmamba evaluate`. Raises ValueError for what is no model folder."""
-    check_model_folder(args.model)
     if args.questions < 1:
         raise ValueError(f"--questions {args.questions} is no number of questions; give 1 or more.")
     result = evaluate(args.model, args.questions, args.seed)
