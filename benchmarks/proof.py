@@ -65,11 +65,11 @@ GROUPS: dict[str, dict[str, tuple[str, list[str]]]] = {
         for name in ("scratch", "inherited")
     },
     # What the teacher's distribution is worth beside the true answers, where the whole decoder trains. With a weight
-    # of 1,000 the labels are all that counts: AdamW and clipping take no notice of a loss's scale.
+    # of 1,000 the labels are all that counts; AdamW takes no notice of a loss's scale, and gradients are not clipped.
     "loss": {
         f"loss-{name}": (
             "shapes-linear",
-            [*short(*stages), "stage_3.trainable=decoder", f"stage_3.hard_weight={weight}"],
+            [*short(*stages), "clip=0", "stage_3.trainable=decoder", f"stage_3.hard_weight={weight}"],
         )
         for name, stages, weight in (
             ("kl", (1, 2, 3), 0),

@@ -318,27 +318,51 @@ def test_a_stage_after_those_that_should_have_waited_for_it_is_refused(tmp_path,
     distill(recipe, "seed")
     distill(recipe, "2")
     assert "WARNING: stage 2 starts from the seeded student, without stage 1" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"stage-2 of .* began without stage 1; remove stage-2 to train it first"):
+    with pytest.raises(ValueError, match=r"has no finished stage 1 but stage-2, made without it; remove stage-2 to"):
         distill(recipe)
     shutil.rmtree(tmp_path / "run" / "stage-2")
     distill(recipe)
     assert "WARNING" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "stage-3")
+    with pytest.raises(ValueError, match=r"has no finished stage 3 but model, made without it; remove model to"):
+        distill(recipe)
 
 
-def test_the_card_of_a_finished_run_follows_its_recipe(tmp_path, capsys):
+def test_data_of_a_run_that_goes_on_are_looked_at_before_it_trains(tmp_path, conversations):
+    options = [*SMALL, f"output={tmp_path / 'run'}", "strategy=measured", "num_attention=2"]
+    options += [f"{key}=[{{file: {conversations}}}]" for key in ("data", "held_out")]
+    distill(load_recipe("shapes-hybrid", options), "seed")
+    for key in ("data", "held_out"):
+        with pytest.raises(FileNotFoundError, match=r"nope.jsonl does not exist"):
+            distill(load_recipe("shapes-hybrid", [*options, f"{key}=[{{file: nope.jsonl}}]"]))
+
+
+def test_the_card_of_a_finished_run_follows_its_recipe(tmp_path, capsys, monkeypatch):
     options = [*SMALL, "stages=[1]", "stage_1.steps=2", "stage_1.decay=0", f"output={tmp_path / 'run'}"]
     distill(load_recipe("shapes-hybrid", options))
     card = tmp_path / "run" / "model" / "README.md"
     before, written = card.read_text(), (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
-    distill(load_recipe("shapes-hybrid", [*options, "evaluate=3", "base_model=someone/teacher", "name=Mine"]))
+    another = load_recipe("shapes-hybrid", [*options, "evaluate=3", "base_model=someone/teacher", "name=Mine"])
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mmmamba.conversion.distillation.run.Run._write_card", killed)
+        distill(another)
+    assert card.read_text() == before and "questions right" in capsys.readouterr().out
+    distill(another)
     text = card.read_text()
     assert "Mine" in text and "base_model: someone/teacher" in text and "3 held-out questions" in text
-    # As a kill between the scores and the card would leave it.
-    card.write_text(before)
-    capsys.readouterr()
-    distill(load_recipe("shapes-hybrid", [*options, "evaluate=3", "base_model=someone/teacher", "name=Mine"]))
-    assert card.read_text() == text and "questions right" not in capsys.readouterr().out
+    assert "questions right" not in capsys.readouterr().out
     assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == written
+    card.write_text(text + "My own words.")
+    distill(load_recipe("shapes-hybrid", [*options, "name=Other"]))
+    assert card.read_text() == text + "My own words." and "was edited and stays" in capsys.readouterr().out
+    # Another model has other scores.
+    shutil.rmtree(tmp_path / "run" / "model")
+    distill(load_recipe("shapes-hybrid", options))
+    assert "held-out questions" not in card.read_text()
 
 
 def test_a_folder_that_processes_do_not_share_is_refused(tmp_path, monkeypatch):
@@ -372,7 +396,7 @@ def test_a_measured_placement_keeps_the_costliest_layers(tmp_path, capsys):
     trained = load_file(tmp_path / "run" / "stage-2" / "model" / "model.safetensors")
     # Each layer's cost again, from a hybrid of its own and plain logits.
     source = Source(recipe, TEACHER)
-    batches = list(source.held_out(4, 2, torch.device("cpu")))
+    batches = list(source.held_out(4, 2))
     for layer, cost in enumerate(costs):
         config = copy.deepcopy(teacher.config)
         config.text_config.layer_types = ["full_attention"] * 6

@@ -207,12 +207,6 @@ def test_a_meta_file_lists_files(encoder, tmp_path, monkeypatch):
     rows = ConversationRows(encoder, records.open_files(tmp_path / "meta.json"))
     assert len(rows) == 3 + 5
     assert [len(rows[i]["pixel_values"]) for i in range(8)] == [1] * 3 + [0] * 5
-    picture(96, 48).save(tmp_path / "images" / "a.png")
-    tiles = []
-    for most in (1, 2):
-        (tmp_path / "meta.json").write_text(json.dumps({"one": entry | {"max_dynamic_patch": most}}))
-        tiles.append(len(ConversationRows(encoder, records.open_files(tmp_path / "meta.json"))[0]["pixel_values"]))
-    assert tiles == [1, 3]  # two, and a thumbnail
     for i, number in enumerate(range(0, 10, 2)):  # evenly spread
         same(rows[3 + i], encoder(numbered(10)[number]))
 
@@ -229,6 +223,20 @@ def test_a_meta_file_lists_files(encoder, tmp_path, monkeypatch):
     refused("one has no annotation", annotation=None)
     refused("names gone.jsonl, which is neither in", FileNotFoundError, annotation="gone.jsonl")
     refused("names gone, which is neither in", FileNotFoundError, root="gone")
+
+
+def test_a_meta_file_limits_tiles(encoder, tmp_path):
+    picture(96, 48).save(tmp_path / "a.png")
+    lines = [{"image": ["a.png"] * count, "conversations": turns("a", "b")} for count in (1, 2)]
+    write_lines(tmp_path / "lines.jsonl", lines)
+    tiles = []
+    for most in (1, 2, 4):
+        (tmp_path / "meta.json").write_text(
+            json.dumps({"one": {"annotation": "lines.jsonl", "max_dynamic_patch": most}})
+        )
+        rows = ConversationRows(encoder, records.open_files(tmp_path / "meta.json"))
+        tiles.append([len(rows[i]["pixel_values"]) for i in range(2)])
+    assert tiles == [[1, 2], [3, 2], [3, 6]]  # two and a thumbnail, where there are as many for each picture
 
 
 def test_the_same_numbers_give_the_same_rows_in_any_process(encoder, tmp_path):

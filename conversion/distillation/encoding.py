@@ -54,7 +54,8 @@ class ConversationEncoder:
         Args:
             record: Of any known format.
             root: Folder that image paths start at.
-            max_patches: Most tiles of a picture, thumbnail not counted; the image processor's own if not given.
+            max_patches: Most tiles of all its pictures together, thumbnails not counted, but at least one of each; if
+                not given, what the image processor allows for each.
 
         Returns:
             `input_ids` (length,) int64; `labels` (length,) int64, -100 but on the answers' tokens and the token that
@@ -71,7 +72,7 @@ class ConversationEncoder:
         )
         if pictures:
             try:
-                most = {} if max_patches is None else {"max_patches": max_patches}
+                most = {} if max_patches is None else {"max_patches": max(1, max_patches // len(pictures))}
                 vision = self.image_processor(pictures, return_tensors="pt", **most)
             except ValueError as error:
                 raise BadRow(f"its images cannot be cut into tiles ({reason_of(error)})") from None

@@ -30,34 +30,32 @@ def layer_costs(
     Returns:
         One value per layer.
     """
-    costs, device = [], teacher.device.type
+    device, layers = teacher.device, teacher.model.layers
     answers_only = all("labels" in batch for batch in batches)
     totals = torch.stack([totals_of(batch) for batch in batches]).sum(0)
-    inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-    truths = [teacher.model(**one, use_cache=False).last_hidden_state for one in inputs]
-    layers = teacher.model.layers
+
+    def rows_of(batch: dict[str, Tensor]) -> Tensor:
+        return teacher.model(
+            **{key: x for key, x in batch.items() if key != "labels"}, use_cache=False
+        ).last_hidden_state
+
+    def loss_of(batch: dict[str, Tensor], truth: Tensor) -> float:
+        batch, truth = {name: value.to(device) for name, value in batch.items()}, truth.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=teacher.dtype != student.dtype):
+            rows = rows_of(batch).to(truth.dtype)
+        heads = teacher.lm_head, teacher.lm_head
+        return float(distillation_loss(rows, truth, *heads, batch, totals, answers_only=answers_only))
+
+    # Only one batch at a time is on the device.
+    truths = [rows_of({name: value.to(device) for name, value in batch.items()}).cpu() for batch in batches]
+    costs = []
     for index in tqdm(range(len(layers)), desc="measuring layers", leave=False):
         original = layers[index]
-        replacement = student.model.layers[index]
-        layers[index] = replacement
+        layers[index] = student.model.layers[index]
         try:
-            with torch.autocast(device, torch.bfloat16, enabled=teacher.dtype != student.dtype):
-                rows = [teacher.model(**one, use_cache=False).last_hidden_state for one in inputs]
-            losses = [
-                distillation_loss(
-                    row.to(truth.dtype),
-                    truth,
-                    teacher.lm_head,
-                    teacher.lm_head,
-                    batch,
-                    totals,
-                    answers_only=answers_only,
-                )
-                for row, truth, batch in zip(rows, truths, batches, strict=True)
-            ]
+            costs.append(sum(loss_of(*one) for one in zip(batches, truths, strict=True)))
         finally:
             layers[index] = original
-        costs.append(float(torch.stack(losses).sum()))
     return costs
 
 

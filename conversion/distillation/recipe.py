@@ -265,12 +265,13 @@ def resolve(path: str) -> Path:
 class _Loader(yaml.SafeLoader):
     """YAML in which a key may stand only once."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(problem=f"the key {key} stands there twice")
-        return super().construct_mapping(node, deep)
+                raise yaml.composer.ComposerError(problem=f"the key {key} stands there twice")
+        return node
 
 
 def _parse(text: str, where: str):

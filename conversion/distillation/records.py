@@ -181,7 +181,7 @@ class RecordFile:
     Args:
         file: JSON Lines (`.jsonl`), or `.json` with a list or lines.
         root: Folder of the images; the file's own if not given.
-        max_patches: Most tiles of its pictures; the image processor's own if not given.
+        max_patches: Most tiles of a record's pictures, see `ConversationEncoder`.
 
     Raises:
         FileNotFoundError: if file or root is missing.
@@ -306,8 +306,8 @@ def open_files(file: str | Path, root: str | Path | None = None, repeat: float =
     """Opens a file of records, or every file that an InternVL meta file lists.
 
     Paths in a meta file start at its own folder or, if there is nothing of that name, where the command runs. Of a
-    meta file's keys `max_dynamic_patch` is the most tiles of a picture; `data_augment` and `length` are ignored:
-    pictures are never augmented, and records are counted.
+    meta file's keys `max_dynamic_patch` is the most tiles of a record, which its pictures share, as they do there;
+    `data_augment` and `length` are ignored: pictures are never augmented, and records are counted.
 
     Args:
         file: `.jsonl` or `.json`.

@@ -13,11 +13,14 @@ A stage that met conversations it could not read lists them in its bad_rows.json
 import argparse
 import copy
 import gc
+import hashlib
 import json
+import os
 import re
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -111,12 +114,12 @@ class Run:
                 )
         elif self.folder.is_dir() and any(entry.name != "recipe.new" for entry in self.folder.iterdir()):
             raise FileExistsError(f"{self.folder} exists and is no run; give another output=FOLDER.")
-        PartialState().wait_for_everyone()
+        self._meet()
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             dump_recipe(self.recipe, file.with_suffix(".new"))
             file.with_suffix(".new").replace(file)
-        PartialState().wait_for_everyone()
+        self._meet()
         if not all(gather_object([file.is_file()])):
             raise FileNotFoundError(
                 f"Not every process sees {file}, which the first one wrote; give an output=FOLDER that all machines "
@@ -125,22 +128,24 @@ class Run:
 
     def _unused(self) -> set[str]:
         """Keys that have changed nothing yet: a stage that ran out of memory at once may get other settings."""
+        there = {name for name in ("seeded", "placed", "model") if (self.folder / name).is_dir()}
         begun = self._begun()
+        if "model" in there:
+            return set()
+        if not begun and "placed" not in there:
+            every = {entry.name for entry in fields(Recipe)}
+            return every - OF_SEEDING if "seeded" in there else every
         unused = {f"stage_{number}" for number in (1, 2, 3) if number not in begun}
-        if not begun:
-            unused |= {entry.name for entry in fields(Recipe)} - OF_SEEDING
-        if not (self.folder / "seeded").is_dir():
-            unused |= OF_SEEDING
-        return unused if (self.folder / "placed").is_dir() else unused | {"held_out", "measure_batches"}
+        return unused if "placed" in there else unused | {"held_out", "measure_batches"}
 
     def _begun(self) -> list[int]:
         """Stages that have a model, or a checkpoint to go on from."""
-        stages = {n: self.folder / f"stage-{n}" for n in (1, 2, 3)}
-        return [
-            n
-            for n, folder in stages.items()
-            if (folder / "model").is_dir() or any(folder.glob(f"checkpoints/checkpoint-*/{WHOLE}"))
-        ]
+        checkpoint = f"checkpoints/checkpoint-*/{WHOLE}"
+        return [n for n in (1, 2, 3) if self.is_finished(n) or any(self.folder.glob(f"stage-{n}/{checkpoint}"))]
+
+    def is_finished(self, number: int) -> bool:
+        """Whether stage 1, 2 or 3 has its model."""
+        return (self.folder / f"stage-{number}" / "model").is_dir()
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -149,8 +154,6 @@ class Run:
         folder = self.folder / "seeded"
         if self._is_there(folder, "the seeded student"):
             return
-        if self.recipe.stages:
-            self.source.check()
         if self.main:
             self._tidy()
             # A measured placement starts from the linear model.
@@ -162,7 +165,7 @@ class Run:
                 initialization=self.recipe.initialization,
                 progress=True,
             )
-        PartialState().wait_for_everyone()
+        self._meet()
 
     def train(self, number: int) -> None:
         """Runs stage 1, 2 or 3, or goes on with it, and makes `stage-N/`."""
@@ -201,7 +204,11 @@ class Run:
         if self.main:
             print(f"stage {number}: {share}")
         checkpoint = last_checkpoint(folder / "checkpoints")
-        if checkpoint:
+        if checkpoint is None:
+            # Of a start that came to nothing, perhaps with other data.
+            self._remove(folder / "logs", folder / "bad_rows.jsonl")
+            self._meet()
+        else:
             self._check_resume(number, checkpoint, args, isinstance(rows, IterableDataset))
         bad_rows = BadRows(
             recipe.bad_share,
@@ -238,7 +245,7 @@ class Run:
             self._remove(folder / "checkpoints")
         del trainer, distiller, student, state
         gc.collect()
-        PartialState().wait_for_everyone()
+        self._meet()
 
     def place(self) -> None:
         """Measures what each layer's replacement costs and makes `placed/` with the costliest as attention."""
@@ -248,22 +255,22 @@ class Run:
         before = self._before(3, placed=False)
         self._load_teacher()
         if self.main:
-            device = PartialState().device
-            student = self._load(before, torch.float32).to(device).eval()
+            student = self._load(before, torch.float32).to(PartialState().device).eval()
             # As many conversations whatever the device holds at once.
             stage = self.recipe.stage(3)
             passes = self.recipe.measure_batches * stage.batch_size // stage.per_device_batch_size
-            batches = self.source.held_out(passes, stage.per_device_batch_size, device)
+            batches = self.source.held_out(passes, stage.per_device_batch_size)
             costs = layer_costs(self.teacher, student, list(batches))
             chosen = costliest(costs, self.recipe.num_attention)
-            self._note("placement", {"kl_per_token": costs, "attention": chosen})
+            conversations = passes * stage.per_device_batch_size
+            self._note("placement", {"kl_per_token": costs, "conversations": conversations, "attention": chosen})
             print(f"placement: layers {', '.join(map(str, chosen))} cost most and stay attention")
             config = copy.deepcopy(self.config)
             config.text_config.layer_types = [
                 "full_attention" if layer in chosen else "linear_attention" for layer in range(len(costs))
             ]
             self._write(folder, self.teacher_folder, [ShardReader(before)], f"{self.name}-placed", config)
-        PartialState().wait_for_everyone()
+        self._meet()
 
     def export(self) -> None:
         """Makes `model/`: the last stage's student in the wanted dtype, scored, with its card."""
@@ -275,9 +282,11 @@ class Run:
                 f"{last.parent.name} of {self.folder} is not finished, so there is nothing to export yet."
             )
         if self.main and not there:
+            for key in ("scores", "card"):  # of another model
+                self._note(key, None)
             self._write(folder, last, [], self.name, None, getattr(torch, recipe.dtype), self._provenance())
             print(f"written to {folder}")
-        if self.main and recipe.evaluate and self._results().get("scores", {}).get("questions") != recipe.evaluate:
+        if self.main and recipe.evaluate not in (0, self._results().get("scores", {}).get("questions")):
             from mmmamba.examples.shapes.evaluate import evaluate
 
             scores = evaluate(folder, recipe.evaluate)
@@ -349,37 +358,54 @@ class Run:
             write_model_folder(folder, config, name, companions=self.teacher_folder, provenance=provenance)
 
     def _write_card(self, folder: Path) -> None:
-        """A finished model's card, with what is known by now."""
+        """A finished model's card, with what is known by now; one that somebody edited stays."""
         card = model_card(self.name, MmMambaConfig.from_pretrained(folder), provenance=self._provenance())
         file = folder / "README.md"
-        if not file.is_file() or file.read_text(encoding="utf-8") != card:
+        found = file.read_text(encoding="utf-8") if file.is_file() else None
+        if found != card and found is not None and self._results().get("card", _digest(found)) != _digest(found):
+            print(f"{file} was edited and stays as it is")
+            return
+        if found != card:
             file.with_suffix(".new").write_text(card, encoding="utf-8")
             file.with_suffix(".new").replace(file)
-            print(f"card written: {file}")
+        self._note("card", _digest(card))
 
     def _check_order(self, number: int) -> None:
         """A stage that later ones did not wait for would be part of nothing that they end with."""
         later = [f"stage-{n}" for n in self._begun() if n > number]
-        if (self.folder / "placed").is_dir() and number < 3:
-            later.insert(0, "placed")
+        if number == 3:
+            later += ["model"] if (self.folder / "model").is_dir() else []
+        else:
+            later += [name for name in ("placed", "model") if (self.folder / name).is_dir()]
         if later:
-            names = " and ".join(later)
+            names = ", ".join(later)
             raise ValueError(
-                f"{names} of {self.folder} began without stage {number}; remove {names} to train it first, or give "
-                "another output=FOLDER."
+                f"{self.folder} has no finished stage {number} but {names}, made without it; remove {names} to train "
+                f"it first, or go on with later steps one by one (--only)."
             )
 
     def _is_there(self, folder: Path, what: str) -> bool:
         """Whether a step is done already. Every process sees the same, as none goes on before all have looked."""
         there = folder.is_dir()
-        PartialState().wait_for_everyone()
+        self._meet()
         if there and self.main:
             print(f"{what} is there: {folder}")
         return there
 
-    def _remove(self, folder: Path) -> None:
-        if self.main:
-            shutil.rmtree(folder, ignore_errors=True)
+    def _remove(self, *paths: Path) -> None:
+        for path in paths if self.main else ():
+            if path.is_file():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _meet(self) -> None:
+        """Waits for all processes, and sees what they have written: NFS looks again only when a folder is opened."""
+        PartialState().wait_for_everyone()
+        folder = self.folder.absolute()
+        for one in (*reversed(folder.parents), folder, *folder.glob("stage-*")):
+            with suppress(OSError):
+                os.scandir(one).close()
 
     def _tidy(self) -> None:
         """Removes what a killed run left of a folder that it was writing."""
@@ -406,8 +432,10 @@ class Run:
         return read_json(file) if file.is_file() else {}
 
     def _note(self, key: str, value) -> None:
+        """Writes down a result; None takes it back."""
         file = self.folder / "results.json"
-        write_json(file.with_suffix(".new"), self._results() | {key: value})
+        results = {name: one for name, one in (self._results() | {key: value}).items() if one is not None}
+        write_json(file.with_suffix(".new"), results)
         file.with_suffix(".new").replace(file)  # whole at every moment
 
     def _provenance(self) -> Provenance:
@@ -443,6 +471,10 @@ def _named(entry: dict) -> list[str]:
     return [str(entry["file"])] if "file" in entry else local_files(entry)
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def teacher_config(recipe: Recipe) -> MmMambaConfig:
     """The teacher's configuration. Raises ValueError if it is no model folder of this package."""
     check_model_folder(resolve(recipe.teacher))
@@ -476,9 +508,12 @@ def distill(recipe: Recipe, only: str | None = None) -> Path:
         ValueError: for whatever is wrong with the recipe, the teacher, the data or the folder, in one sentence.
     """
     run = Run(recipe)
+    numbers = recipe.stages if only is None else [int(only)] if only in ("1", "2", "3") else []
+    if not all(run.is_finished(number) for number in numbers):
+        run.source.check()
     if only in (None, "seed"):
         run.seed()
-    for number in recipe.stages if only is None else [int(only)] if only in ("1", "2", "3") else []:
+    for number in numbers:
         if number == 3 and recipe.strategy == "measured":
             run.place()
         run.train(number)

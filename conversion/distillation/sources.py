@@ -64,7 +64,7 @@ class Source:
         """How many different conversations there are; None if they never end or nobody knows."""
         return rows.records if isinstance(rows, ConversationRows) else None
 
-    def held_out(self, batches: int, batch_size: int, device: torch.device) -> Iterator[dict]:
+    def held_out(self, batches: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of conversations that no stage trains on; other questions than the picture world's scores are of."""
         if self.of_shapes:
             rows = self._shapes("test", 10**6, batch_size)
@@ -73,7 +73,7 @@ class Source:
         each = iter(rows) if isinstance(rows, IterableDataset) else (rows[i % len(rows)] for i in count())
         for _ in range(batches):
             batch = self.collate(list(islice(each, batch_size)))
-            yield {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+            yield {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
     def _open_held_out(self) -> Dataset:
         return open_data(self.recipe.held_out, self.processor, max_tokens=self.recipe.max_tokens, seed=0)
