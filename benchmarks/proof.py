@@ -64,20 +64,6 @@ GROUPS: dict[str, dict[str, tuple[str, list[str]]]] = {
         f"initialization-{name}": ("shapes-linear", [*short(1, 2, 3), f"initialization={name}"])
         for name in ("scratch", "inherited")
     },
-    # What the teacher's distribution is worth beside the true answers, where the whole decoder trains. With a weight
-    # of 1,000 the labels are all that counts; AdamW takes no notice of a loss's scale, and gradients are not clipped.
-    "loss": {
-        f"loss-{name}": (
-            "shapes-linear",
-            [*short(*stages), "clip=0", "stage_3.trainable=decoder", f"stage_3.hard_weight={weight}"],
-        )
-        for name, stages, weight in (
-            ("kl", (1, 2, 3), 0),
-            ("both", (1, 2, 3), 0.5),
-            ("labels", (1, 2, 3), 1000),
-            ("labels-alone", (3,), 1000),
-        )
-    },
     # Proof 3, tables 5 and 6.
     "placement": {
         f"placement-{strategy}": ("shapes-hybrid", [*short(1, 2, 3), f"strategy={strategy}"])
@@ -95,12 +81,6 @@ TABLES = {
         "scratch": "initialization-scratch",
         "inherited": "initialization-inherited",
         "inherited + mimic": "stages-123",
-    },
-    "loss of stage 3": {
-        "KL divergence": "loss-kl",
-        "and labels (the recipe's)": "loss-both",
-        "labels": "loss-labels",
-        "labels, without stages 1 and 2": "loss-labels-alone",
     },
     "placement of two": {name.removeprefix("placement-"): name for name in GROUPS["placement"]},
     "attention layers": {
