@@ -258,11 +258,11 @@ class Run:
             student = self._load(before, torch.float32).to(PartialState().device).eval()
             # As many conversations whatever the device holds at once.
             stage = self.recipe.stage(3)
-            passes = self.recipe.measure_batches * stage.batch_size // stage.per_device_batch_size
-            batches = self.source.held_out(passes, stage.per_device_batch_size)
+            conversations = self.recipe.measure_batches * stage.batch_size
+            at_once = stage.per_device_batch_size
+            batches = self.source.held_out(conversations // at_once, at_once)
             costs = layer_costs(self.teacher, student, list(batches))
             chosen = costliest(costs, self.recipe.num_attention)
-            conversations = passes * stage.per_device_batch_size
             self._note("placement", {"kl_per_token": costs, "conversations": conversations, "attention": chosen})
             print(f"placement: layers {', '.join(map(str, chosen))} cost most and stay attention")
             config = copy.deepcopy(self.config)
@@ -361,11 +361,11 @@ class Run:
         """A finished model's card, with what is known by now; one that somebody edited stays."""
         card = model_card(self.name, MmMambaConfig.from_pretrained(folder), provenance=self._provenance())
         file = folder / "README.md"
-        found = file.read_text(encoding="utf-8") if file.is_file() else None
-        if found != card and found is not None and self._results().get("card", _digest(found)) != _digest(found):
+        found = file.read_text(encoding="utf-8") if file.is_file() else card
+        if found != card and self._results().get("card", _digest(found)) != _digest(found):
             print(f"{file} was edited and stays as it is")
             return
-        if found != card:
+        if found != card or not file.is_file():
             file.with_suffix(".new").write_text(card, encoding="utf-8")
             file.with_suffix(".new").replace(file)
         self._note("card", _digest(card))
@@ -373,15 +373,13 @@ class Run:
     def _check_order(self, number: int) -> None:
         """A stage that later ones did not wait for would be part of nothing that they end with."""
         later = [f"stage-{n}" for n in self._begun() if n > number]
-        if number == 3:
-            later += ["model"] if (self.folder / "model").is_dir() else []
-        else:
-            later += [name for name in ("placed", "model") if (self.folder / name).is_dir()]
+        after = ("model",) if number == 3 else ("placed", "model")
+        later += [name for name in after if (self.folder / name).is_dir()]
         if later:
             names = ", ".join(later)
             raise ValueError(
                 f"{self.folder} has no finished stage {number} but {names}, made without it; remove {names} to train "
-                f"it first, or go on with later steps one by one (--only)."
+                "it first, or go on with later steps one by one (--only)."
             )
 
     def _is_there(self, folder: Path, what: str) -> bool:

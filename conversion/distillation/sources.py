@@ -65,7 +65,7 @@ class Source:
         return rows.records if isinstance(rows, ConversationRows) else None
 
     def held_out(self, batches: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of conversations that no stage trains on; other questions than the picture world's scores are of."""
+        """Batches of conversations that no stage trains on and, in the picture world, no score is of."""
         if self.of_shapes:
             rows = self._shapes("test", 10**6, batch_size)
         else:
