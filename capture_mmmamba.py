@@ -1,46 +1,40 @@
 """Decoding without launch overhead: one step of a model, recorded once as a CUDA graph and replayed for every token.
 
-`generate` asks a model for a compiled forward function; `Decoder` is that. Its first step fixes the sizes of the cache
-(keys and values get room for the longest answer; the states of Mamba-2 layers never change their size), and records.
-Length lives on the device, so one recording serves all steps. Recording costs two ordinary steps for each call of
-`generate`, and what CUDA keeps of freed memory. Where it fails, steps run as they do anywhere else.
+Within a call of `generate` the first single step records. It fixes the length of keys and values to the longest answer
+(the states of Mamba-2 layers never change their size); how much of them is filled lives on the device, so one
+recording serves all steps. Recording costs two ordinary steps and what CUDA keeps of freed memory. Where it fails,
+steps run as they do anywhere else, and a warning says why.
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from functools import partial
 from threading import Lock
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer, StaticLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import logging
 
-from .ssm_mmmamba import find
+from .backends_mmmamba import find
+from .cache_mmmamba import CACHE, MmMambaCache
 
 
-logger = logging.get_logger(__name__)
 FEWEST_STEPS = 8  # an answer that is sure to be shorter is not worth a recording
-OUTPUTS = ("output_hidden_states", "output_attentions")  # what a recorded step does not give
 _recording = Lock()
 
 
-def recordable(model, cache: Cache | None) -> bool:
+def recordable(model, cache: MmMambaCache | None) -> bool:
     """Whether steps of this model with this cache can be recorded: on one CUDA device, unquantised, unsharded."""
-    if model.device.type != "cuda" or torch.version.cuda is None or cache is None:
+    if cache is None or model.device.type != "cuda" or torch.version.cuda is None:
         return False
     if getattr(model, "hf_quantizer", None) is not None:
         return False
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False
-    if not all(cache.is_linear) and find("triton")[0] is None:  # attention of a recorded step
+    if cache.attention_layers and find("triton")[0] is None:  # it runs the attention of a recorded step
         return False
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return False
-    grows = all(type(layer) is LinearAttentionLayer or isinstance(layer, DynamicLayer) for layer in cache.layers)
-    return grows and hasattr(cache, "seen_tokens") and not getattr(cache, "offloading", False)
+    return cache.can_be_fixed
 
 
 def record(run: Callable[[], Tensor], undo: Callable[[], None], device: torch.device) -> tuple[Callable, Tensor]:
@@ -66,12 +60,36 @@ def record(run: Callable[[], Tensor], undo: Callable[[], None], device: torch.de
     return graph.replay, result
 
 
-class Step:
-    """One recorded step of a model with one cache, for a batch that has been read.
+def attention_of_one_token(
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    length: Tensor,
+    **_,
+) -> tuple[Tensor, None]:
+    """An attention function in Transformers' form for one token and keys and values of fixed length.
+
+    Args:
+        query: (batch, heads, 1, head_dim).
+        key, value: (batch, key/value heads, capacity, head_dim).
+        attention_mask: (batch, 1, 1, capacity), bool; or None.
+        length: (1,), int32: tokens there are, the one at hand included.
+    """
+    from .attention_mmmamba import attend
+
+    mask = None if attention_mask is None else attention_mask[:, 0, 0]
+    return attend(query[:, :, 0].contiguous(), key, value, mask, length, scaling)[:, None], None
+
+
+class RecordedStep:
+    """One step of a model with one cache, for a batch that has been read, as a function of token ids.
 
     Args:
         model: With `lm_head`.
-        cache: Which has read a prompt; its key/value layers get fixed sizes until `release`.
+        cache: Which has read a prompt; its keys and values have a fixed length until `release`.
         attention_mask: (batch, length), 1 for what may be seen, the token to come included; None if that is all.
         rows: Of the batch.
         capacity: Tokens that keys and values have room for.
@@ -81,50 +99,33 @@ class Step:
     def __init__(
         self,
         model,
-        cache: Cache,
+        cache: MmMambaCache,
         attention_mask: Tensor | None,
         rows: int,
         capacity: int,
         position_ids: Tensor | None = None,
     ):
-        self.model, self.cache = model, cache
-        device, self.read = model.device, cache.get_seq_length()
-        self.attends = [index for index, linear in enumerate(cache.is_linear) if not linear]
-        self.capacity = capacity
+        self.model, self.cache, self.capacity = model, cache, capacity
+        device, read = model.device, cache.get_seq_length()
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         if position_ids is None:
-            position_ids = torch.full((rows, 1), self.read, device=device)
+            position_ids = torch.full((rows, 1), read, device=device)
             if attention_mask is not None:
                 position_ids = attention_mask.long().sum(1, keepdim=True) - 1
         self.positions = position_ids[..., -1:].expand(rows, 1) - 1  # every step begins by counting on
-        self.length = torch.full((1,), self.read, dtype=torch.int32, device=device)
+        self.length = torch.full((1,), read, dtype=torch.int32, device=device)
         self.mask = None
-        if self.attends and attention_mask is not None and not attention_mask.all():
+        if cache.attention_layers and attention_mask is not None and not attention_mask.all():
             self.mask = torch.ones(rows, 1, 1, capacity, dtype=torch.bool, device=device)
             self.mask[:, 0, 0, : attention_mask.shape[1]] = attention_mask.bool()
-        self.grown = {}
-        try:
-            self._fix()
-            self.replay, self.logits = self._record()
-        except BaseException:
-            self.release()
-            raise
-
-    def _fix(self) -> None:
-        for index in self.attends:
-            grown, fixed = self.cache.layers[index], StaticLayer(max_cache_len=self.capacity)
-            fixed.update(grown.keys, grown.values)
-            self.cache.layers[index], self.grown[index] = fixed, grown
-            grown.keys = grown.values = grown.room = None  # keys and values are in memory once
+        with ExitStack() as stack:
+            changing = [*stack.enter_context(cache.fixed_length(capacity)), self.positions, self.length]
+            self.replay, self.logits = self._record(changing)
+            self._fixed = stack.pop_all()
 
     def release(self) -> None:
-        """Gives the cache back layers that grow, with what was read."""
-        for index, grown in self.grown.items():
-            fixed = self.cache.layers[index]
-            if isinstance(fixed, StaticLayer):
-                grown.room = [fixed.keys, fixed.values]
-                grown.keys, grown.values = (x[:, :, : self.read] for x in grown.room)
-                self.cache.layers[index] = grown
+        """Gives the cache back keys and values that grow, with what was read."""
+        self._fixed.close()
 
     def _run(self) -> Tensor:
         self.positions.add_(1)
@@ -133,22 +134,18 @@ class Step:
             input_ids=self.ids,
             position_ids=self.positions,
             attention_mask={"full_attention": self.mask, "linear_attention": None},
-            past_key_values=self.cache,
             use_cache=True,
-            decode_length=self.length,
+            attention_function=partial(attention_of_one_token, length=self.length),
+            **{CACHE: self.cache},
         ).logits
 
-    def _record(self):
-        linear = [x for x, is_linear in zip(self.cache.layers, self.cache.is_linear, strict=True) if is_linear]
-        changing = [state for layer in linear for state in (layer.conv_states[0], layer.recurrent_states[0])]
-        changing += [self.cache.layers[index].cumulative_length for index in self.attends]
-        changing += [self.positions, self.length]
-        kept = [state.clone() for state in changing]
+    def _record(self, changing: list[Tensor]) -> tuple[Callable, Tensor]:
+        before, read = [tensor.clone() for tensor in changing], self.cache.get_seq_length()
 
         def undo():
-            for state, before in zip(changing, kept, strict=True):
-                state.copy_(before)
-            self.cache.seen_tokens = self.read
+            for tensor, old in zip(changing, before, strict=True):
+                tensor.copy_(old)
+            self.cache.advance(read - self.cache.get_seq_length())
 
         try:
             return record(self._run, undo, self.model.device)
@@ -156,81 +153,14 @@ class Step:
             undo()
             raise
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for another token."""
+        return self.cache.get_seq_length() >= self.capacity
+
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Args: input_ids (batch, 1). Returns logits (batch, 1, vocabulary), overwritten by the next step."""
         self.ids.copy_(input_ids)
         self.replay()
-        self.read += 1
-        self.cache.seen_tokens = self.read
+        self.cache.advance(1)
         return self.logits
-
-
-class Decoder:
-    """The forward function of one call of `generate`: records the first single step, replays it for the others."""
-
-    def __init__(self, model, call: "_Call"):
-        self.model, self.call = model, call
-        self.step: Step | None = None
-        self.failed = False
-
-    def __call__(self, **inputs):
-        cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
-        plain = ids is None or ids.shape[1] != 1 or any(inputs.get(name) for name in OUTPUTS)
-        if self.step is None and not plain and not self.failed and self.call.steps >= FEWEST_STEPS:
-            self._start(cache, inputs, len(ids))
-        if plain or self.step is None:
-            return self.model(**inputs)
-        return CausalLMOutputWithPast(logits=self.step(ids), past_key_values=cache)
-
-    def _start(self, cache: Cache, inputs: dict, rows: int) -> None:
-        mask = inputs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) else None
-        capacity = cache.get_seq_length() + self.call.steps
-        try:
-            self.step = Step(self.model, cache, mask, rows, capacity, inputs.get("position_ids"))
-        except Exception as error:  # a recording is never worth an answer; Triton and drivers raise many kinds
-            self.failed = True
-            logger.info("decoding goes on without a recorded step: %s", error)
-        else:
-            self.call.started.append(self.step)
-
-
-@dataclass
-class _Call:
-    """A call of `generate` under way: how many steps may follow the prompt, and what was recorded for it."""
-
-    steps: int = 0
-    started: list[Step] = field(default_factory=list)
-
-
-_call: ContextVar[_Call | None] = ContextVar("call", default=None)
-
-
-@contextmanager
-def recordings():
-    """Around a call of `generate`: whatever happens, its cache is as others know it afterwards."""
-    call = _Call()
-    token = _call.set(call)
-    try:
-        yield
-    finally:
-        _call.reset(token)
-        for step in call.started:
-            step.release()
-
-
-def steps_follow(steps: int) -> None:
-    """Says that so many tokens at most will follow the prompt that is about to be read."""
-    if (call := _call.get()) is not None:
-        call.steps = steps
-
-
-def recording_wanted(model, cache: Cache | None, generation_config) -> bool:
-    """Whether `generate` should ask for a `Decoder`."""
-    plain = generation_config.disable_compile or generation_config.num_beams > 1 or not recordable(model, cache)
-    return not plain and _call.get() is not None
-
-
-def decoder(model) -> Decoder:
-    """What `recording_wanted` promised."""
-    return Decoder(model, _call.get())

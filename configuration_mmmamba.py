@@ -105,7 +105,7 @@ class MmMambaTextConfig(PreTrainedConfig):
 
     model_type = "mmmamba_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     vocab_size: int = 92553
     hidden_size: int = 2048
@@ -203,7 +203,7 @@ class MmMambaConfig(PreTrainedConfig):
 
     model_type = "mmmamba"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": MmMambaTextConfig, "vision_config": MmMambaVisionConfig}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

@@ -8,7 +8,7 @@ from tiny_models import tiny_model, token_ids
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from mmmamba.modeling_mmmamba import MmMambaCache, MmMambaKeyValueLayer, MmMambaStaticCache
+from mmmamba.cache_mmmamba import CACHE, MmMambaCache, MmMambaKeyValueLayer
 
 
 STEPS = 6
@@ -106,7 +106,8 @@ def test_prefill_in_pieces(model, size):
 def test_static_cache(model, options):
     expected_tokens, expected, _ = generate(model, batch(), **options)
     tokens, logits, output = generate(model, batch(), cache_implementation="static", disable_compile=True, **options)
-    assert isinstance(output.past_key_values, MmMambaStaticCache)
+    capacity = batch()["input_ids"].shape[1] + STEPS
+    assert all(output[CACHE].keys(i).shape[2] == capacity for i in output[CACHE].attention_layers)
     assert tokens.tolist() == expected_tokens.tolist()
     close(logits, expected)
 
@@ -114,9 +115,9 @@ def test_static_cache(model, options):
 def test_the_callers_own_cache_is_filled(model):
     cache = MmMambaCache(config=model.config.text_config)
     expected, _, _ = generate(model, batch())
-    tokens, _, output = generate(model, batch(), past_key_values=cache)
+    tokens, _, output = generate(model, batch(), **{CACHE: cache})
     assert tokens.tolist() == expected.tolist()
-    assert output.past_key_values is cache
+    assert output[CACHE] is cache
     assert cache.get_seq_length() == batch()["input_ids"].shape[1] + STEPS - 1
 
 
@@ -127,7 +128,7 @@ def test_a_second_turn_continues_from_the_first_ones_cache(model):
         turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         pictures = {"pixel_values": row["pixel_values"]} if "pixel_values" in row else {}
         expected_tokens, expected, _ = generate(model, turn | pictures)
-        tokens, logits, _ = generate(model, turn, past_key_values=first.past_key_values)
+        tokens, logits, _ = generate(model, turn, **{CACHE: first[CACHE]})
         assert tokens.tolist() == expected_tokens.tolist()
         close(logits, expected)
 
@@ -171,7 +172,7 @@ def test_memory_of_a_linear_model_does_not_grow():
     model = tiny_model("linear")
     sizes = []
     for length in (10, 500):
-        cache = model(prompt(length, seed=7), use_cache=True).past_key_values
+        cache = model(prompt(length, seed=7), use_cache=True)[CACHE]
         sizes.append([(layer.conv_states[0].shape, layer.recurrent_states[0].shape) for layer in cache.layers])
     assert sizes[0] == sizes[1]
 
@@ -184,6 +185,7 @@ def test_too_few_pictures_are_refused_in_words(model, beams):
         generate(model, inputs, num_beams=beams)
 
 
+@torch.no_grad()
 def test_keys_and_values_grow_in_place_whatever_others_do_to_them():
     """As Transformers' own layer over random updates, with cropping, reordering and a copy in between."""
     torch.manual_seed(0)
@@ -209,7 +211,7 @@ def test_training_may_fill_a_cache(model):
     ids = prompt(6, seed=3)
     model = copy.deepcopy(model).requires_grad_()
     cache = model.new_cache()
-    if cache.has_attention and not any(cache.is_linear):
-        model(ids, past_key_values=cache)
-    model(ids, past_key_values=cache).logits.sum().backward()
+    if True:
+        model(ids, **{CACHE: cache})
+    model(ids, **{CACHE: cache}).logits.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.model.layers.parameters())

@@ -1,0 +1,388 @@
+"""Generation: `generate` of Transformers around this package's own way to read a prompt.
+
+A prompt of any kind (token ids or embeddings, padded or not, with pictures, continuing a cache) is read here and only
+here, in pieces, before Transformers' loop begins; the loop's first step gets the last token. So neither peak memory
+nor a version's own idea of chunked prefill depends on the prompt. Of Transformers only public hooks are touched:
+`generate`, `prepare_inputs_for_generation` and `forward`.
+"""
+
+import copy
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
+
+from .cache_mmmamba import CACHE, MmMambaCache
+from .capture_mmmamba import FEWEST_STEPS, RecordedStep, recordable
+
+
+logger = logging.get_logger(__name__)
+TILES_AT_ONCE = 16  # encoded together
+CACHES = {  # by `cache_implementation`: arguments of `MmMambaCache`
+    None: {},
+    "dynamic": {},
+    "offloaded": {"offloading": True},
+    "static": {"static": True},
+    "offloaded_static": {"static": True, "offloading": True},
+}
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # in one or the other version of Transformers
+WHOLE_PROMPT = ("output_hidden_states", "output_attentions", "token_healing")  # want all of it in the first step
+
+
+class PromptImages:
+    """The picture rows of a prompt, encoded as they are needed.
+
+    Args:
+        model: Encodes tiles with `get_image_features`.
+        places: (batch, length), where image tokens stand.
+        pixel_values: (tiles, channels, height, width), for these places in order over the flattened batch.
+        rows: (..., hidden) instead, encoded already.
+
+    Raises:
+        ValueError: if places and rows differ in number.
+    """
+
+    def __init__(self, model, places: Tensor, pixel_values: Tensor | None = None, rows: Tensor | None = None):
+        self.model, self.batch_size = model, len(places)
+        self.index = (places.flatten().cumsum(0).view_as(places) - 1).masked_fill(~places, -1)
+        self.dropped = 0
+        self.tiles = iter(() if rows is not None else pixel_values.split(TILES_AT_ONCE))
+        self.rows = next(self._encoded()) if rows is None else rows.reshape(-1, rows.shape[-1])
+        there = len(self.rows)
+        if rows is None:
+            there = there // min(TILES_AT_ONCE, len(pixel_values)) * len(pixel_values)
+        if int(places.sum()) != there:
+            raise ValueError(
+                f"The prompt has {int(places.sum())} image tokens but the pictures give {there} rows; use the "
+                "processor, or repeat <IMG_CONTEXT> once per row of every tile."
+            )
+
+    def _encoded(self):
+        for tiles in self.tiles:
+            yield self.model.get_image_features(tiles).pooler_output.flatten(0, 1)
+
+    def within(self, start: int, stop: int, repeats: int = 1, drop: bool = False) -> dict | None:
+        """Rows for the tokens from `start` to `stop`, as the argument `mm_encoder_outputs`; None if there are none.
+
+        Args:
+            repeats: How often each row of the batch stands in the batch at hand.
+            drop: Whether what was read is not asked for again.
+        """
+        index = self.index[:, start:stop].repeat_interleave(repeats, dim=0)
+        index = index[index >= 0]
+        if not len(index):
+            return None
+        last = int(index.max())
+        while self.dropped + len(self.rows) <= last:
+            self.rows = torch.cat([self.rows, next(self._encoded())])
+        rows = self.rows[(index - self.dropped).to(self.rows.device)]
+        if drop and self.batch_size == 1:  # in a batch, the next piece of another row may need earlier ones
+            self.rows, self.dropped = self.rows[last + 1 - self.dropped :], last + 1
+        return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
+
+
+@dataclass
+class _Call:
+    """A call of `generate` under way.
+
+    Attributes:
+        model: Whose call it is: an assistant's may run inside.
+        offset: Tokens of the sequence that the loop's `input_ids` lack at their beginning.
+        images: Of the prompt, None if there are none or all were read.
+        images_begin: Where in the sequence `images` begins.
+        steps: How many tokens may follow.
+        step: What was recorded.
+        may_record: Whether steps may be recorded.
+    """
+
+    model: object
+    offset: int = 0
+    images: PromptImages | None = None
+    images_begin: int = 0
+    steps: int = 0
+    step: RecordedStep | None = None
+    may_record: bool = False
+
+
+_current_call: ContextVar[_Call | None] = ContextVar("current_call", default=None)
+
+
+class MmMambaGenerationMixin(GenerationMixin):
+    """`generate`, and reading a prompt in pieces."""
+
+    def new_cache(self) -> MmMambaCache:
+        """An empty cache for this model."""
+        return MmMambaCache(self.config)
+
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+    ):
+        """As in Transformers.
+
+        The prompt is read in pieces of `prefill_chunk_size` tokens, or as many as suit device and batch. On CUDA,
+        single steps are recorded once and replayed (not with `disable_compile=True`).
+
+        Raises:
+            ValueError: if the cache, the mask and the tokens contradict each other, or there is no such cache.
+        """
+
+        def option(name: str):
+            """What holds for this call, in Transformers' order of precedence."""
+            chosen = (kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name))
+            return next((value for value in chosen if value is not None), None)
+
+        caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
+        ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        given = ids if embeds is None else embeds
+        if given is None:  # begins with <s>
+            return super().generate(None, generation_config, *args, **kwargs)
+        length = given.shape[1]
+        total = length if mask is None else mask.shape[1]
+        new_tokens = option("max_new_tokens") or (option("max_length") or length + 20) - length
+        call = _Call(self, offset=total - (0 if ids is None else ids.shape[1]), steps=new_tokens)
+        call.images_begin = total - length
+
+        cache = caches[0] if caches else None
+        if option("use_cache") is not False:
+            implementation = option("cache_implementation")
+            if cache is None:
+                cache = self._cache_of(implementation, max(total + new_tokens, option("max_cache_len") or 0))
+            elif implementation is not None:
+                raise ValueError(
+                    f"cache_implementation={implementation!r} makes a cache, and one was given; leave out either."
+                )
+            self._check_cache(cache, given, total)
+        unset = [name for name in ("cache_implementation", "prefill_chunk_size") if option(name) is not None]
+        chunk_size = option("prefill_chunk_size")
+
+        pixel_values, encoded = kwargs.get("pixel_values"), (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
+        if args or kwargs.get("assistant_model") is None:  # an assistant reads the pictures, too
+            kwargs.pop("pixel_values", None)
+        with torch.no_grad():
+            if pixel_values is not None or encoded is not None:
+                places = self.model.image_places(ids if embeds is None else None, embeds)
+                rows = None if encoded is None else encoded.pooler_output
+                call.images = PromptImages(self, places, pixel_values, rows)
+            if cache is not None and not any(option(name) for name in WHOLE_PROMPT):
+                self.read_prompt(
+                    cache,
+                    input_ids=ids if embeds is None else None,
+                    inputs_embeds=embeds,
+                    attention_mask=mask,
+                    position_ids=kwargs.get("position_ids"),
+                    images=call.images,
+                    stop=length - 1,
+                    chunk_size=chunk_size,
+                )
+            repeats = max(option("num_beams") or 1, option("num_return_sequences") or 1)
+            if cache is not None:
+                wrapped = MmMambaCache.wrapping(cache, self.config.text_config)
+                wrapped.repeat_rows(repeats)
+                call.may_record = not option("disable_compile") and (option("num_beams") or 1) == 1
+                call.may_record = call.may_record and recordable(self, wrapped)
+                kwargs[CACHE] = cache
+        if generation_config is not None and unset:
+            generation_config = copy.deepcopy(generation_config)
+            for name in unset:
+                setattr(generation_config, name, None)
+        if any(getattr(self.generation_config, name) is not None or name in kwargs for name in unset):
+            kwargs |= dict.fromkeys(unset)
+        token = _current_call.set(call)
+        try:
+            return super().generate(ids, generation_config, *args, **kwargs)
+        finally:
+            _current_call.reset(token)
+            if call.step is not None:
+                call.step.release()
+
+    def _cache_of(self, implementation: str | None, max_cache_len: int) -> MmMambaCache:
+        if implementation not in CACHES:
+            names = ", ".join(repr(name) for name in CACHES if name is not None)
+            raise ValueError(f"cache_implementation={implementation!r} is not among this model's caches: {names}.")
+        options = dict(CACHES[implementation])
+        if options.pop("static", False):
+            options["max_cache_len"] = max_cache_len
+        return MmMambaCache(self.config, **options)
+
+    def _check_cache(self, cache: Cache, given: Tensor, total: int) -> None:
+        """Raises ValueError unless `given` (batch, length, ...) ends a sequence of `total` that the cache begins."""
+        wrapped = MmMambaCache.wrapping(cache, self.config.text_config)
+        if wrapped is not cache and not wrapped.attention_layers:
+            raise ValueError(
+                f"A {type(cache).__name__} does not count tokens where no layer is attention; pass model.new_cache()."
+            )
+        read, rows, length = wrapped.get_seq_length(), wrapped.batch_size, given.shape[1]
+        if rows not in (None, len(given)):
+            raise ValueError(
+                f"The cache holds {rows} rows and the prompt has {len(given)}; give one row per cached row."
+            )
+        if not total - length <= read < total:
+            raise ValueError(
+                f"The cache has read {read} tokens, but with {length} tokens given and a sequence of {total} (by the "
+                f"attention_mask, if there is one) it should have read {max(0, total - length)} to {total - 1}; give "
+                "the whole sequence, or the new tokens with an attention_mask over all."
+            )
+
+    @torch.no_grad()
+    def read_prompt(
+        self,
+        cache: Cache,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        images: PromptImages | None = None,
+        stop: int | None = None,
+        offset: int | None = None,
+        chunk_size: int | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Reads what the cache has not read yet of a prompt, in pieces.
+
+        Args:
+            cache: What was read before; continued in place.
+            input_ids: (batch, length), the end of a sequence of `offset + length` tokens.
+            inputs_embeds: (batch, length, hidden) instead.
+            attention_mask: (batch, offset + length), 1 for valid tokens.
+            position_ids: (batch or 1, length or offset + length).
+            images: Of `input_ids`.
+            stop: Where in `input_ids` to stop; at their end if not given.
+            offset: Tokens before `input_ids`, which the cache has read; by the attention_mask, or 0, if not given.
+            chunk_size: Tokens of a piece; by the config, or by device, batch and length if not given.
+            progress: Whether to show a progress bar when it takes seconds.
+        """
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        length = given.shape[1]
+        if offset is None:
+            offset = 0 if attention_mask is None else attention_mask.shape[1] - length
+        begin, stop = cache.get_seq_length() - offset, length if stop is None else stop
+        size = chunk_size or self.default_chunk_size(len(given), offset + length, given.device)
+        with tqdm(
+            total=stop - begin,
+            unit=" tokens",
+            desc="reading",
+            delay=2,
+            disable=None if progress else True,
+            leave=False,
+        ) as bar:
+            for first in range(begin, stop, size):
+                last = min(first + size, stop)
+                positions = position_ids
+                if positions is not None:
+                    end = positions.shape[-1] - length + last
+                    positions = positions[..., end - (last - first) : end]
+                inputs = {
+                    "input_ids": None if input_ids is None else input_ids[:, first:last],
+                    "inputs_embeds": None if inputs_embeds is None else inputs_embeds[:, first:last],
+                    "attention_mask": None if attention_mask is None else attention_mask[:, : offset + last],
+                    "position_ids": positions,
+                }
+                pictures = None if images is None else images.within(first, last, drop=True)
+                self.model(**self._moved(inputs), use_cache=True, mm_encoder_outputs=pictures, **{CACHE: cache})
+                bar.update(last - first)
+
+    def default_chunk_size(self, rows: int, length: int, device: torch.device) -> int:
+        """How many tokens of a prompt are read at once, if nobody says.
+
+        Args:
+            rows: Of the batch.
+            length: Of the whole prompt, with what the cache has read.
+            device: Where it is.
+        """
+        config = self.config.text_config
+        if config.prefill_chunk_size is not None:
+            return config.prefill_chunk_size
+        on_gpu = device.type == "cuda"
+        tokens = 8192 if on_gpu else 2048
+        if "full_attention" in config.layer_types and "flash" not in str(config._attn_implementation):
+            mask_entries = 2**28 if on_gpu else 2**24  # of attention layers: (tokens x length)
+            tokens = min(tokens, mask_entries // length)
+        return max(128, tokens // rows)
+
+    def _moved(self, inputs: dict) -> dict:
+        """Tensors on the model's device, unless hooks of Accelerate see to that."""
+        if self.device.type == "meta" or hasattr(self, "hf_device_map"):
+            return inputs
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length=None, attention_mask=None, inputs_embeds=None, **kwargs
+    ) -> dict:
+        """What the next forward gets: the tokens that the cache has not read, with their positions and pictures.
+
+        Called by Transformers' loop; `input_ids` are all tokens so far, or the generated ones behind `inputs_embeds`.
+        """
+        call = _current_call.get()
+        call = call if call is not None and call.model is self else _Call(self)
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        cache = None if kwargs.get("use_cache") is False else cache
+        read = 0 if cache is None else int(cache.get_seq_length())
+        total = call.offset + input_ids.shape[1]
+        unread = total - read
+        first = kwargs.pop("is_first_iteration", False)
+        left_out = ("labels", "position_ids", "pixel_values", "mm_encoder_outputs", *CACHE_NAMES)
+        inputs = {name: value for name, value in kwargs.items() if name not in left_out}
+        if inputs_embeds is not None and first:
+            inputs["inputs_embeds"], rows = inputs_embeds[:, -unread:], len(inputs_embeds)
+        else:
+            inputs["input_ids"], rows = input_ids[:, -unread:], len(input_ids)
+        inputs |= {"attention_mask": attention_mask, CACHE: cache}
+        if kwargs.get("position_ids") is not None:
+            inputs["position_ids"] = kwargs["position_ids"][..., -unread:]
+        if call.images is not None:
+            start = read - call.images_begin
+            repeats = rows // call.images.batch_size
+            inputs["mm_encoder_outputs"] = call.images.within(start, start + unread, repeats)
+        elif first or cache is None:  # of a loop that is not `generate` above
+            inputs |= {name: kwargs.get(name) for name in ("pixel_values", "mm_encoder_outputs")}
+        inputs = self._moved(inputs)
+        if call.may_record and unread == 1 and "input_ids" in inputs and inputs.get("mm_encoder_outputs") is None:
+            inputs["recorded_step"] = self._recorded_step(call, cache, inputs)
+        return inputs
+
+    def _recorded_step(self, call: _Call, cache: MmMambaCache, inputs: dict) -> RecordedStep | None:
+        """The step of this call, recorded now if it is the first; None if it cannot be recorded."""
+        if call.steps < FEWEST_STEPS or any(
+            inputs.get(name) for name in ("output_hidden_states", "output_attentions")
+        ):
+            return None
+        if call.step is not None and call.step.is_full:  # a stopping criterion of one's own let it go on
+            call.step.release()
+            call.step = None
+        if call.step is None:
+            rows, capacity = len(inputs["input_ids"]), cache.get_seq_length() + call.steps
+            try:
+                call.step = RecordedStep(
+                    self, cache, inputs["attention_mask"], rows, capacity, inputs.get("position_ids")
+                )
+            except Exception as error:  # a recording is never worth an answer; Triton and drivers raise many kinds
+                logger.warning_once(f"Decoding is slower than it could be: a step could not be recorded ({error}).")
+                call.may_record = False
+        return call.step
+
+    def warm_up(self, batch_sizes: tuple[int, ...] = (1,), prompt_length: int = 300) -> float:
+        """Compiles what answering needs for these batch sizes, so that the first answer is not late.
+
+        Returns:
+            Seconds that it took; also logged.
+        """
+        start = time.perf_counter()
+        for rows in batch_sizes:
+            ids = torch.zeros(rows, prompt_length, dtype=torch.long, device=self.device)
+            mask = torch.ones_like(ids)
+            options = {"max_new_tokens": 2 + FEWEST_STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            self.generate(ids, attention_mask=mask, **options)
+            if rows > 1:  # rows of different lengths take other paths
+                mask[0, 0] = 0
+                self.generate(ids, attention_mask=mask, **options)
+        seconds = time.perf_counter() - start
+        logger.warning("warmed up for batches of %s in %.1f s", ", ".join(map(str, batch_sizes)), seconds)
+        return seconds
