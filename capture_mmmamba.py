@@ -106,14 +106,14 @@ class RecordedStep:
         position_ids: Tensor | None = None,
     ):
         self.model, self.cache, self.capacity = model, cache, capacity
-        device, read = model.device, cache.get_seq_length()
+        device, self.read = model.device, cache.get_seq_length()
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         if position_ids is None:
-            position_ids = torch.full((rows, 1), read, device=device)
+            position_ids = torch.full((rows, 1), self.read, device=device)
             if attention_mask is not None:
                 position_ids = attention_mask.long().sum(1, keepdim=True) - 1
         self.positions = position_ids[..., -1:].expand(rows, 1) - 1  # every step begins by counting on
-        self.length = torch.full((1,), read, dtype=torch.int32, device=device)
+        self.length = torch.full((1,), self.read, dtype=torch.int32, device=device)
         self.mask = None
         if cache.attention_layers and attention_mask is not None and not attention_mask.all():
             self.mask = torch.ones(rows, 1, 1, capacity, dtype=torch.bool, device=device)
@@ -140,12 +140,12 @@ class RecordedStep:
         ).logits
 
     def _record(self, changing: list[Tensor]) -> tuple[Callable, Tensor]:
-        before, read = [tensor.clone() for tensor in changing], self.cache.get_seq_length()
+        before = [tensor.clone() for tensor in changing]
 
         def undo():
             for tensor, old in zip(changing, before, strict=True):
                 tensor.copy_(old)
-            self.cache.advance(read - self.cache.get_seq_length())
+            self._count()
 
         try:
             return record(self._run, undo, self.model.device)
@@ -156,11 +156,16 @@ class RecordedStep:
     @property
     def is_full(self) -> bool:
         """Whether there is no room for another token."""
-        return self.cache.get_seq_length() >= self.capacity
+        return self.read >= self.capacity
+
+    def _count(self) -> None:
+        """What runs on the device alone counts no tokens in the cache, so they are counted here."""
+        self.cache.advance(self.read - self.cache.get_seq_length())
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Args: input_ids (batch, 1). Returns logits (batch, 1, vocabulary), overwritten by the next step."""
         self.ids.copy_(input_ids)
         self.replay()
-        self.cache.advance(1)
+        self.read += 1
+        self._count()
         return self.logits

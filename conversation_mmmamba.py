@@ -8,6 +8,7 @@ What was read always ends where tokens end whatever follows: at a control token 
 or before a space. The prompt of an answer is rendered otherwise once the answer is there, so it is read on a copy.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -24,20 +25,24 @@ from transformers import GenerationConfig
 
 from .cache_mmmamba import CACHE
 from .fingerprint_mmmamba import pictures_digest, weights_checksum, weights_sample, weights_signature
-from .generation_mmmamba import PromptImages
-from .processing_mmmamba import PLACEHOLDER, answers_show_pictures, as_text, encode_conversation, expand_placeholders
+from .generation_mmmamba import PromptImages, generation_option
+from .processing_mmmamba import (
+    PLACEHOLDER,
+    TemplateError,
+    answers_show_pictures,
+    as_text,
+    check_tiles,
+    encode_conversation,
+    expand_placeholders,
+    template_parts,
+)
 from .tokenization_mmmamba import PLAIN_TEXT_MARK
 
 
 FORMAT = "mmmamba-conversation-2"
-MARK = "\x00"  # stands for what is said while a template is taken apart; no tokenizer meets it
 # Text up to the last space that follows no other: see `MmMambaTokenizer.splits_at_spaces`.
 WORDS = re.compile(f".*[^\\s▁{PLAIN_TEXT_MARK}](?= )", re.DOTALL)
 WORD = "x"  # any word, to stand before a space
-
-
-class TemplateError(ValueError):
-    """A chat template whose turns cannot be rendered one by one."""
 
 
 class ConversationState:
@@ -77,44 +82,8 @@ class ConversationState:
         self.turns = 0
         self._last_token = ""  # text whose encoding ends as `ids` do: a control token, or a word
         self._read_by: tuple | None = None  # signature of the weights that read `ids`
-        self._template = self._template_parts()
+        self._template = template_parts(tokenizer, system_message)
         self._lock = threading.RLock()
-
-    def _render(self, *said: str, prompt: bool = False) -> str:
-        system = [] if self.system_message is None else [self.system_message]
-        roles = ["system"] * len(system) + [("user", "assistant")[i % 2] for i in range(len(said))]
-        texts = [as_text(text, self.tokenizer) for text in system] + list(said)
-        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-
-    def _template_parts(self) -> dict[str, str]:
-        """What the template writes around what is said."""
-        start, _ = self._render(MARK).split(MARK)
-        asked, answered = self._render(MARK, prompt=True), self._render("a", MARK)
-        before, end_of_answer = answered.split(MARK)
-        turn, end_of_turn = self._render("a", "b", MARK).removeprefix(self._render("a", "b")).split(MARK)
-        prompt = asked.removeprefix(start + MARK + end_of_turn)
-        parts = {
-            "start": start,
-            "turn": turn,
-            "end of turn": end_of_turn,
-            "prompt": prompt,
-            "answer": before.removeprefix(start + "a" + end_of_turn),
-            "end of answer": end_of_answer,
-            # Turns in which nothing is said may be written otherwise.
-            "empty start": self._render(""),
-            "empty turn": self._render("a", "b", "").removeprefix(self._render("a", "b")),
-            "empty answer": self._render("a", "").removeprefix(self._render("a")),
-        }
-        answer = parts["answer"]
-        by_parts = start + "a" + end_of_turn + answer + "b" + end_of_answer
-        by_parts += turn + "c" + end_of_turn + answer + "d" + end_of_answer + turn + "e" + end_of_turn + prompt
-        if by_parts != self._render("a", "b", "c", "d", "e", prompt=True):
-            raise TemplateError(
-                "The tokenizer's chat template renders a turn otherwise the more turns there are, so nothing that was "
-                "read can be kept; use chat() with its history."
-            )
-        return parts
 
     def __len__(self) -> int:
         """Tokens that were read and are kept."""
@@ -169,21 +138,20 @@ class ConversationState:
         with self._lock:
             if not self.in_turn and not question.replace(PLACEHOLDER, "").strip():
                 raise ValueError("The question is empty; ask something.")
-            options = generation_options(self.model, self.tokenizer, generation_config, streamer)
+            options, ends = answer_options(self.model, self.tokenizer, generation_config, streamer)
             with self._rollback_on_error():
                 self._add_to_turn(question, pixel_values, num_patches_list, self._template["end of turn"])
                 self._check_model()
                 prompt = self._encode(self.pending + self._template["prompt"])
                 ids = torch.tensor([self.ids + prompt], device=self.model.device)
-                several = max(
-                    _option(self.model, options, name) or 1 for name in ("num_beams", "num_return_sequences")
-                )
-                before, cache = self._snapshot(), self.cache.clone() if several > 1 else self.cache
+                counts = [generation_option(self.model, options, x) for x in ("num_beams", "num_return_sequences")]
+                many = max(count or 1 for count in counts) > 1  # they repeat the cache's row
+                before, cache = self._snapshot(), self.cache.clone() if many else self.cache
                 output = self.model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), **{CACHE: cache}, **options
                 )
                 self._restore(before)
-                answer = decode_answer(self.tokenizer, output[0, ids.shape[1] :].tolist(), options["eos_token_id"])
+                answer = decode_answer(self.tokenizer, output[0, ids.shape[1] :].tolist(), ends)
                 self._end_turn(answer)
         return answer
 
@@ -604,7 +572,7 @@ class ConversationMixin:
     def _answers(self, tokenizer, rows, num_patches_list, pixel_values, generation_config, streamer=None) -> list[str]:
         """Generates from left-padded rows of ids and decodes up to the end of the turn."""
         check_tiles(num_patches_list, pixel_values)
-        options = generation_options(self, tokenizer, generation_config, streamer)
+        options, ends = answer_options(self, tokenizer, generation_config, streamer)
         longest = max(map(len, rows))
         pad = tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self.device)
@@ -615,45 +583,41 @@ class ConversationMixin:
             **({} if pixel_values is None else {"pixel_values": pixel_values}),
             **options,
         )
-        return [decode_answer(tokenizer, row, options["eos_token_id"]) for row in output[:, longest:].tolist()]
+        return [decode_answer(tokenizer, row, ends) for row in output[:, longest:].tolist()]
 
 
-def generation_options(model, tokenizer, generation_config: dict | GenerationConfig, streamer=None) -> dict:
-    """Arguments of `generate` for an answer, which ends with `<|im_end|>` whatever the generation config knows."""
+def answer_options(
+    model, tokenizer, generation_config: dict | GenerationConfig, streamer=None
+) -> tuple[dict, list[int]]:
+    """Arguments of `generate` for an answer, and ids that end it: `<|im_end|>` whatever the generation config knows.
+
+    Args:
+        generation_config: Arguments of `generate`, with a GenerationConfig among them if you like; or one alone.
+        streamer: Unless there is one among them.
+    """
     as_object = isinstance(generation_config, GenerationConfig)
     options = {"generation_config": generation_config} if as_object else dict(generation_config)
-    defaults = options.get("generation_config", model.generation_config)
-    options["streamer"] = options.pop("streamer", streamer)
-    if options.get("max_length") is not None:
-        options.setdefault("max_new_tokens", None)  # the model's own would win
-    elif not as_object or defaults.max_length is None:
-        options.setdefault("max_new_tokens", defaults.max_new_tokens or 1024)
-    ends = options.pop("eos_token_id", defaults.eos_token_id)
-    ends = set(ends if isinstance(ends, (list, tuple)) else [ends])
-    ends = sorted((ends | {tokenizer.convert_tokens_to_ids("<|im_end|>")}) - {None, tokenizer.unk_token_id})
-    return options | {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    options.setdefault("streamer", streamer)
+    ends = generation_option(model, options, "eos_token_id")
+    ends = set(ends if isinstance(ends, (list, tuple)) else [ends]) | {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    ends = sorted(ends - {None, tokenizer.unk_token_id})
+    new = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    config = options.pop("generation_config", None)
+    if options.get("max_length", getattr(config, "max_length", None)) is not None:
+        new["max_new_tokens"] = options.get("max_new_tokens")  # the model's own would win over max_length
+    else:
+        new["max_new_tokens"] = generation_option(model, {**options, "generation_config": config}, "max_new_tokens")
+        new["max_new_tokens"] = new["max_new_tokens"] or 1024
+    if config is None:
+        return options | new, ends
+    config = copy.deepcopy(config)  # a GenerationConfig beside options of its own is deprecated
+    return config.update(**options | new) | {"generation_config": config}, ends
 
 
 def decode_answer(tokenizer, ids: list[int], ends: list[int]) -> str:
     """The answer in generated ids, up to the first of `ends`."""
     end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-
-
-def check_tiles(num_patches_list: list[int], pixel_values: Tensor | None) -> None:
-    """Raises ValueError if the tiles of all pictures are not as many as there are."""
-    tiles = 0 if pixel_values is None else len(pixel_values)
-    if sum(num_patches_list) != tiles:
-        raise ValueError(
-            f"num_patches_list counts {sum(num_patches_list)} tiles but pixel_values has {tiles}; give the number "
-            "of tiles of each picture, thumbnail included."
-        )
-
-
-def _option(model, options: dict, name: str):
-    """A generation option as `generate` will see it."""
-    defaults = options.get("generation_config", model.generation_config)
-    return options.get(name) or getattr(defaults, name, None)
 
 
 __all__ = ["ConversationMixin", "ConversationState", "History"]

@@ -10,6 +10,7 @@ import copy
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,10 +56,17 @@ class PromptImages:
         self.dropped = 0
         self.tiles = iter(() if rows is not None else pixel_values.split(TILES_AT_ONCE))
         self.rows = next(self._encoded()) if rows is None else rows.reshape(-1, rows.shape[-1])
-        there = len(self.rows)
+        there, expected = len(self.rows), model.config.vision_config.tokens_per_tile
         if rows is None:
-            there = there // min(TILES_AT_ONCE, len(pixel_values)) * len(pixel_values)
+            per_tile = there // min(TILES_AT_ONCE, len(pixel_values))
+            there = per_tile * len(pixel_values)
         if int(places.sum()) != there:
+            if rows is None and per_tile != expected:
+                height, width = pixel_values.shape[2:]
+                raise ValueError(
+                    f"A tile of {height} x {width} pixels gives {per_tile} rows, and a prompt has {expected} for "
+                    "each; let the image processor cut the tiles."
+                )
             raise ValueError(
                 f"The prompt has {int(places.sum())} image tokens but the pictures give {there} rows; use the "
                 "processor, or repeat <IMG_CONTEXT> once per row of every tile."
@@ -86,6 +94,13 @@ class PromptImages:
         if drop and self.batch_size == 1:  # in a batch, the next piece of another row may need earlier ones
             self.rows, self.dropped = self.rows[last + 1 - self.dropped :], last + 1
         return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
+
+
+def generation_option(model, kwargs: dict, name: str):
+    """The value of a generation option for a call of `generate` with these arguments, by Transformers' precedence."""
+    config = kwargs.get("generation_config")
+    chosen = (kwargs.get(name), getattr(config, name, None), getattr(model.generation_config, name, None))
+    return next((value for value in chosen if value is not None), None)
 
 
 @dataclass
@@ -133,11 +148,7 @@ class MmMambaGenerationMixin(GenerationMixin):
             ValueError: if the cache, the mask and the tokens contradict each other, or there is no such cache.
         """
 
-        def option(name: str):
-            """What holds for this call, in Transformers' order of precedence."""
-            chosen = (kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name))
-            return next((value for value in chosen if value is not None), None)
-
+        option = partial(generation_option, self, {**kwargs, "generation_config": generation_config})
         caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
@@ -321,7 +332,8 @@ class MmMambaGenerationMixin(GenerationMixin):
         Called by Transformers' loop; `input_ids` are all tokens so far, or the generated ones behind `inputs_embeds`.
         """
         call = _current_call.get()
-        call = call if call is not None and call.model is self else _Call(self)
+        in_generate = call is not None and call.model is self
+        call = call if in_generate else _Call(self)
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         cache = None if kwargs.get("use_cache") is False else cache
         read = 0 if cache is None else int(cache.get_seq_length())
@@ -341,7 +353,7 @@ class MmMambaGenerationMixin(GenerationMixin):
             start = read - call.images_begin
             repeats = rows // call.images.batch_size
             inputs["mm_encoder_outputs"] = call.images.within(start, start + unread, repeats)
-        elif first or cache is None:  # of a loop that is not `generate` above
+        elif not in_generate and (first or cache is None):  # a loop of somebody's own
             inputs |= {name: kwargs.get(name) for name in ("pixel_values", "mm_encoder_outputs")}
         inputs = self._moved(inputs)
         if call.may_record and unread == 1 and "input_ids" in inputs and inputs.get("mm_encoder_outputs") is None:

@@ -695,7 +695,7 @@ class MmMambaForConditionalGeneration(ConversationMixin, MmMambaGenerationMixin,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_outputs=outputs.image_outputs,
-            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def save_pretrained(self, *args, **kwargs):

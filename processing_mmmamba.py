@@ -7,6 +7,7 @@ placeholders in messages are encoded as the plain text they are (see `as_text`).
 
 import re
 
+from torch import Tensor
 from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
@@ -15,6 +16,7 @@ from .tokenization_mmmamba import PLAIN_TEXT_MARK, RESERVED_PIECE, MmMambaTokeni
 
 
 PLACEHOLDER = "<image>"
+MARK = "\x00"  # stands for what is said while a chat template is taken apart; no tokenizer meets it
 NOT_TEXT = {"role", "type", "image", "url", "path", "base64"}  # of a message, never part of what it says
 
 
@@ -93,6 +95,67 @@ def encode_conversation(
     if not question.replace(PLACEHOLDER, "").strip():
         raise ValueError("The question is empty; ask something.")
     return tokenizer(prompt)["input_ids"]
+
+
+def check_tiles(num_patches_list: list[int], pixel_values: Tensor | None) -> None:
+    """Raises ValueError if the tiles of all pictures are not as many as there are."""
+    tiles = 0 if pixel_values is None else len(pixel_values)
+    if sum(num_patches_list) != tiles:
+        raise ValueError(
+            f"num_patches_list counts {sum(num_patches_list)} tiles but pixel_values has {tiles}; give the number "
+            "of tiles of each picture, thumbnail included."
+        )
+
+
+class TemplateError(ValueError):
+    """A chat template whose turns cannot be rendered one by one."""
+
+
+def template_parts(tokenizer: MmMambaTokenizer, system_message: str | None = None) -> dict[str, str]:
+    """What a chat template writes around what is said, so that a conversation can be rendered as it grows.
+
+    Args:
+        tokenizer: Brings the chat template.
+        system_message: Replaces the template's own.
+
+    Returns:
+        "start" (before the first question), "turn" (before a later one), "end of turn", "prompt" (before an answer
+        that is to come), "answer" (before a known one), "end of answer"; and "empty start", "empty turn" and "empty
+        answer" for turns in which nothing is said.
+
+    Raises:
+        TemplateError: if the template renders a turn otherwise the more turns there are.
+    """
+
+    def render(*said: str, prompt: bool = False) -> str:
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+        if system_message is not None:
+            messages.insert(0, {"role": "system", "content": as_text(system_message, tokenizer)})
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+    start, _ = render(MARK).split(MARK)
+    before, end_of_answer = render("a", MARK).split(MARK)
+    turn, end_of_turn = render("a", "b", MARK).removeprefix(render("a", "b")).split(MARK)
+    parts = {
+        "start": start,
+        "turn": turn,
+        "end of turn": end_of_turn,
+        "prompt": render(MARK, prompt=True).removeprefix(start + MARK + end_of_turn),
+        "answer": before.removeprefix(start + "a" + end_of_turn),
+        "end of answer": end_of_answer,
+        "empty start": render(""),
+        "empty turn": render("a", "b", "").removeprefix(render("a", "b")),
+        "empty answer": render("a", "").removeprefix(render("a")),
+    }
+    by_parts = start + "a" + end_of_turn + parts["answer"] + "b" + end_of_answer
+    by_parts += turn + "c" + end_of_turn + parts["answer"] + "d" + end_of_answer
+    by_parts += turn + "e" + end_of_turn + parts["prompt"]
+    if by_parts != render("a", "b", "c", "d", "e", prompt=True):
+        raise TemplateError(
+            "The tokenizer's chat template renders a turn otherwise the more turns there are, so nothing that was "
+            "read can be kept; use chat() with its history."
+        )
+    return parts
 
 
 class MmMambaProcessorKwargs(ProcessingKwargs, total=False):

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import logging
 import os
 
 import pytest
@@ -30,3 +31,27 @@ def processor():
 @pytest.fixture(scope="module")
 def encoder(processor):
     return ConversationEncoder(processor)
+
+
+class _Deprecations(logging.Handler):
+    """What Transformers says is deprecated: it logs most of that once, rather than warn."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        if "deprecated" in (message := record.getMessage()):
+            self.messages.append(message)
+
+
+_deprecations = _Deprecations()
+logging.getLogger("transformers").addHandler(_deprecations)
+
+
+@pytest.fixture(autouse=True)
+def nothing_deprecated_is_used():
+    """Our code calls what every supported version of Transformers will go on to have."""
+    _deprecations.messages.clear()
+    yield
+    assert not _deprecations.messages

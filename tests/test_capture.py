@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from tiny_models import LAYER_TYPES, tiny_model, token_ids
+from tiny_models import tiny_model, token_ids
 from transformers.cache_utils import DynamicLayer
 
-from mmmamba import attention_mmmamba, capture_mmmamba
-from mmmamba.capture_mmmamba import Step
+from mmmamba import attention_mmmamba, cache_mmmamba, capture_mmmamba, generation_mmmamba
+from mmmamba.cache_mmmamba import CACHE
+from mmmamba.capture_mmmamba import RecordedStep
 
 
 ORDINARY = {"MmMambaKeyValueLayer", "LinearAttentionLayer"}
@@ -34,13 +35,27 @@ def replays(monkeypatch):
     monkeypatch.setattr(capture_mmmamba, "record", counting)
     if DEVICE == "cpu":
         monkeypatch.setattr(attention_mmmamba, "SPLITS", 2)  # one after the other in the interpreter
-        monkeypatch.setattr(capture_mmmamba, "recordable", lambda model, cache: cache is not None)
+        monkeypatch.setattr(generation_mmmamba, "recordable", lambda model, cache: cache is not None)
     return count
+
+
+LAYER_TYPES = {  # few, since the interpreter takes a second for ten steps of one attention layer
+    "teacher": ["full_attention", "full_attention"],
+    "linear": ["linear_attention", "linear_attention"],
+    "hybrid": ["linear_attention", "full_attention"],
+}
 
 
 @pytest.fixture(scope="module", params=list(LAYER_TYPES))
 def model(request):
-    return tiny_model(request.param).float().to(DEVICE)
+    layers = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
+        "num_embedding_layers": 1,
+        "layer_types": LAYER_TYPES[request.param],
+    }
+    return tiny_model("linear", **layers).float().to(DEVICE)
 
 
 def padded(*lengths):
@@ -54,10 +69,10 @@ def padded(*lengths):
 @pytest.mark.parametrize("lengths", [(7,), (40, 3), (5, 5, 70)], ids=["one", "padded", "long"])
 def test_recorded_steps_say_what_plain_ones_say(model, replays, lengths):
     inputs = padded(*lengths)
-    plain = model.generate(**inputs, max_new_tokens=20, output_logits=True, disable_compile=True, **OPTIONS)
+    plain = model.generate(**inputs, max_new_tokens=12, output_logits=True, disable_compile=True, **OPTIONS)
     assert not replays
-    recorded = model.generate(**inputs, max_new_tokens=20, output_logits=True, **OPTIONS)
-    assert len(replays) == 19
+    recorded = model.generate(**inputs, max_new_tokens=12, output_logits=True, **OPTIONS)
+    assert len(replays) == 12
     assert torch.equal(recorded.sequences, plain.sequences)
     torch.testing.assert_close(torch.stack(recorded.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
 
@@ -65,10 +80,9 @@ def test_recorded_steps_say_what_plain_ones_say(model, replays, lengths):
 def test_the_cache_is_an_ordinary_one_afterwards(model, replays):
     inputs = padded(12)
     caches = [
-        model.generate(**inputs, max_new_tokens=10, disable_compile=plain, **OPTIONS).past_key_values
-        for plain in (True, False)
+        model.generate(**inputs, max_new_tokens=10, disable_compile=plain, **OPTIONS)[CACHE] for plain in (True, False)
     ]
-    assert len(replays) == 9
+    assert len(replays) == 10
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 21
     for expected, layer in zip(*(cache.layers for cache in caches), strict=True):
         assert type(layer) is type(expected)
@@ -79,7 +93,7 @@ def test_the_cache_is_an_ordinary_one_afterwards(model, replays):
             ]
             torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
     more = token_ids(5, seed=9)[None].to(DEVICE)
-    logits = [model(more, past_key_values=copy.deepcopy(cache)).logits for cache in caches]
+    logits = [model(more, **{CACHE: copy.deepcopy(cache)}).logits for cache in caches]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
@@ -92,8 +106,8 @@ def test_an_interrupted_answer_leaves_an_ordinary_cache(model, replays):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        model.generate(**padded(12), past_key_values=cache, max_new_tokens=20, streamer=Interrupting(), **OPTIONS)
-    assert cache.get_seq_length() == 15
+        model.generate(**padded(12), **{CACHE: cache}, max_new_tokens=20, streamer=Interrupting(), **OPTIONS)
+    assert cache.get_seq_length() == 14  # all but the last of 12, and three replays
     assert {type(layer).__name__ for layer in cache.layers} <= ORDINARY
 
 
@@ -114,7 +128,7 @@ def test_where_recording_fails_steps_run_as_ever(model, replays, monkeypatch, mo
         monkeypatch.undo()
         raise kind("operation not permitted when stream is capturing")
 
-    update = capture_mmmamba.StaticLayer.update
+    update = cache_mmmamba.StaticLayer.update
 
     def fail_at_the_last(layer, *arguments):
         if len(layers := [*fixed, layer]) == len(attends):
@@ -125,12 +139,12 @@ def test_where_recording_fails_steps_run_as_ever(model, replays, monkeypatch, mo
     attends = [kind for kind in model.config.text_config.layer_types if kind == "full_attention"]
     fixed = []
     if moment == "fixing":
-        monkeypatch.setattr(capture_mmmamba.StaticLayer, "update", fail_at_the_last)
+        monkeypatch.setattr(cache_mmmamba.StaticLayer, "update", fail_at_the_last)
     else:
         monkeypatch.setattr(capture_mmmamba, "record", fail)
     output = model.generate(**padded(9), max_new_tokens=12, **OPTIONS)
     assert torch.equal(output.sequences, expected.sequences)
-    assert {type(layer).__name__ for layer in output.past_key_values.layers} <= ORDINARY
+    assert {type(layer).__name__ for layer in output[CACHE].layers} <= ORDINARY
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"max_new_tokens": 3}, {"output_hidden_states": True}])
@@ -141,25 +155,26 @@ def test_what_a_recording_cannot_serve_runs_as_ever(model, replays, options):
     assert not replays
 
 
-def recorded_and_plain(model, replays, make_inputs, tokens=20):
+def recorded_and_plain(model, replays, make_inputs, tokens=10, plain_steps=0):
     """Both ways from inputs made twice, since a cache among them changes."""
     plain = model.generate(**make_inputs(), max_new_tokens=tokens, output_logits=True, disable_compile=True, **OPTIONS)
     recorded = model.generate(**make_inputs(), max_new_tokens=tokens, output_logits=True, **OPTIONS)
-    assert len(replays) == tokens - 1
+    assert len(replays) == tokens - plain_steps
     assert torch.equal(recorded.sequences, plain.sequences)
     torch.testing.assert_close(torch.stack(recorded.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
-    assert recorded.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+    assert recorded[CACHE].get_seq_length() == plain[CACHE].get_seq_length()
 
 
 def test_a_recording_has_room_for_embedded_prompts_and_continued_caches(model, replays):
     ids = token_ids(30, seed=4)[None].to(DEVICE)
-    recorded_and_plain(model, replays, lambda: {"inputs_embeds": model.get_input_embeddings()(ids).detach()})
+    embed = model.get_input_embeddings()
+    recorded_and_plain(model, replays, lambda: {"inputs_embeds": embed(ids).detach()}, plain_steps=1)
     replays.clear()
 
     def continued():  # new tokens alone, with a mask of all
         with torch.no_grad():
-            cache = model(ids[:, :20], use_cache=True).past_key_values
-        return {"input_ids": ids[:, 20:], "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+            cache = model(ids[:, :20], use_cache=True)[CACHE]
+        return {"input_ids": ids[:, 20:], "attention_mask": torch.ones_like(ids), CACHE: cache}
 
     recorded_and_plain(model, replays, continued)
 
@@ -173,34 +188,35 @@ def test_a_recording_keeps_positions_and_cut_caches(model, replays):
 
         def cut():
             with torch.no_grad():
-                cache = model(ids, use_cache=True).past_key_values
+                cache = model(ids, use_cache=True)[CACHE]
             cache.crop(-6)
-            return {"input_ids": ids[:, :18], "past_key_values": cache}
+            return {"input_ids": ids[:, :18], CACHE: cache}
 
         recorded_and_plain(model, replays, cut)
 
 
 def test_keys_and_values_are_in_memory_once(model, replays):
-    cache = model(token_ids(20, seed=3)[None].to(DEVICE), use_cache=True).past_key_values
+    cache = model(token_ids(20, seed=3)[None].to(DEVICE), use_cache=True)[CACHE]
     grown = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
     with torch.no_grad():
-        step = Step(model, cache, None, 1, 64)
-    assert all(layer.keys is None and layer.values is None and layer.room is None for layer in grown)
+        step = RecordedStep(model, cache, None, 1, 64)
+    assert all(layer.keys is None and layer.values is None and layer.buffers is None for layer in grown)
     step.release()
-    assert all(layer.room[0].data_ptr() == layer.keys.data_ptr() and layer.keys.shape[2] == 20 for layer in grown)
+    assert all(layer.buffers[0].data_ptr() == layer.keys.data_ptr() and layer.keys.shape[2] == 20 for layer in grown)
 
 
 def test_a_step_changes_nothing_until_it_is_called(model, replays):
     ids = token_ids(20, seed=3)[None].to(DEVICE)
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True)[CACHE]
     with torch.no_grad():
-        expected = model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
-        step = Step(model, cache, None, 1, 64)
+        expected = model(ids[:, :1], **{CACHE: copy.deepcopy(cache)}).logits
+        step = RecordedStep(model, cache, None, 1, 64)
         torch.testing.assert_close(step(ids[:, :1]), expected, rtol=1e-4, atol=1e-4)
     step.release()
     assert cache.get_seq_length() == 21
 
 
-def test_warming_up_answers_and_says_how_long_it_took(model, replays, caplog):
-    assert model.warm_up((1, 2), prompt_length=9) > 0
-    assert len(replays) == 3 * (capture_mmmamba.FEWEST_STEPS + 1)  # one row; two rows, of one length and of two
+def test_warming_up_answers_and_says_how_long_it_took(model, replays, monkeypatch):
+    monkeypatch.setattr(generation_mmmamba, "FEWEST_STEPS", 1)
+    assert model.warm_up((1, 2), prompt_length=3) > 0
+    assert len(replays) == 3 * 3  # one row; two rows, of one length and of two

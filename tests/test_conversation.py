@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
+from mmmamba.cache_mmmamba import CACHE
 from mmmamba.conversation_mmmamba import ConversationState
 from mmmamba.conversion.convert import chat_template
 from mmmamba.modeling_mmmamba import MmMambaModel
@@ -67,12 +68,8 @@ def has_read(state, turns, question, counts):
     assert ids[: len(state)] == state.ids
     pictures = [tiles(count, seed) for seed, count in enumerate(counts)]
     pictures = {"pixel_values": torch.cat(pictures)} if pictures else {}
-    cache = state.model(torch.tensor([state.ids]), use_cache=True, **pictures).past_key_values
-    for name, tensor in state._tensors().items():
-        index, name = name.split(".")[1:]
-        layer = cache.layers[int(index)]
-        expected = getattr(layer, name) if hasattr(layer, name) else getattr(layer, name + "s")[0]
-        torch.testing.assert_close(tensor, expected, rtol=1e-8, atol=1e-8)
+    cache = state.model(torch.tensor([state.ids]), use_cache=True, **pictures)[CACHE]
+    torch.testing.assert_close(state.cache.tensors(), cache.tensors(), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("system_message", [None, "You look at pictures."])
@@ -93,7 +90,7 @@ def test_every_turn_is_as_if_everything_were_read_again(talker, tokenizer, syste
 def test_chat_reads_only_what_is_new(talker, tokenizer, read):
     pictures = tiles(3)
     _, history = talker.chat(tokenizer, pictures, "What is this?", OPTIONS, return_history=True)
-    kept = len(history.kept[0])
+    kept = len(history._kept[0][0])
     assert kept > 12  # the pictures at least
     del read[:]
     answer, longer = talker.chat(
@@ -160,7 +157,7 @@ def test_a_model_that_has_changed_reads_again(tokenizer):
 
 def test_a_failed_turn_keeps_what_was_read(talker, tokenizer, read):
     _, history = talker.chat(tokenizer, None, "What is this? " * 10, OPTIONS, return_history=True)
-    kept = len(history.kept[0])
+    kept = len(history._kept[0][0])
     with pytest.raises(ValueError, match="empty"):
         talker.chat(tokenizer, None, "", OPTIONS, history)
     del read[:]
@@ -213,7 +210,7 @@ def test_pieces_across_spaces_are_waited_for(tokenizer):
 def test_turns_in_which_nothing_is_said(talker, tokenizer, turns):
     state = talker.conversation(tokenizer)
     for turn in turns:
-        state.tell(*turn)
+        state.add_turn(*turn)
     state.extend("").extend("What? ").extend("")
     whole = encode_conversation(tokenizer, "What? Who?", turns, [], TOKENS_PER_TILE)
     assert whole[: len(state)] == state.ids and len(state) > len(whole) - 12
@@ -323,7 +320,7 @@ def test_files_that_do_not_fit_are_refused_in_words(tokenizer, tmp_path):
         save_file(whole | {name: whole[name][..., :-1].contiguous()}, tmp_path / f"cut{number}.safetensors", metadata)
     damaged = [(f"{kind}{number}", "whole conversation") for kind in ("less", "cut") for number in range(2)]
     del damaged[2]  # a linear state does not show how much it has read
-    words = (("cut", "not a whole"), ("plain", "no saved conversation"), ("none", "does not exist"))
+    words = (("cut", "not a whole"), ("plain", "no conversation saved"), ("none", "does not exist"))
     for name, said in (*words, ("folder", "cannot be read"), *damaged):
         with pytest.raises(ValueError, match=said):
             ConversationState.load(tmp_path / f"{name}.safetensors", model, tokenizer)
@@ -384,7 +381,7 @@ def test_every_template_of_the_package_can_be_taken_apart(tokenizer, template):
     state = make_talker("linear", tokenizer).conversation(other)
     turns = [("One", "Two"), ("Three", "Four")]
     for turn in turns:
-        state.tell(*turn)
+        state.add_turn(*turn)
     state.extend("Five")
     assert state.ids == encode_conversation(other, "Five", turns, [], TOKENS_PER_TILE)[: len(state)]
     assert len(state) > 0 or template == "phi3-chat"  # this tokenizer has none of its control tokens
@@ -421,4 +418,4 @@ def test_the_saved_description_is_readable(tokenizer, tmp_path):
     state.save(tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         described = json.loads(file.metadata()["mmmamba"])
-    assert described["turns"] == 1 and described["maker"]["layer_types"] == ["linear_attention"] * 4
+    assert described["turns"] == 1 and described["model"]["layer_types"] == ["linear_attention"] * 4

@@ -9,6 +9,7 @@ import torch
 from golden_checkpoints import GOLDEN, checkpoint
 from safetensors.torch import load_file
 
+from mmmamba.cache_mmmamba import CACHE
 from mmmamba.conversion.convert import convert
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
@@ -97,9 +98,9 @@ def test_mamba_prefill_states_and_decoding(load, name, case):
     decode = inputs.pop("decode_ids")
     outputs = model(**inputs, use_cache=True)
     near(outputs.logits, expected["prefill_logits"], name)
-    cache = outputs.past_key_values
+    cache = outputs[CACHE]
     assert check_states(cache, expected, "prefill", name) == len(cache.layers)
-    steps = [model(token, past_key_values=cache).logits for token in decode.split(1, dim=1)]
+    steps = [model(token, **{CACHE: cache}).logits for token in decode.split(1, dim=1)]
     near(torch.cat(steps, 1), expected["decode_logits"], name)
     stored = any(key.startswith("final.") for key in expected)
     assert check_states(cache, expected, "final", name) == (len(cache.layers) if stored else 0)

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tiny_models import IMAGE_TOKEN, tiny_config, tiny_model
+from tiny_models import IMAGE_TOKEN, enable_checkpointing, tiny_config, tiny_model
 
-from mmmamba.modeling_mmmamba import MmMambaCache, MmMambaForConditionalGeneration
+from mmmamba.cache_mmmamba import CACHE, MmMambaCache
+from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 
 TILE_TOKENS = 4
@@ -41,7 +42,7 @@ def test_pieces_of_any_size_give_the_plain_logits(model, size):
     embeds = model.model.embed(ids, None, model.get_image_features(pictures).pooler_output)
     cache, pieces = MmMambaCache(config=model.config.text_config), []
     for piece in embeds.split(size, dim=1):
-        pieces.append(model(inputs_embeds=piece, past_key_values=cache, use_cache=True).logits)
+        pieces.append(model(inputs_embeds=piece, **{CACHE: cache}, use_cache=True).logits)
     close(torch.cat(pieces, 1), expected)
     assert cache.get_seq_length() == ids.shape[1]
 
@@ -49,15 +50,15 @@ def test_pieces_of_any_size_give_the_plain_logits(model, size):
 def test_pictures_may_come_in_a_later_piece(model):
     ids, pictures = prompt(5, "tile", 6, "tile", 3), tiles(2)
     expected = model(ids, pixel_values=pictures).logits
-    cache = model(ids[:, :9], pixel_values=pictures[:1], use_cache=True).past_key_values
-    later = model(ids[:, 9:], pixel_values=pictures[1:], past_key_values=cache).logits
+    cache = model(ids[:, :9], pixel_values=pictures[:1], use_cache=True)[CACHE]
+    later = model(ids[:, 9:], pixel_values=pictures[1:], **{CACHE: cache}).logits
     close(later, expected[:, 9:])
 
 
 def test_a_second_turn_of_many_tokens_continues_the_first(model):
     ids = prompt(40)
-    cache = model(ids[:, :17], use_cache=True).past_key_values
-    close(model(ids[:, 17:], past_key_values=cache).logits, model(ids).logits[:, 17:])
+    cache = model(ids[:, :17], use_cache=True)[CACHE]
+    close(model(ids[:, 17:], **{CACHE: cache}).logits, model(ids).logits[:, 17:])
 
 
 def padded(rows, side):
@@ -87,7 +88,7 @@ def test_padding_changes_nothing(model, side, size):
     for end in range(size, ids.shape[1] + size, size):
         end = min(end, ids.shape[1])
         piece = embeds[:, cache.get_seq_length() : end]
-        pieces.append(model(inputs_embeds=piece, attention_mask=mask[:, :end], past_key_values=cache).logits)
+        pieces.append(model(inputs_embeds=piece, attention_mask=mask[:, :end], **{CACHE: cache}).logits)
     logits = torch.cat(pieces, 1)
     for i, expected in enumerate(alone):
         close(logits[i, mask[i].bool()], expected[0])
@@ -95,7 +96,7 @@ def test_padding_changes_nothing(model, side, size):
     # What comes next must continue each row's own last valid step.
     following = prompt(5, seed=9)
     mask = torch.cat([mask, torch.ones(3, 5, dtype=torch.long)], 1)
-    continued = model(following.expand(3, -1), attention_mask=mask, past_key_values=cache).logits
+    continued = model(following.expand(3, -1), attention_mask=mask, **{CACHE: cache}).logits
     for i, (row, picture) in enumerate(zip(rows, (pictures[:1], None, pictures[1:]), strict=True)):
         whole = model(torch.cat([row, following], 1), pixel_values=picture).logits
         close(continued[i], whole[0, -5:])
@@ -118,7 +119,7 @@ def test_weights_may_be_of_any_dtype_and_states_stay_fp32(kind, dtype):
     assert outputs.logits.dtype == dtype
     # Some eight roundings in each of four layers; the per-head norm of small states amplifies some of them.
     assert (outputs.logits.double() - expected).norm() / expected.norm() < 8 * 4 * torch.finfo(dtype).eps
-    for layer in outputs.past_key_values.layers:
+    for layer in outputs[CACHE].layers:
         if hasattr(layer, "recurrent_states"):
             assert layer.recurrent_states[0].dtype == torch.float32
 
@@ -146,7 +147,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            enable_checkpointing(model)
         model.zero_grad()
         model(ids, pixel_values=tiles(1), labels=ids).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

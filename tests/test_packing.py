@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import IMAGE_TOKEN, LAYER_TYPES, TILE_TOKENS, tiny_model, token_ids
+from tiny_models import IMAGE_TOKEN, LAYER_TYPES, TILE_TOKENS, enable_checkpointing, tiny_model, token_ids
 from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening
 from transformers.masking_utils import flash_attention_mask
 
-from mmmamba.modeling_mmmamba import MmMambaCache
+from mmmamba.cache_mmmamba import CACHE, MmMambaCache
 from mmmamba.ssm_mmmamba import Sequences
 
 
@@ -106,7 +106,7 @@ def test_sequences_of_one_token_each_may_be_packed(model, tolerance):
 def test_packed_sequences_give_every_parameter_the_gradient_they_give_alone(model, tolerance, checkpointing):
     model.train().requires_grad_(True)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        enable_checkpointing(model)
     size = (2, 47, model.config.text_config.vocab_size)
     upstream = torch.randn(size, generator=torch.Generator().manual_seed(1)).double()
 
@@ -176,11 +176,11 @@ def test_kernels_without_a_mask_get_the_boundaries(kind, rows):
 def test_a_packed_row_with_a_cache_is_refused_in_words(kind):
     model, inputs = tiny_model(kind), packed(FIRST_ROW)
     cache = MmMambaCache(config=model.config.text_config)
-    for asked in ({"use_cache": True}, {"past_key_values": cache}, {"past_key_values": cache, "use_cache": False}):
-        with pytest.raises(ValueError, match=r"one state per row; pass use_cache=False and no past_key_values"):
+    for asked in ({"use_cache": True}, {CACHE: cache}, {CACHE: cache, "use_cache": False}):
+        with pytest.raises(ValueError, match=r"one state per row; pass use_cache=False and no cache"):
             model(**inputs, **asked)
     for asked in ({}, {"use_cache": False}):
-        assert model(**inputs, **asked).past_key_values is None
+        assert getattr(model(**inputs, **asked), CACHE) is None
     assert cache.get_seq_length() == 0
 
 
@@ -200,7 +200,7 @@ def test_with_an_attention_mask_nothing_is_packed(kind):
         following.expand(2, -1),
         attention_mask=torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], 1),
         position_ids=positions[:, -1:] + torch.arange(1, 4),
-        past_key_values=outputs.past_key_values,
+        **{CACHE: outputs[CACHE]},
     ).logits
     close(continued[0], model(torch.cat([row, following])[None]).logits[0, -3:])
     close(continued[1], model(torch.cat([ids[1], following])[None]).logits[0, -3:])

@@ -52,3 +52,9 @@ def tiny_model(kind: str, **text) -> MmMambaForConditionalGeneration:
         if any(part in name for part in ("mamba.conv1d", "mamba.A_log", "mamba.dt_bias", "norm")):
             parameter.data += 0.3 * torch.randn_like(parameter)
     return model.requires_grad_(False)
+
+
+def enable_checkpointing(model) -> None:
+    """Gradient checkpointing by the name that the installed version of Transformers has for it."""
+    name = "activation_checkpointing_enable"  # since 5.23
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
