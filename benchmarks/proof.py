@@ -132,10 +132,10 @@ def teacher_scores() -> dict:
     """The teacher's, on the same questions as the students of the recipes."""
     file = FOLDER / "teacher.json"
     if not file.is_file():
-        from mmmamba.conversion.distillation.recipe import resolve
+        from mmmamba.conversion.distillation.recipe import resolve_path
         from mmmamba.examples.shapes.evaluate import evaluate
 
-        scores = evaluate(resolve(TEACHER), load_recipe("shapes-linear").evaluate)
+        scores = evaluate(resolve_path(TEACHER), load_recipe("shapes-linear").evaluate)
         FOLDER.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(scores), encoding="utf-8")
     return json.loads(file.read_text(encoding="utf-8"))

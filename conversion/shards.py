@@ -80,6 +80,9 @@ class ShardReader:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is not a readable safetensors file ({error}); download it again.") from error
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.specs
+
     def __getitem__(self, name: str) -> Tensor:
         # A new handle each time: pages of a mapped file count as memory for as long as it is open.
         with safe_open(self._file_of[name], "pt") as handle:
@@ -175,5 +178,13 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes JSON the way Transformers does: two spaces, sorted keys, a final newline."""
-    Path(path).write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes JSON the way Transformers does: two spaces, sorted keys, a final newline. See `write_text`."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file at once: whoever reads it, after a kill too, finds the old text or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

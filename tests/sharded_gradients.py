@@ -5,10 +5,10 @@ import torch.distributed as dist
 from test_distillation import pair, rows
 from torch.distributed.fsdp import fully_shard
 
-from mmmamba.conversion.distillation.counting import totals_of
 from mmmamba.conversion.distillation.data import pad
 from mmmamba.conversion.distillation.end_to_end import EndToEndDistiller
 from mmmamba.conversion.distillation.layerwise import LayerwiseDistiller
+from mmmamba.conversion.distillation.losses import count_tokens
 
 
 def make(stage):
@@ -21,7 +21,7 @@ def make(stage):
 
 dist.init_process_group("gloo")
 shares = [pad(rows()[i : i + 2], 2) for i in (0, 2)]
-totals = sum(totals_of(share) for share in shares)
+totals = sum(count_tokens(share) for share in shares)
 for stage in (1, 2, 3):
     whole = make(stage)
     whole(**pad(rows(), 2)).backward()

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import mmmamba
-from mmmamba.conversion.distillation.placement import layer_costs
+from mmmamba.conversion.distillation.data.training_data import TrainingData
+from mmmamba.conversion.distillation.placement import replacement_kl
 from mmmamba.conversion.distillation.recipe import load_recipe
 from mmmamba.conversion.distillation.run import distill
-from mmmamba.conversion.distillation.sources import Source
-from mmmamba.conversion.distillation.trainer import DistillationTrainer, passes
+from mmmamba.conversion.distillation.trainer import DistillationTrainer, repeating_sampler
 from mmmamba.conversion.shards import ShardWriter
 from mmmamba.examples.shapes.evaluate import evaluate
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
@@ -98,7 +98,7 @@ def test_a_run_chains_its_stages_and_leaves_a_model_logs_plots_and_results(finis
 def test_a_killed_run_goes_on_to_the_same_weights(finished, tmp_path, stage):
     folder = tmp_path / "run"
     process = subprocess.Popen(command(folder), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    marker = folder / f"stage-{stage}" / "checkpoints" / "checkpoint-2" / "whole"
+    marker = folder / f"stage-{stage}" / "checkpoints" / "checkpoint-2" / "complete"
     while not marker.exists():
         assert process.poll() is None, "finished before it could be killed"
         time.sleep(0.002)
@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(finished, tmp_path, stage):
     (broken / "trainer_state.json").write_text("{")
     again = subprocess.run(command(folder), env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    assert f"stage {stage}: goes on from {marker.parent}" in again.stdout or "checkpoint-4" in again.stdout
+    assert f"stage {stage}: resumes from {marker.parent}" in again.stdout or "checkpoint-4" in again.stdout
     expected, found = weights(finished[0]), weights(folder)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     history = [
@@ -271,7 +271,7 @@ def test_a_stage_killed_before_its_model_was_written_takes_no_step_too_many(tmp_
 
     recipe = load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'cut'}"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("mmmamba.conversion.distillation.run.plot_losses", killed)
+        patch.setattr("mmmamba.conversion.distillation.stages.plot_losses", killed)
         distill(recipe)
     distill(recipe)
     expected = weights(tmp_path / "whole")
@@ -284,10 +284,10 @@ def test_a_stage_killed_before_its_model_was_written_takes_no_step_too_many(tmp_
 
 def test_every_pass_reads_every_row_in_another_order():
     rows = list(range(7))
-    read = list(passes(rows, 17, seed=3))
+    read = list(repeating_sampler(rows, 17, seed=3))
     assert sorted(read[:7]) == sorted(read[7:14]) == rows and len(read) == 17
-    assert read[:7] != read[7:14] and read == list(passes(rows, 17, seed=3))
-    assert read != list(passes(rows, 17, seed=4))
+    assert read[:7] != read[7:14] and read == list(repeating_sampler(rows, 17, seed=3))
+    assert read != list(repeating_sampler(rows, 17, seed=4))
 
 
 def test_a_run_without_any_picture_says_so_from_its_reading_process(tmp_path, conversations):
@@ -366,7 +366,7 @@ def test_the_card_of_a_finished_run_follows_its_recipe(tmp_path, capsys, monkeyp
 
 
 def test_a_folder_that_processes_do_not_share_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmmamba.conversion.distillation.run.gather_object", lambda mine: [*mine, False])
+    monkeypatch.setattr("mmmamba.conversion.distillation.folder.gather_object", lambda mine: [*mine, False])
     with pytest.raises(FileNotFoundError, match=r"Not every process sees \S*recipe.yaml, which the first one wrote"):
         distill(load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}"]))
 
@@ -395,7 +395,7 @@ def test_a_measured_placement_keeps_the_costliest_layers(tmp_path, capsys):
     teacher = MmMambaForConditionalGeneration.from_pretrained(TEACHER, dtype=torch.float32).eval()
     trained = load_file(tmp_path / "run" / "stage-2" / "model" / "model.safetensors")
     # Each layer's cost again, from a hybrid of its own and plain logits.
-    source = Source(recipe, TEACHER)
+    source = TrainingData(recipe, TEACHER)
     batches = list(source.held_out(4, 2))
     for layer, cost in enumerate(costs):
         config = copy.deepcopy(teacher.config)
@@ -422,7 +422,7 @@ def test_a_measured_placement_keeps_the_costliest_layers(tmp_path, capsys):
             assert torch.equal(model.state_dict()[name], trained[name])
     # A teacher that is held in another dtype than its student.
     student = MmMambaForConditionalGeneration.from_pretrained(tmp_path / "run" / "stage-2" / "model").float().eval()
-    assert layer_costs(teacher.bfloat16(), student, batches) == pytest.approx(costs, rel=0.3)
+    assert replacement_kl(teacher.bfloat16(), student, batches) == pytest.approx(costs, rel=0.3)
 
 
 def test_bf16_with_a_reading_process_goes_on_to_the_same_weights(tmp_path, monkeypatch):
@@ -471,7 +471,7 @@ def test_nothing_is_exported_before_the_last_stage(tmp_path):
     ("overrides", "message"),
     [
         (["teacher=nowhere"], "nowhere is no model folder: it has no config.json"),
-        (["stage_1.batch_size=3"], "stage_1.batch_size=3 cannot be dealt out"),
+        (["stage_1.batch_size=3"], "stage_1.batch_size=3 cannot be split"),
         (["strategy=measured", "num_attention=2", "stages=[1, 2]"], "stages=[1, 2] lacks one of them"),
         (["strategy=measured", "num_attention=2", "measure_batches=0"], "measure_batches=0 must be at least 1"),
         (

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 from mmmamba.conversion.convert import convert
-from mmmamba.conversion.distillation.counting import totals_of
 from mmmamba.conversion.distillation.data import pack, pad
-from mmmamba.conversion.distillation.end_to_end import EndToEndDistiller, distillation_loss, kl_sum
-from mmmamba.conversion.distillation.layerwise import SCALE, LayerwiseDistiller, mixers
+from mmmamba.conversion.distillation.end_to_end import EndToEndDistiller
+from mmmamba.conversion.distillation.layerwise import LOSS_SCALE, LayerwiseDistiller, mamba_mixers
+from mmmamba.conversion.distillation.losses import count_tokens, distillation_loss, kl_sum
 from mmmamba.conversion.layouts import from_training_student
 from mmmamba.conversion.seeding import seed_state_dict
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
@@ -42,7 +42,7 @@ def upstream_student(teacher, files):
     student = MmMambaForConditionalGeneration(config).eval()
     student.load_state_dict(state)
     layers = training_layers(*files)
-    for index, mixer in mixers(student).items():
+    for index, mixer in mamba_mixers(student).items():
         name = f"embedding_model.encoder.{index}" if index < 8 else f"language_model.model.layers.{index - 8}"
         tensors = dict(layers[name])
         values = dict(zip("vkq", mixer.in_proj.weight.split([32, 32, 64, 64, 4])[:3], strict=True))
@@ -111,7 +111,7 @@ def pair(attention=(), dtype=torch.float64):
     student = MmMambaForConditionalGeneration(config).to(dtype)
     student.load_state_dict(state)
     torch.manual_seed(1)
-    for mixer in mixers(student).values():
+    for mixer in mamba_mixers(student).values():
         for parameter in mixer.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return teacher, student
@@ -148,19 +148,19 @@ def true_layerwise_gradients(teacher, student, one_by_one):
 
         hooks.append(layer.self_attn.register_forward_pre_hook(remember, with_kwargs=True))
         hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(target))
-    squares, count = {index: 0.0 for index in mixers(student)}, 0
+    squares, count = {index: 0.0 for index in mamba_mixers(student)}, 0
     for ids in one_by_one:
         with torch.no_grad():
             teacher(input_ids=ids[None])
         count += len(ids)
-        for index, mixer in mixers(student).items():
+        for index, mixer in mamba_mixers(student).items():
             heads = mixer.heads(inputs[index].clone())
             squares[index] = squares[index] + (heads.flatten(2) - inputs[-1 - index]).square().mean(2).sum()
     for hook in hooks:
         hook.remove()
     student.requires_grad_(True)
     student.zero_grad()
-    (SCALE * sum(squares.values()) / len(squares) / count).backward()
+    (LOSS_SCALE * sum(squares.values()) / len(squares) / count).backward()
     return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
 
@@ -188,7 +188,7 @@ def test_stage_1_leaves_values_keys_and_queries_exactly_as_they_are():
     assert set(after) == set(before)
     for name, tensor in after.items():
         if name.endswith("in_proj.weight"):
-            held = mixers(student)[0].splits[0]
+            held = mamba_mixers(student)[0].splits[0]
             assert torch.equal(tensor[:held], before[name][:held])
             assert not torch.equal(tensor[held:], before[name][held:])
         else:
@@ -243,7 +243,7 @@ def test_a_step_is_the_same_however_its_conversations_are_dealt_out(stage):
     distiller = make(teacher, student, *([] if stage == 3 else [1]))
     whole = gradients(distiller, pad(rows(), pad_token_id=2))
     parts = [pad(rows()[i : i + 2], pad_token_id=2) for i in (0, 2)]
-    totals = sum(totals_of(part) for part in parts)
+    totals = sum(count_tokens(part) for part in parts)
     shares = [gradients(distiller, part, totals) for part in parts]
     for name, gradient in whole.items():
         torch.testing.assert_close(shares[0][name] + shares[1][name], gradient, rtol=1e-7, atol=1e-9)

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
+from mmmamba.conversion.distillation.checkpoints import MarkCompleteCheckpoints, last_checkpoint
 from mmmamba.conversion.distillation.data import pad
-from mmmamba.conversion.distillation.trainer import WholeCheckpoints, last_checkpoint
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 from .data import Conversations
@@ -92,7 +92,8 @@ def fit(
         remove_unused_columns=False,
     )
     collate = partial(pad, pad_token_id=pad_token_id)
-    trainer = Trainer(model, options, data_collator=collate, train_dataset=rows, callbacks=[WholeCheckpoints()])
+    callbacks = [MarkCompleteCheckpoints()]
+    trainer = Trainer(model, options, data_collator=collate, train_dataset=rows, callbacks=callbacks)
     checkpoint = last_checkpoint(checkpoints)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     shutil.rmtree(checkpoints)
