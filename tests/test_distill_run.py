@@ -55,7 +55,15 @@ SMALL = [
 
 @pytest.fixture(scope="module", autouse=True)
 def without_delays():
-    """One thread and no GPU, so that forked processes compute the same; no plots; cheap garbage collection."""
+    """One thread and no GPU, so that forked processes compute the same; no plots, no row encoded twice."""
+    plain, rows = Conversations.row, {}
+
+    def row(self, index):
+        key = (self.split, self.seed, index)
+        if key not in rows:
+            rows[key] = plain(self, index)
+        return rows[key]
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.collect()
@@ -64,6 +72,7 @@ def without_delays():
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(stages, "plot_losses", lambda *_: None)
         patch.setattr(Conversations, "pool", 2)
+        patch.setattr(Conversations, "row", row)
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         yield
     gc.unfreeze()
@@ -282,9 +291,7 @@ def test_two_runs_in_one_folder_do_not_mix(recipe, tmp_path):
     other = context.Process(target=hold, args=(folder, recipe(folder), theirs))
     other.start()
     assert ours.recv() == "claimed"
-    with pytest.raises(
-        ValueError, match=r"^Another process is running in \S*run; wait for it, or give another output"
-    ):
+    with pytest.raises(ValueError, match=r"^Another process is running in \S*run; wait for it, or give another "):
         distill(recipe(folder), "seed")
     assert not (folder / "seeded").exists()
     os.kill(other.pid, signal.SIGKILL)
