@@ -60,8 +60,8 @@ def train_teacher() -> None:
         keys = attention.k_proj.weight.detach().unflatten(0, (-1, attention.head_dim))
         attention.q_proj.weight.data.copy_(keys.repeat_interleave(attention.num_key_value_groups, 0).flatten(0, 1))
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
-    inside = {id(parameter) for parameter in matrices}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+    matrix_ids = {id(parameter) for parameter in matrices}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in matrix_ids]
     rates = {
         torch.optim.Muon(matrices, weight_decay=0.05): 0.02,
         torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.05): 2e-3,
@@ -69,34 +69,37 @@ def train_teacher() -> None:
 
     def train_step(rows: RecallConversations, number: int, lr_scale: float) -> float:
         """One step on batch `number` at scaled learning rates; returns the accuracy on the answers' tokens."""
-        right = []
+        accuracies = []
         for part in range(number * BATCH_SIZE, (number + 1) * BATCH_SIZE, MICRO_BATCH_SIZE):
             batch = pad([rows[i] for i in range(part, part + MICRO_BATCH_SIZE)], tokenizer.pad_token_id)
             with torch.autocast("cpu", torch.bfloat16):
                 output = model(**batch)
             (output.loss * MICRO_BATCH_SIZE / BATCH_SIZE).backward()
             truth = batch["labels"][:, 1:]
-            right.append((output.logits[:, :-1].argmax(-1) == truth)[truth != -100].float().mean().item())
+            accuracies.append((output.logits[:, :-1].argmax(-1) == truth)[truth != -100].float().mean().item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in rates.items():
             for group in optimizer.param_groups:
                 group["lr"] = rate * lr_scale
             optimizer.step()
             optimizer.zero_grad()
-        return statistics.mean(right)
+        return statistics.mean(accuracies)
 
     steps = 0
-    for most in ITEMS[1:]:
-        known = most * 5 // 4 if most < ITEMS[-1] else None
-        rows, right = RecallConversations(processor, 100 + most, BATCH_SIZE, most, known), []
-        while len(right) < MAX_STEPS and (len(right) < 20 or statistics.mean(right[-20:]) < TARGET_ACCURACY):
-            right.append(train_step(rows, len(right), min(1.0, (steps + 1) / 50)))
+    for max_names in ITEMS[1:]:
+        vocabulary = max_names * 5 // 4 if max_names < ITEMS[-1] else None
+        rows, accuracies = RecallConversations(processor, 100 + max_names, BATCH_SIZE, max_names, vocabulary), []
+        while len(accuracies) < MAX_STEPS and (
+            len(accuracies) < 20 or statistics.mean(accuracies[-20:]) < TARGET_ACCURACY
+        ):
+            accuracies.append(train_step(rows, len(accuracies), min(1.0, (steps + 1) / 50)))
             steps += 1
             if steps % 50 == 0:
-                print(f"step {steps}: up to {most} names, {statistics.mean(right[-20:]):.1%} right", flush=True)
+                accuracy = statistics.mean(accuracies[-20:])
+                print(f"step {steps}: up to {max_names} names, {accuracy:.1%} right", flush=True)
     for step in range(DECAY):
-        right.append(train_step(rows, len(right), 1 - step / DECAY))
-    print(f"in the end: {statistics.mean(right[-20:]):.1%} right", flush=True)
+        accuracies.append(train_step(rows, len(accuracies), 1 - step / DECAY))
+    print(f"in the end: {statistics.mean(accuracies[-20:]):.1%} right", flush=True)
     save(model, folder, "shapes-recall-teacher", f"Trained from nothing on recall, {steps + DECAY:,} steps.")
 
 
