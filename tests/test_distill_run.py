@@ -32,7 +32,7 @@ from mmmamba.conversion.distillation.folder import RunFolder
 from mmmamba.conversion.distillation.placement import replacement_kl
 from mmmamba.conversion.distillation.recipe import load_recipe
 from mmmamba.conversion.distillation.run import distill
-from mmmamba.conversion.distillation.trainer import DistillationTrainer, repeating_sampler
+from mmmamba.conversion.distillation.trainer import DistillationTrainer
 from mmmamba.conversion.shards import ShardWriter
 from mmmamba.examples.shapes.data import Conversations
 from mmmamba.examples.shapes.evaluate import evaluate
@@ -51,6 +51,7 @@ SMALL = [
         for key, value in {"steps": 4, "warmup": 1, "decay": 2, "batch_size": 2, "per_device_batch_size": 2}.items()
     ),
 ]  # fmt: skip
+ACCUMULATION = [f"stage_{n}.batch_size=4" for n in (1, 2, 3)]  # two micro-batches per step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,7 +125,7 @@ def same_weights(run, other):
 
 @pytest.fixture(scope="module")
 def finished(teacher, tmp_path_factory):
-    """An uninterrupted run by the command, with two micro-batches per step, and what it printed."""
+    """An uninterrupted run by the command, and what it printed."""
     folder = tmp_path_factory.mktemp("run") / "run"
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -137,9 +138,6 @@ def finished(teacher, tmp_path_factory):
         patch.setattr(stages, "plot_losses", trainer.plot_losses)
         command.run(parser.parse_args(["shapes-hybrid", *overrides]))
     return folder, printed.getvalue(), progress.getvalue()
-
-
-ACCUMULATION = [f"stage_{n}.batch_size=4" for n in (1, 2, 3)]
 
 
 def test_a_run_chains_its_stages_and_leaves_a_model_logs_plots_and_results(finished, teacher):
@@ -237,16 +235,6 @@ def test_what_a_process_that_was_killed_while_it_wrote_leaves_is_removed(recipe,
     monkeypatch.undo()
     distill(recipe(folder), "seed")
     assert (folder / "seeded" / "model.safetensors").is_file() and not partial.exists()
-
-
-@pytest.mark.parametrize("name", ["8-gpus", "2-nodes", "fsdp2", "deepspeed-zero2"])
-def test_launch_configurations_are_accelerates(name):
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    folder = Path(mmmamba.__file__).parent / "conversion" / "distillation" / "accelerate"
-    config = load_config_from_file(str(folder / f"{name}.yaml"))
-    assert config.num_processes == (16 if name == "2-nodes" else 8)
-    assert config.mixed_precision in (None, "no")  # precision is the recipe's
 
 
 def distill_with_output(recipe, folder):
@@ -385,14 +373,6 @@ def test_a_stage_killed_before_its_model_was_written_takes_no_step_too_many(reci
     distill(cut)
     same_weights(tmp_path / "cut", tmp_path / "whole")
     assert results(tmp_path / "cut")["stage_1"]["tokens"] == results(tmp_path / "whole")["stage_1"]["tokens"]
-
-
-def test_every_epoch_reads_every_row_in_another_order():
-    rows = list(range(7))
-    read = list(repeating_sampler(rows, 17, seed=3))
-    assert sorted(read[:7]) == sorted(read[7:14]) == rows and len(read) == 17
-    assert read[:7] != read[7:14] and read == list(repeating_sampler(rows, 17, seed=3))
-    assert read != list(repeating_sampler(rows, 17, seed=4))
 
 
 def test_a_run_without_any_image_says_so_from_its_dataloader_worker(recipe, tmp_path, conversations):

@@ -16,6 +16,7 @@ from mmmamba.conversion.distillation.data import pack, pad
 from mmmamba.conversion.distillation.end_to_end import EndToEndDistiller
 from mmmamba.conversion.distillation.layerwise import LOSS_SCALE, LayerwiseDistiller, mamba_mixers
 from mmmamba.conversion.distillation.losses import count_tokens, distillation_loss, kl_sum
+from mmmamba.conversion.distillation.trainer import repeating_sampler
 from mmmamba.conversion.layouts import from_training_student
 from mmmamba.conversion.seeding import seed_state_dict
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
@@ -72,7 +73,7 @@ def test_layerwise_losses_are_upstreams(teacher, stage):
         torch.testing.assert_close(target, case[f"{name}.y_true_heads"], rtol=1e-3, atol=5e-4)
 
 
-def test_stage_3_of_upstreams_student(teacher):
+def test_stage_3_logits_and_loss_of_upstreams_student_are_upstreams(teacher):
     case = load_file(GOLDEN / "seeding" / "stage3_forward.safetensors")
     inputs = batch_of(load_file(GOLDEN / "seeding" / "stage2.safetensors"))
     student = upstream_student(teacher, STAGE_FILES["stage2"])
@@ -195,7 +196,7 @@ def test_stage_1_leaves_values_keys_and_queries_exactly_as_they_are():
             assert torch.equal(tensor, before[name]) != trained, name
 
 
-def test_upstreams_mean_over_padding_is_there_to_compare_with():
+def test_include_padding_gives_upstreams_mean_over_padding():
     teacher, student = pair()
     batch = pad(rows((9, 4)), pad_token_id=2)
     everything = batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
@@ -236,7 +237,7 @@ def test_stage_3_in_chunks_is_the_plain_loss_of_each_conversation_alone(collate,
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_step_is_the_same_however_its_conversations_are_dealt_out(stage):
+def test_a_step_is_the_same_however_its_conversations_are_split(stage):
     teacher, student = pair()
     make = EndToEndDistiller if stage == 3 else LayerwiseDistiller
     distiller = make(teacher, student, *([] if stage == 3 else [1]))
@@ -248,7 +249,7 @@ def test_a_step_is_the_same_however_its_conversations_are_dealt_out(stage):
         torch.testing.assert_close(shares[0][name] + shares[1][name], gradient, rtol=1e-7, atol=1e-9)
 
 
-def test_what_trains_in_stage_3():
+def test_stage_3_trains_what_trainable_says():
     teacher, student = pair(attention=(1,))
 
     def trained(trainable):
@@ -261,39 +262,39 @@ def test_what_trains_in_stage_3():
     assert trained("decoder") == {name for name, _ in student.named_parameters() if ".layers." in name}
 
 
-def test_only_one_layers_activations_are_alive():
-    """What autograd keeps while the teacher runs does not grow with depth."""
+def test_only_one_layers_activations_are_in_memory():
+    """What autograd has saved while the teacher runs does not grow with depth."""
     teacher, student = pair()
     batch = pad(rows((60,)), pad_token_id=2)
-    kept, most = set(), 0
+    saved, peak = set(), 0
 
     def pack_hook(tensor):
-        nonlocal most
-        kept.add(id(tensor))
-        most = max(most, len(kept))
-        return _Kept(tensor, kept)
+        nonlocal peak
+        saved.add(id(tensor))
+        peak = max(peak, len(saved))
+        return _SavedTensor(tensor, saved)
 
     with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda one: one.tensor):
         for layers in (1, 4):
-            most = 0
+            peak = 0
             distiller = LayerwiseDistiller(teacher, student, 2)
             for index in list(distiller.mixers)[layers:]:
                 del distiller.mixers[index]
             distiller(**batch).backward()
             if layers == 1:
-                alone = most
+                alone = peak
     # Four layers' gradients are there in the end, one layer's activations at a time.
-    assert 0 < alone and most < 1.5 * alone
+    assert 0 < alone and peak < 1.5 * alone
 
 
-class _Kept:
-    """Notes when autograd lets a saved tensor go."""
+class _SavedTensor:
+    """Notes when autograd frees a saved tensor."""
 
-    def __init__(self, tensor, kept):
-        self.tensor, self.kept, self.key = tensor, kept, id(tensor)
+    def __init__(self, tensor, saved):
+        self.tensor, self.saved, self.key = tensor, saved, id(tensor)
 
     def __del__(self):
-        self.kept.discard(self.key)
+        self.saved.discard(self.key)
 
 
 def test_logits_of_all_positions_never_exist_at_once():
@@ -366,3 +367,11 @@ def test_sharded_parameters_get_the_gradients_of_one_process(stage, tmp_path, mo
     """FSDP2 over two processes, in stage 3 with gradient checkpointing."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     run_ranks(compare_sharded_gradients, tmp_path, stage)
+
+
+def test_every_epoch_reads_every_row_in_another_order():
+    rows = list(range(7))
+    read = list(repeating_sampler(rows, 17, seed=3))
+    assert sorted(read[:7]) == sorted(read[7:14]) == rows and len(read) == 17
+    assert read[:7] != read[7:14] and read == list(repeating_sampler(rows, 17, seed=3))
+    assert read != list(repeating_sampler(rows, 17, seed=4))

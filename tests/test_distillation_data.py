@@ -82,7 +82,7 @@ def test_bad_rows_are_counted_once_and_stop_a_run(tmp_path):
     assert counter.add([one]) == 0
     assert counter.count == 2
     assert counter.quoted == ["a: b.jsonl:3: it is broken", "parquet[7]: the image c.png: gone"]
-    counter.check(20)  # too early to tell
+    counter.check(20)  # below min_seen
     counter.check(79)
     counter.add([(f"x[{i}]", "y") for i in range(8)])
     counter.check(1)  # 10 of 100
@@ -98,7 +98,7 @@ def test_bad_rows_are_counted_once_and_stop_a_run(tmp_path):
     assert logged[-1] == {"row": "x[9]", "reason": "y", "seen": 100}
 
 
-def test_a_run_that_goes_on_knows_the_bad_rows_that_it_has_met(tmp_path):
+def test_a_resumed_run_knows_the_bad_rows_that_it_has_seen(tmp_path):
     file = tmp_path / "bad.jsonl"
     bad = [(f"x[{i}]", "y") for i in range(30)]
     whole = BadRowCounter(0.01, file)
@@ -122,7 +122,7 @@ def test_a_run_that_goes_on_knows_the_bad_rows_that_it_has_met(tmp_path):
     assert start.count == 1
 
 
-def test_chance_stops_no_run_and_too_many_do():
+def test_too_many_bad_rows_stop_a_run_and_chance_does_not():
     generator = random.Random(0)
     for share, stops in ((0.005, False), (0.02, True)):
         stopped = 0
@@ -151,7 +151,7 @@ def test_the_share_counts_early_for_a_small_dataset():
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_lists_and_lines_hold_the_same_records(tmp_path):
+def test_a_json_list_and_json_lines_give_the_same_records(tmp_path):
     items = [*numbered(3), {"conversations": turns("Où est «é»?", "là 🙂 ] } ,")}]
     lines = tmp_path / "lines.jsonl"
     lines.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(i, ensure_ascii=False).encode() for i in items))
@@ -185,7 +185,7 @@ def test_a_large_file_is_indexed_not_read(tmp_path):
     assert opened.name(len(opened) - 1) == f"{file}:1700000"
 
 
-def test_processes_do_not_move_each_others_place(tmp_path):
+def test_forked_processes_do_not_move_each_others_file_position(tmp_path):
     source = RecordFile(write_lines(tmp_path / "a.jsonl", numbered(1000)))
     source.read(999)
     place = os.lseek(source._handle[1].fileno(), 0, os.SEEK_CUR)
@@ -375,7 +375,7 @@ def test_bad_records_of_a_stream_keep_their_id(caches, processor, tmp_path, monk
         next(iter(open_data(spec, processor, num_processes=9, process_index=8)))
 
 
-def test_several_streams_take_turns(caches, processor, tmp_path):
+def test_several_streams_alternate(caches, processor, tmp_path):
     specs = []
     for name, start in (("one", 0), ("two", 50)):
         (tmp_path / name).mkdir()
@@ -387,7 +387,7 @@ def test_several_streams_take_turns(caches, processor, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_json_whose_content_is_text_here_and_parts_there(streaming, caches, processor, encoder, tmp_path):
+def test_json_may_mix_text_and_parts(streaming, caches, processor, encoder, tmp_path):
     picture().save(tmp_path / "a.png")
     content = [{"type": "image"}, {"type": "text", "text": "What?"}]
     given = [
@@ -490,7 +490,7 @@ def test_padding_keeps_every_row(rows):
     assert set(pad(rows[:1], 7)) == {"input_ids", "attention_mask", "labels"}
 
 
-def test_packing_lays_rows_end_to_end(rows):
+def test_packing_concatenates_rows(rows):
     before = [row["labels"].clone() for row in rows]
     batch = pickle.loads(pickle.dumps(pack))(rows)
     assert set(batch) == {"input_ids", "position_ids", "labels", "pixel_values", "bad_rows"}

@@ -42,6 +42,16 @@ def test_the_published_schedules(name):
         assert attention_layers(32, recipe.num_attention, recipe.strategy) == [0, 4, 8, 12, 16, 20, 24, 28]
 
 
+@pytest.mark.parametrize("name", ["8-gpus", "2-nodes", "fsdp2", "deepspeed-zero2"])
+def test_launch_configurations_are_accelerates(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    folder = RECIPES.with_name("accelerate")
+    config = load_config_from_file(str(folder / f"{name}.yaml"))
+    assert config.num_processes == (16 if name == "2-nodes" else 8)
+    assert config.mixed_precision in (None, "no")  # precision is the recipe's
+
+
 def test_overrides_reach_every_key():
     recipe = load_recipe(
         "shapes-linear", ["stage_3.learning_rate=1e-4", "seed=7", "stages=[1, 3]", "betas=[0.9,0.95]"]
