@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.distillation.end_to_end import EndToEndDistiller
-from mmmamba.conversion.distillation.layerwise import SCALE, LayerwiseDistiller, mixers
+from mmmamba.conversion.distillation.layerwise import LOSS_SCALE, LayerwiseDistiller, mamba_mixers
 from mmmamba.conversion.seeding import seed_state_dict
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
@@ -145,7 +145,7 @@ def full_logits(teacher, student, batch: dict[str, Tensor]) -> Tensor:
 def all_layers(teacher, student, mixers_alone: bool) -> Callable[[dict[str, Tensor]], Tensor]:
     """Stages 1 and 2 with one backward pass over all layers."""
     inputs, targets, heads = {}, {}, {}
-    learners = mixers(student)
+    mixers = mamba_mixers(student)
 
     def keep(found: dict[int, Tensor], layer: int):
         def hook(module, args, kwargs):
@@ -159,7 +159,7 @@ def all_layers(teacher, student, mixers_alone: bool) -> Callable[[dict[str, Tens
 
         return hook
 
-    for layer, mixer in learners.items():
+    for layer, mixer in mixers.items():
         attention = teacher.model.layers[layer].self_attn
         attention.register_forward_pre_hook(keep(inputs, layer), with_kwargs=True)
         attention.o_proj.register_forward_pre_hook(keep(targets, layer), with_kwargs=True)
@@ -171,10 +171,10 @@ def all_layers(teacher, student, mixers_alone: bool) -> Callable[[dict[str, Tens
         with torch.no_grad():
             teacher.model(**batch, use_cache=False)
         if mixers_alone:
-            heads.update({layer: mixer.heads(inputs[layer]).flatten(2) for layer, mixer in learners.items()})
+            heads.update({layer: mixer.heads(inputs[layer]).flatten(2) for layer, mixer in mixers.items()})
         else:
             student.model(**batch, use_cache=False)
-        errors = [(heads.pop(layer) - targets.pop(layer)).square().mean() for layer in learners]
-        return SCALE * torch.stack(errors).mean()
+        errors = [(heads.pop(layer) - targets.pop(layer)).square().mean() for layer in mixers]
+        return LOSS_SCALE * torch.stack(errors).mean()
 
     return loss

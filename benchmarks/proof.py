@@ -20,7 +20,8 @@ from pathlib import Path
 
 from mmmamba.benchmarks.plot import bars
 from mmmamba.benchmarks.timing import processor
-from mmmamba.conversion.distillation.recipe import RECIPES, load_recipe
+from mmmamba.conversion.distillation.recipe import RECIPES, load_recipe, resolve_path
+from mmmamba.conversion.shards import write_text
 
 
 FOLDER = Path("runs/proof")
@@ -132,12 +133,11 @@ def teacher_scores() -> dict:
     """The teacher's, on the same questions as the students of the recipes."""
     file = FOLDER / "teacher.json"
     if not file.is_file():
-        from mmmamba.conversion.distillation.recipe import resolve
         from mmmamba.examples.shapes.evaluate import evaluate
 
-        scores = evaluate(resolve(TEACHER), load_recipe("shapes-linear").evaluate)
+        scores = evaluate(resolve_path(TEACHER), load_recipe("shapes-linear").evaluate)
         FOLDER.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(scores), encoding="utf-8")
+        write_text(file, json.dumps(scores))
     return json.loads(file.read_text(encoding="utf-8"))
 
 

@@ -32,11 +32,11 @@ from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 FOLDER = Path("runs/recall")
 SEEDS = (0, 1, 2)
 ATTENTION = {"linear": 0, "hybrid-2": 2, "hybrid-3": 3}  # layers of six that the students keep
-ITEMS = (4, 8, 16, 32, 64, 128, 256)
+ITEMS = (4, 8, 16, 32, 64, 128, 256)  # names in a list
 BATCH_SIZE = 32  # the students' is half of it
-AT_ONCE = 8  # conversations that are in memory together
-RIGHT = 0.95  # share of the answers' tokens that lets lists grow
-MOST_STEPS, DECAY = 1000, 150  # steps with lists up to one length; steps in which the learning rate falls to zero
+MICRO_BATCH_SIZE = 8
+TARGET_ACCURACY = 0.95  # of the answers' tokens, at which lists double
+MAX_STEPS, DECAY = 1000, 150  # steps at most per list length; steps in which the learning rate falls to zero
 SCHEDULES = {"stage_1": 50, "stage_2": 100, "stage_3": 500}  # the students' steps
 
 
@@ -60,47 +60,50 @@ def train_teacher() -> None:
         keys = attention.k_proj.weight.detach().unflatten(0, (-1, attention.head_dim))
         attention.q_proj.weight.data.copy_(keys.repeat_interleave(attention.num_key_value_groups, 0).flatten(0, 1))
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
-    inside = {id(parameter) for parameter in matrices}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+    matrix_ids = {id(parameter) for parameter in matrices}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in matrix_ids]
     rates = {
         torch.optim.Muon(matrices, weight_decay=0.05): 0.02,
         torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.05): 2e-3,
     }
 
-    def learn(rows: RecallConversations, number: int, share: float) -> float:
-        """One step on batch `number` at a share of the learning rates; the share of the answers' tokens got right."""
-        right = []
-        for part in range(number * BATCH_SIZE, (number + 1) * BATCH_SIZE, AT_ONCE):
-            batch = pad([rows[i] for i in range(part, part + AT_ONCE)], tokenizer.pad_token_id)
+    def train_step(rows: RecallConversations, number: int, lr_scale: float) -> float:
+        """One step on batch `number` at scaled learning rates; returns the accuracy on the answers' tokens."""
+        accuracies = []
+        for part in range(number * BATCH_SIZE, (number + 1) * BATCH_SIZE, MICRO_BATCH_SIZE):
+            batch = pad([rows[i] for i in range(part, part + MICRO_BATCH_SIZE)], tokenizer.pad_token_id)
             with torch.autocast("cpu", torch.bfloat16):
                 output = model(**batch)
-            (output.loss * AT_ONCE / BATCH_SIZE).backward()
+            (output.loss * MICRO_BATCH_SIZE / BATCH_SIZE).backward()
             truth = batch["labels"][:, 1:]
-            right.append((output.logits[:, :-1].argmax(-1) == truth)[truth != -100].float().mean().item())
+            accuracies.append((output.logits[:, :-1].argmax(-1) == truth)[truth != -100].float().mean().item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in rates.items():
             for group in optimizer.param_groups:
-                group["lr"] = rate * share
+                group["lr"] = rate * lr_scale
             optimizer.step()
             optimizer.zero_grad()
-        return statistics.mean(right)
+        return statistics.mean(accuracies)
 
     steps = 0
-    for most in ITEMS[1:]:
-        known = most * 5 // 4 if most < ITEMS[-1] else None
-        rows, right = RecallConversations(processor, 100 + most, BATCH_SIZE, most, known), []
-        while len(right) < MOST_STEPS and (len(right) < 20 or statistics.mean(right[-20:]) < RIGHT):
-            right.append(learn(rows, len(right), min(1.0, (steps + 1) / 50)))
+    for max_names in ITEMS[1:]:
+        vocabulary = max_names * 5 // 4 if max_names < ITEMS[-1] else None
+        rows, accuracies = RecallConversations(processor, 100 + max_names, BATCH_SIZE, max_names, vocabulary), []
+        while len(accuracies) < MAX_STEPS and (
+            len(accuracies) < 20 or statistics.mean(accuracies[-20:]) < TARGET_ACCURACY
+        ):
+            accuracies.append(train_step(rows, len(accuracies), min(1.0, (steps + 1) / 50)))
             steps += 1
             if steps % 50 == 0:
-                print(f"step {steps}: up to {most} names, {statistics.mean(right[-20:]):.1%} right", flush=True)
+                accuracy = statistics.mean(accuracies[-20:])
+                print(f"step {steps}: up to {max_names} names, {accuracy:.1%} right", flush=True)
     for step in range(DECAY):
-        right.append(learn(rows, len(right), 1 - step / DECAY))
-    print(f"in the end: {statistics.mean(right[-20:]):.1%} right", flush=True)
+        accuracies.append(train_step(rows, len(accuracies), 1 - step / DECAY))
+    print(f"in the end: {statistics.mean(accuracies[-20:]):.1%} right", flush=True)
     save(model, folder, "shapes-recall-teacher", f"Trained from nothing on recall, {steps + DECAY:,} steps.")
 
 
-def distil(job: tuple[str, int]) -> None:
+def distill_student(job: tuple[str, int]) -> None:
     """Makes one student in a process of its own."""
     kind, seed = job
     folder = FOLDER / f"{kind}-{seed}"
@@ -113,7 +116,7 @@ def distil(job: tuple[str, int]) -> None:
         command += [f"num_attention={ATTENTION[kind]}", "strategy=measured"]
     for stage, steps in SCHEDULES.items():
         values = {"steps": steps, "warmup": steps // 10, "decay": steps // 4}
-        values |= {"batch_size": BATCH_SIZE // 2, "per_device_batch_size": AT_ONCE}
+        values |= {"batch_size": BATCH_SIZE // 2, "per_device_batch_size": MICRO_BATCH_SIZE}
         command += [f"{stage}.{key}={value}" for key, value in values.items()]
     with (FOLDER / f"{kind}-{seed}.log").open("a", encoding="utf-8") as log:
         subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
@@ -182,7 +185,7 @@ def main() -> None:
         return
     train_teacher()
     with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(distil, [(kind, seed) for seed in SEEDS for kind in ATTENTION]))
+        list(pool.map(distill_student, [(kind, seed) for seed in SEEDS for kind in ATTENTION]))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from mmmamba.processing_mmmamba import MmMambaProcessor
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 
 
-# model_type of the whole, of its embedding stack, of its language stack.
+# model_type of the model, of its embedding stack, of its language stack.
 HOVLE = ("internvl_chat", "holistic_embedding", "internlm2")
 RELEASED = ("mmMamba_chat", "mmMamba_embedding", "mmMamba")
 LAYER_TYPES = {"mha": "full_attention", "mamba2": "linear_attention"}
@@ -46,9 +46,9 @@ class Upstream(NamedTuple):
         config: The model in this package's terms.
         template: Name of the conversation template.
         special_tokens: Token to id, for the rows appended to the text table.
-        tiling: `min_patches`, `max_patches` and `use_thumbnail` of the picture tiling.
-        kind: Name of the layout, for people.
-        base_model: The model's name on the Hub, if the config tells.
+        tiling: `min_patches`, `max_patches` and `use_thumbnail` of the image processor.
+        kind: Name of the layout, for messages.
+        base_model: The model's name on the Hub, if the config has it.
     """
 
     config: MmMambaConfig
@@ -105,19 +105,19 @@ def read_upstream_config(values: dict) -> Upstream:
         values: The parsed file.
 
     Raises:
-        ValueError: if it is neither HoVLE's nor the released mmMamba's, or asks for something this network lacks.
+        ValueError: if it is neither HoVLE's nor the released mmMamba's, or sets what this network does not have.
     """
-    whole = _Section("", values)
+    root = _Section("", values)
     kind = values.get("model_type")
     if kind == MmMambaConfig.model_type:
         raise ValueError("SRC is in this package's layout already; load it as it is.")
-    kinds = {layout[0]: layout for layout in (HOVLE, RELEASED)}
-    if kind not in kinds:
+    layouts = {layout[0]: layout for layout in (HOVLE, RELEASED)}
+    if kind not in layouts:
         raise ValueError(
             f"config.json has model_type={kind!r}; expected {HOVLE[0]!r} (HoVLE) or {RELEASED[0]!r} (mmMamba)."
         )
-    embedding, llm = whole.section("embedding_config"), whole.section("llm_config")
-    for section, expected in zip((embedding, llm), kinds[kind][1:], strict=True):
+    embedding, llm = root.section("embedding_config"), root.section("llm_config")
+    for section, expected in zip((embedding, llm), layouts[kind][1:], strict=True):
         if section["model_type"] != expected:
             raise ValueError(
                 f"config.json has {section.path('model_type')}={section['model_type']!r}; only {expected!r} can be "
@@ -148,17 +148,17 @@ def read_upstream_config(values: dict) -> Upstream:
 
     layer_types = []
     for section in (embedding, llm):
-        kinds_here = section.get("layers_block_type") or ["mha"] * section["num_hidden_layers"]
-        if unknown := sorted(set(kinds_here) - set(LAYER_TYPES)):
+        block_types = section.get("layers_block_type") or ["mha"] * section["num_hidden_layers"]
+        if unknown := sorted(set(block_types) - set(LAYER_TYPES)):
             raise ValueError(
                 f"config.json: {section.path('layers_block_type')} holds {unknown}; known are {list(LAYER_TYPES)}."
             )
-        if len(kinds_here) != section["num_hidden_layers"]:
+        if len(block_types) != section["num_hidden_layers"]:
             raise ValueError(
-                f"config.json: {section.path('layers_block_type')} has {len(kinds_here)} entries but "
+                f"config.json: {section.path('layers_block_type')} has {len(block_types)} entries but "
                 f"num_hidden_layers={section['num_hidden_layers']}."
             )
-        layer_types += [LAYER_TYPES[name] for name in kinds_here]
+        layer_types += [LAYER_TYPES[name] for name in block_types]
 
     try:
         text = MmMambaTextConfig(
@@ -177,29 +177,29 @@ def read_upstream_config(values: dict) -> Upstream:
             embedding_rms_norm_eps=embedding["rms_norm_eps"],
             rope_parameters=_rope(llm, llm["max_position_embeddings"]),
             embedding_rope_parameters=_rope(embedding, llm["max_position_embeddings"]),
-            normalize_embedding_output=bool(whole.get("normalize_encoder_output")),
+            normalize_embedding_output=bool(root.get("normalize_encoder_output")),
             pad_token_id=llm.get("pad_token_id", 2),
             bos_token_id=llm.get("bos_token_id", 1),
             eos_token_id=llm.get("eos_token_id", 2),
         )
         config = MmMambaConfig(
-            text_config=text, vision_config=_vision(whole, embedding), image_token_id=embedding["img_context_token_id"]
+            text_config=text, vision_config=_vision(root, embedding), image_token_id=embedding["img_context_token_id"]
         )
     except StrictDataclassError as error:
         raise ValueError(f"config.json does not describe a model: {error.__cause__ or error}") from error
     tiling = {
-        "min_patches": whole.get("min_dynamic_patch", 1),
-        "max_patches": whole.get("max_dynamic_patch", 12) if whole.get("dynamic_image_size", True) else 1,
-        "use_thumbnail": bool(whole.get("use_thumbnail", True)),
+        "min_patches": root.get("min_dynamic_patch", 1),
+        "max_patches": root.get("max_dynamic_patch", 12) if root.get("dynamic_image_size", True) else 1,
+        "use_thumbnail": bool(root.get("use_thumbnail", True)),
     }
-    name = whole.get("_name_or_path") or ""
+    name = root.get("_name_or_path") or ""
     return Upstream(
         config,
-        template=whole.get("template") or "internlm2-chat",
+        template=root.get("template") or "internlm2-chat",
         special_tokens=special_tokens,
         tiling=tiling,
         kind="HoVLE's" if kind == HOVLE[0] else "the released mmMamba's",
-        # Training scripts leave paths of their own machine here; a name on the Hub has exactly one slash.
+        # Training scripts put a local path here; a name on the Hub has exactly one slash.
         base_model=name if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) else None,
     )
 
@@ -223,20 +223,20 @@ def _rope(section: _Section, max_position_embeddings: int) -> dict:
     return parameters | {"rope_type": kind, "factor": float(factor)}
 
 
-def _vision(whole: _Section, embedding: _Section) -> MmMambaVisionConfig:
+def _vision(root: _Section, embedding: _Section) -> MmMambaVisionConfig:
     shuffled = bool(embedding.get("use_pixel_shuffle_proj"))
     if shuffled and embedding.get("pixel_shuffle_loc", "pre") != "pre":
         raise ValueError(
-            f"This is HoVLE-HD (pixel_shuffle_loc={embedding.get('pixel_shuffle_loc')!r}): its pictures are shuffled "
+            f"This is HoVLE-HD (pixel_shuffle_loc={embedding.get('pixel_shuffle_loc')!r}): its images are shuffled "
             "after the embedding layers, which is not supported; convert a model with pixel_shuffle_loc='pre'."
         )
-    ratio = whole.get("downsample_ratio", embedding.get("downsample_ratio", 0.5))
+    ratio = root.get("downsample_ratio", embedding.get("downsample_ratio", 0.5))
     if not math.isclose(ratio, 0.5 if shuffled else 1.0):
         raise ValueError(
             f"config.json has downsample_ratio={ratio} with use_pixel_shuffle_proj={shuffled}; a tile has "
             f"{'0.5' if shuffled else '1.0'} here, so that its rows fit its place in the prompt."
         )
-    size = whole.get("force_image_size") or embedding["image_size"]
+    size = root.get("force_image_size") or embedding["image_size"]
     if size != embedding["image_size"]:
         raise ValueError(
             f"config.json has force_image_size={size} but a position table for {embedding['image_size']} pixels; "
@@ -251,7 +251,7 @@ def _vision(whole: _Section, embedding: _Section) -> MmMambaVisionConfig:
 
 
 def _apply_student_layers(config: MmMambaConfig, names) -> MmMambaConfig:
-    """A teacher's config that came with a training student's weights: those layers are Mamba-2 all the same."""
+    """Sets the layers that are stored as a training student's to Mamba-2: the teacher's config may come with them."""
     text = config.text_config
     for index in range(text.num_hidden_layers):
         if is_student_layer(upstream_layer(index, text.num_embedding_layers), names):
@@ -307,7 +307,7 @@ def convert(
 ) -> Report:
     """Converts an upstream checkpoint folder into a complete model folder of this package.
 
-    Tensors keep their dtype. Memory holds one tensor at a time. The destination appears whole, or not at all.
+    Tensors keep their dtype. Memory holds one tensor at a time. The destination appears complete, or not at all.
 
     Args:
         source: Folder with config.json and safetensors; a tokenizer is taken along if it is there.
@@ -346,18 +346,18 @@ def convert(
             bytes_of[spec.dtype] += spec.numel() * spec.element_size()
         config.dtype = bytes_of.most_common(1)[0][0]
 
-        broken = []
-        bar = tqdm(total=len(planned), desc="Converting", unit=" tensors", disable=not progress)
-        with bar, ShardWriter(folder, planned, max_shard_size) as writer:
+        non_finite = []
+        progress_bar = tqdm(total=len(planned), desc="Converting", unit=" tensors", disable=not progress)
+        with progress_bar, ShardWriter(folder, planned, max_shard_size) as writer:
             for rule in rules:
                 tensors = [reader[name] for name in rule.sources]
-                broken += [name for name, x in zip(rule.sources, tensors, strict=True) if not is_finite(x)]
+                non_finite += [name for name, x in zip(rule.sources, tensors, strict=True) if not is_finite(x)]
                 parts = rule.operation.read(tensors, config.text_config)
                 for name, part in zip(rule.targets, parts, strict=True):
                     writer.write(name, part)
-                    bar.update()
-        if broken:
-            raise ValueError(f"NaN or infinite values in {listed(broken)}; the checkpoint is damaged.")
+                    progress_bar.update()
+        if non_finite:
+            raise ValueError(f"NaN or infinite values in {listed(non_finite)}; the checkpoint is damaged.")
         write_model_folder(
             folder,
             config,
@@ -371,7 +371,7 @@ def convert(
 
 def chat_template(name: str) -> str:
     """The Jinja text of a conversation template of upstream. Raises ValueError for an unknown name."""
-    # Hermes-2 is another name of the same text.
+    # Hermes-2 is the same text under another name.
     files = dict.fromkeys(("internlm2-chat", "Hermes-2"), PACKAGE / "chat_template.jinja")
     files |= {file.stem: file for file in (Path(__file__).parent / "chat_templates").glob("*.jinja")}
     if name not in files:

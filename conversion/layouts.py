@@ -1,4 +1,4 @@
-"""Upstream checkpoint layouts as tables of names and a few tensor operations.
+"""Upstream checkpoint layouts, as tables of names and a few tensor operations.
 
 Three upstream layouts are read: HoVLE (every mixer is attention), the released mmMamba (attention or fused Mamba-2)
 and upstream's training student (Mamba-2 with separate projections). They differ in their mixers only. Row orders were
@@ -31,7 +31,7 @@ class Rule(NamedTuple):
     operation: Operation
 
 
-def _same(tensors, config):
+def _identity(tensors, config):
     return list(tensors)
 
 
@@ -47,14 +47,14 @@ def _interleave(tensors, config):
     return [torch.cat(groups, dim=1).flatten(0, 2)]
 
 
-def _stack(tensors, config):
+def _concatenate(tensors, config):
     return [torch.cat(list(tensors))]
 
 
-def _unstack_mixer(tensors, config):
-    inner = config.num_attention_heads * config.head_dim
-    shared = config.num_key_value_heads * config.head_dim
-    return list(tensors[0].split([shared, shared, inner, inner, config.num_attention_heads]))
+def _split_in_proj(tensors, config):
+    query_rows = config.num_attention_heads * config.head_dim
+    key_rows = config.num_key_value_heads * config.head_dim
+    return list(tensors[0].split([key_rows, key_rows, query_rows, query_rows, config.num_attention_heads]))
 
 
 def _drop_class_row(tensors, config):
@@ -65,22 +65,22 @@ def _add_class_row(tensors, config):
     return [torch.cat([torch.zeros_like(tensors[0][:, :1]), tensors[0]], dim=1)]
 
 
-def _unstack_tables(special_rows, tensors, config):
+def _split_tables(special_rows, tensors, config):
     return list(tensors[0].split([len(tensors[0]) - special_rows, special_rows]))
 
 
-KEEP = Operation(_same, _same)
+IDENTITY = Operation(_identity, _identity)
 SPLIT_QKV = Operation(_deinterleave, _interleave)
-JOIN_MIXER = Operation(_stack, _unstack_mixer)
-CLASS_ROW = Operation(_drop_class_row, _add_class_row)
+CONCATENATE_ROWS = Operation(_concatenate, _split_in_proj)
+DROP_CLASS_ROW = Operation(_drop_class_row, _add_class_row)
 
 
 def _renames(names: Mapping[str, str]) -> list[Rule]:
-    return [Rule((source,), (target,), KEEP) for source, target in names.items()]
+    return [Rule((source,), (target,), IDENTITY) for source, target in names.items()]
 
 
-# Inside a layer, whatever its mixer.
-COMMON = _renames(
+# Inside a layer, for any mixer.
+NORMS_AND_MLP = _renames(
     {
         "attention_norm.weight": "input_layernorm.weight",
         "ffn_norm.weight": "post_attention_layernorm.weight",
@@ -95,7 +95,7 @@ ATTENTION = [
         ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
         SPLIT_QKV,
     ),
-    Rule(("attention.wo.weight",), ("self_attn.o_proj.weight",), KEEP),
+    Rule(("attention.wo.weight",), ("self_attn.o_proj.weight",), IDENTITY),
 ]
 _MAMBA_SHARED = {
     "attention.conv1d.weight": "mamba.conv1d.weight",
@@ -115,18 +115,18 @@ STUDENT = [
     Rule(
         tuple(f"attention.{name}.weight" for name in ("v_proj", "k_proj", "q_proj", "g_proj", "in_proj")),
         ("mamba.in_proj.weight",),
-        JOIN_MIXER,
+        CONCATENATE_ROWS,
     ),
     *_renames({"attention.g_norm.weight": "mamba.norm.weight", **_MAMBA_SHARED}),
 ]
 
 # Outside the layers.
 _VISION = ("embedding_model.vision_embeddings", "model.vision_embeddings")
-STEM = [
+EMBEDDINGS_AND_HEAD = [
     Rule(
         (f"{_VISION[0]}.position_embedding",),
         (f"{_VISION[1]}.position_embedding",),
-        CLASS_ROW,
+        DROP_CLASS_ROW,
     ),
     *_renames(
         {
@@ -152,7 +152,7 @@ UNUSED = {
     r".*\.attention\.[qkv]_proj_shadow\.weight": "frozen copies that only the distillation used",
     r".*\.rotary_emb\.inv_freq": "computed from the config",
 }
-# Part of a used tensor that goes the same way.
+# A row of a used tensor that is left out, too.
 UNUSED_ROWS = {
     "embedding_model.vision_embeddings.position_embedding": "row 0 belongs to the class token, which never enters"
 }
@@ -182,20 +182,20 @@ def upstream_rules(
 
     Args:
         config: The decoder, with `layer_types` as in the checkpoint.
-        names: Tensor names of the checkpoint; they tell the released Mamba-2 layout from the training student's.
+        names: Tensor names of the checkpoint; they show which Mamba-2 layers are a training student's.
         special_rows: Rows of the table of special tokens, which is appended to the text table.
-        projector: Whether the model has the MLP behind the pixel shuffle.
+        projector: Whether the model has the MLP after the pixel shuffle.
     """
     text_table, special_table = (f"embedding_model.{kind}_text_embeddings.weight" for kind in ("llm", "special"))
     if special_rows:
         tables = Rule(
             (text_table, special_table),
             ("model.embed_tokens.weight",),
-            Operation(_stack, partial(_unstack_tables, special_rows)),
+            Operation(_concatenate, partial(_split_tables, special_rows)),
         )
     else:
-        tables = Rule((text_table,), ("model.embed_tokens.weight",), KEEP)
-    rules = [*STEM, tables, *(PROJECTOR if projector else ())]
+        tables = Rule((text_table,), ("model.embed_tokens.weight",), IDENTITY)
+    rules = [*EMBEDDINGS_AND_HEAD, tables, *(PROJECTOR if projector else ())]
     for index, layer_type in enumerate(config.layer_types):
         prefix = upstream_layer(index, config.num_embedding_layers)
         if layer_type == "full_attention":
@@ -208,7 +208,7 @@ def upstream_rules(
                 tuple(f"model.layers.{index}.{name}" for name in rule.targets),
                 rule.operation,
             )
-            for rule in (*COMMON, *mixer)
+            for rule in (*NORMS_AND_MLP, *mixer)
         ]
     return rules
 
@@ -232,7 +232,7 @@ def from_training_student(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         sources = [name.removeprefix("attention.") for name in rule.sources]
         if missing := [name for name in sources if name not in tensors]:
             raise ValueError(f"The training mixer lacks {', '.join(missing)}; give all tensors of one layer.")
-        # These operations need no sizes, so no config is at hand.
+        # These operations need no sizes, hence no config.
         parts = rule.operation.read([tensors[name] for name in sources], None)
         ours |= {target.removeprefix("mamba."): part for target, part in zip(rule.targets, parts, strict=True)}
     return ours

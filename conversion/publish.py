@@ -1,8 +1,8 @@
-"""Complete model folders, ready for the Hub: everything beside the weights, and folders that appear whole."""
+"""Complete model folders, ready for the Hub: everything beside the weights, and folders that appear at once."""
 
 import json
-import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
-from mmmamba.conversion.shards import read_json, write_json
+from mmmamba.conversion.shards import read_json, write_json, write_text
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 
@@ -30,10 +30,10 @@ IMAGE_PROCESSORS = {
     "torchvision": "image_processing_mmmamba.MmMambaImageProcessor",
     "pil": "image_processing_mmmamba.MmMambaImageProcessorPil",
 }
-# Where the conversation templates end a turn; the first that template and vocabulary have.
-TURN_ENDS = ("<|im_end|>", "<|end|>", "[UNUSED_TOKEN_1]")
-# Files of a model folder that depend on neither weights nor mixers.
-COMPANIONS = (
+# The end-of-turn tokens of the conversation templates; the first one counts that template and vocabulary have.
+END_OF_TURN_TOKENS = ("<|im_end|>", "<|end|>", "[UNUSED_TOKEN_1]")
+# Files of a model folder that depend on neither the weights nor the layer types.
+PROCESSOR_FILES = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.jinja",
     "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
@@ -43,7 +43,7 @@ CARD = """---
 
 # {name}
 
-A decoder-only multimodal language model: picture patches and text enter one causal decoder of {layers} layers
+A decoder-only multimodal language model: image patches and text enter one causal decoder of {layers} layers
 ({mixers}).
 There is no separate vision encoder. Method: [Multimodal Mamba](https://arxiv.org/abs/2502.13145).
 {origin}
@@ -66,7 +66,7 @@ answer = model.generate(**inputs.to(model.device), max_new_tokens=64)[:, inputs[
 print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 ```
 {sections}"""
-# What the Hub takes for how a model comes from its base model.
+# The Hub's names of how a model comes from its base model.
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 
 
@@ -75,18 +75,18 @@ class Provenance:
     """Where a model comes from, for its card.
 
     Texts are plain: what would mean something to Markdown or YAML is escaped. Names that cannot be the Hub's, such as
-    folders, stay out of the card's metadata, and only their last part is told in the text.
+    folders, stay out of the card's metadata, and the text has only their last part.
 
     Attributes:
         base_model: Name on the Hub of the model it comes from.
-        base_model_relation: What it is to that model, one of `RELATIONS`. The Hub has no word for a distilled model;
+        base_model_relation: What it is to that model, one of `RELATIONS`. The Hub has none for a distilled model;
             `finetune` comes closest.
         origin: A sentence on how it was made.
         datasets: Names on the Hub of what it was trained on, or whatever else `datasets` loads.
         files: What it was trained on besides: files, folders, or what generates it.
         results: What was measured.
         training: How it was trained, such as stages, steps and tokens.
-        command: The command that does it again.
+        command: The command that reproduces it.
 
     Raises:
         ValueError: if the relation is none of the Hub's.
@@ -111,7 +111,10 @@ class Provenance:
 
 @contextmanager
 def whole_folder(destination: str | Path) -> Iterator[Path]:
-    """A folder that appears under its name when the block ends well, and not at all otherwise.
+    """A folder that appears under its name when the block ends without an error, and not at all otherwise.
+
+    Only a killed process leaves its partial folder behind, `.NAME.unfinished-RANDOM` beside the destination. That
+    hinders no later one and can be removed.
 
     Yields:
         The folder to fill, a hidden sibling of the destination.
@@ -123,13 +126,27 @@ def whole_folder(destination: str | Path) -> Iterator[Path]:
     if destination.exists() or destination.is_symlink():
         raise FileExistsError(f"{destination} exists; name a folder that does not, or remove this one.")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    folder = destination.with_name(f".{destination.name}.unfinished-{os.getpid()}")
+    # Not the process id, which is the same again in the next container.
+    folder = destination.with_name(f".{destination.name}.unfinished-{secrets.token_hex(8)}")
     folder.mkdir()
     try:
         yield folder
-        folder.rename(destination)
+        try:
+            folder.rename(destination)
+        except OSError:
+            if destination.exists():
+                raise FileExistsError(f"{destination} was made by another process meanwhile; it stays.") from None
+            raise
     finally:
-        # After the rename nothing of this name is left; on any failure, an interrupt included, it is removed.
+        shutil.rmtree(folder, ignore_errors=True)  # on any failure, an interrupt included; renamed, it is not there
+
+
+def remove_partial_folders(parent: str | Path) -> None:
+    """Removes what killed processes left of the folders that they were writing, here and in all subfolders.
+
+    Safe only where no other process is writing.
+    """
+    for folder in Path(parent).rglob(".*.unfinished-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -174,9 +191,9 @@ def model_card(
     source = provenance or Provenance(base_model=base_model, base_model_relation=None, origin=origin)
     kinds = config.text_config.layer_types
     base = source.base_model if _is_hub_name(source.base_model) else None
-    # What `datasets` is given by name it looks for in the working directory first.
+    # `datasets` looks for a name in the working directory first.
     datasets = [name for name in source.datasets if _is_hub_name(name) and not Path(name).exists()]
-    # YAML would write a number of NumPy or PyTorch as an object.
+    # YAML would write a NumPy or PyTorch scalar as an object.
     results = [
         replace(x, metric_value=getattr(x.metric_value, "item", lambda x=x: x.metric_value)()) for x in source.results
     ]
@@ -191,19 +208,19 @@ def model_card(
         eval_results=results or None,
         model_name=" ".join(name.split()) if results else None,
     )
-    sections = [*_making_section(source, datasets), *_results_section(results)]
+    sections = [*_training_section(source, datasets), *_results_section(results)]
     return CARD.format(
         metadata=metadata.to_yaml().strip(),
-        name=_plain(name),
+        name=_escape(name),
         path=json.dumps(name, ensure_ascii=False),  # a string of JSON is one of Python, too
         layers=len(kinds),
-        mixers=_mixers(kinds),
-        origin=f"\n{_plain(source.origin)}\n" if source.origin else "",
+        mixers=_describe_mixers(kinds),
+        origin=f"\n{_escape(source.origin)}\n" if source.origin else "",
         sections="".join(f"\n{section}\n" for section in sections),
     )
 
 
-def _mixers(kinds: list[str]) -> str:
+def _describe_mixers(kinds: list[str]) -> str:
     attention = [str(index) for index, kind in enumerate(kinds) if kind == "full_attention"]
     if not attention:
         return "all of them Mamba-2, none attention"
@@ -213,24 +230,24 @@ def _mixers(kinds: list[str]) -> str:
     return f"softmax attention in {layers} and Mamba-2 in the other {len(kinds) - len(attention)}, counted from 0"
 
 
-def _making_section(source: Provenance, datasets: list[str]) -> list[str]:
+def _training_section(source: Provenance, datasets: list[str]) -> list[str]:
     lines = []
     if _is_hub_name(source.base_model):
         lines.append(f"Base model: [{source.base_model}](https://huggingface.co/{source.base_model}).")
     elif source.base_model:
-        lines.append(f"Base model: {_plain(Path(source.base_model).name)}.")
+        lines.append(f"Base model: {_escape(Path(source.base_model).name)}.")
     if datasets:
         names = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets)
         lines.append(f"Trained on {names} from the Hub.")
     if local := [*(name for name in source.datasets if name not in datasets), *source.files]:
-        names = ", ".join(_plain(Path(name).name or name) for name in local)
+        names = ", ".join(_escape(Path(name).name or name) for name in local)
         lines.append(f"Trained on data that is not on the Hub: {names}.")
     if source.training:
-        words = _plain(source.training).rstrip(".")
+        words = _escape(source.training).rstrip(".")
         lines.append(f"{words[:1].upper()}{words[1:]}.")
     if source.command:
-        longest = max(map(len, re.findall("`+", source.command)), default=0)
-        fence = "`" * max(3, longest + 1)
+        longest_run = max(map(len, re.findall("`+", source.command)), default=0)
+        fence = "`" * max(3, longest_run + 1)
         lines.append(f"To do it again:\n\n{fence}bash\n{source.command.strip()}\n{fence}")
     return ["## How it was made", *lines] if lines else []
 
@@ -248,7 +265,7 @@ def _results_section(results: Sequence[EvalResult]) -> list[str]:
     if not rows:
         return []
     lines = ["| task | data | metric | value |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(map(_plain, row))} |" for row in rows]
+    lines += [f"| {' | '.join(map(_escape, row))} |" for row in rows]
     return ["## Results", "\n".join(lines)]
 
 
@@ -260,11 +277,11 @@ def _is_hub_name(name: str | None) -> bool:
     return True
 
 
-def _plain(text: str) -> str:
-    """One line of Markdown that shows this text, whatever stands in it."""
+def _escape(text: str) -> str:
+    """One line of Markdown that shows this text as it is."""
     # An underscore within a word means nothing to Markdown, and escaping it would break addresses.
     text = re.sub(r"[\\`*\[\]<>#|~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(str(text).split()))
-    # Neither may it begin like an entry of a list.
+    # A line must not begin like a list item.
     return re.sub(r"^(\d*)([-+.)])(?=\s)", r"\1\\\2", text)
 
 
@@ -278,7 +295,7 @@ def write_model_folder(
     origin: str = "",
     provenance: Provenance | None = None,
 ) -> None:
-    """Writes everything of a model folder but the weights.
+    """Writes everything of a model folder but the weights. A README.md that exists is not overwritten.
 
     Args:
         folder: An existing folder.
@@ -290,6 +307,23 @@ def write_model_folder(
         origin: A sentence for the card on how it was made.
         provenance: These two and more for the card; replaces them.
     """
+    write_model_files(folder, config, processor, companions)
+    write_card(folder, model_card(name, config, base_model, origin, provenance))
+
+
+def write_card(folder: str | Path, card: str) -> bool:
+    """Writes a model folder's README.md if it has none. Returns whether it did."""
+    file = Path(folder) / "README.md"
+    if file.exists():
+        return False
+    write_text(file, card)
+    return True
+
+
+def write_model_files(
+    folder: Path, config: MmMambaConfig, processor: ProcessorMixin | None = None, companions: Path | None = None
+) -> None:
+    """Writes everything of a model folder but weights and card; see `write_model_folder`."""
     folder = Path(folder)
     config.architectures = [MmMambaForConditionalGeneration.__name__]
     config.auto_map = dict(AUTO_MAP)
@@ -300,26 +334,24 @@ def write_model_folder(
         pad_token_id=config.text_config.pad_token_id,
     )
     if tokenizer is not None:
-        _use_ids_of(tokenizer, config, generation)
+        _set_token_ids(tokenizer, config, generation)
     generation.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
-        # processor_config.json holds the image processor too, but tools that need that alone look for its own file.
+        # processor_config.json holds the image processor, too, but AutoImageProcessor looks for a file of its own.
         getattr(processor, "image_processor", processor).save_pretrained(folder)
-        _offer_both_backends(folder)
+        _register_both_backends(folder)
     if companions is not None:
-        for file in COMPANIONS:
+        for file in PROCESSOR_FILES:
             if (companions / file).is_file():
                 shutil.copyfile(companions / file, folder / file)
     config.save_pretrained(folder)
     for module in sorted(PACKAGE.glob("*_mmmamba.py")):
         shutil.copyfile(module, folder / module.name)
-    card = model_card(name, config, base_model, origin, provenance)
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _offer_both_backends(folder: Path) -> None:
-    """Lets AutoImageProcessor choose by `backend`; saving names only the class that was saved."""
+def _register_both_backends(folder: Path) -> None:
+    """Lets AutoImageProcessor choose by `backend`. `save_pretrained` names only the class that was saved."""
     for file in ("preprocessor_config.json", "processor_config.json"):
         if (folder / file).is_file():
             values = read_json(folder / file)
@@ -327,10 +359,10 @@ def _offer_both_backends(folder: Path) -> None:
             write_json(folder / file, values)
 
 
-def _use_ids_of(tokenizer: PreTrainedTokenizerBase, config: MmMambaConfig, generation: GenerationConfig) -> None:
+def _set_token_ids(tokenizer: PreTrainedTokenizerBase, config: MmMambaConfig, generation: GenerationConfig) -> None:
     """Ends answers where the chat template ends a turn, and pads as the tokenizer does."""
     vocabulary, template = tokenizer.get_vocab(), tokenizer.chat_template or ""
-    ends = [vocabulary[token] for token in TURN_ENDS if token in template and token in vocabulary]
+    ends = [vocabulary[token] for token in END_OF_TURN_TOKENS if token in template and token in vocabulary]
     for target in (config.text_config, generation):
         target.pad_token_id = tokenizer.pad_token_id
         if ends:

@@ -1,8 +1,8 @@
 """Seeds Mamba-2 mixers from attention weights (arXiv 2502.13145, section 3.2).
 
-Queries, keys, values and the output projection are inherited; what attention does not have starts so that the mixer is
-as close to linear attention as it can be: the convolution passes its input on, steps depend on nothing but their bias,
-and the decay is e^(-e·step).
+Queries, keys, values and the output projection are inherited. The other parameters start so that the mixer is as close
+to linear attention as it can be: the convolution is the identity, step sizes depend on their bias alone, and the decay
+is exp(-e · step size).
 """
 
 import copy
@@ -21,8 +21,8 @@ from mmmamba.conversion.shards import ShardReader, ShardWriter, is_finite, liste
 
 STRATEGIES = ("head-interleaved", "tail-interleaved", "head-stacked", "tail-stacked")
 GATE_GAIN = 2**-2.5
-STEP_RANGE = (1e-3, 1e-1)
-_ATTENTION = tuple(f"self_attn.{name}_proj.weight" for name in "qkvo")
+STEP_SIZE_RANGE = (1e-3, 1e-1)
+_ATTENTION_WEIGHTS = tuple(f"self_attn.{name}_proj.weight" for name in "qkvo")
 
 
 def attention_layers(num_layers: int, num_attention: int, strategy: str) -> list[int]:
@@ -32,7 +32,7 @@ def attention_layers(num_layers: int, num_attention: int, strategy: str) -> list
         num_layers: Decoder layers, embedding layers included.
         num_attention: How many of them stay attention.
         strategy: `head` counts from the input, `tail` from the output; `interleaved` puts one attention layer into
-            each of `num_attention` equal blocks (at the block's near end), `stacked` puts all of them together.
+            each of `num_attention` equal blocks (at the end counted from), `stacked` puts all of them together.
 
     Raises:
         ValueError: for an unknown strategy or an impossible number.
@@ -70,7 +70,7 @@ def seed_mixer(
         o: (hidden, heads · head_dim).
         num_heads: Query heads.
         conv_kernel: Taps of the mixer's convolution.
-        seed: The draw of gate and steps depends on this and on `layer` alone.
+        seed: The random gate and step sizes depend on this and on `layer` alone.
         layer: Index of the layer.
         initialization: `mimic` as published; `inherited` starts convolution, decays and gate as a Mamba-2 model from
             scratch does; `scratch` queries, keys and values, too (the ablations of arXiv 2502.13145, table 4).
@@ -79,12 +79,12 @@ def seed_mixer(
         `in_proj.weight` (rows v, k, q, gate, dt), `conv1d.{weight,bias}`, `A_log`, `dt_bias`, `norm.weight` and
         `out_proj.weight`, in the dtype of `q`.
     """
-    # Drawn on the CPU in single precision, so that device and dtype do not change the draw.
+    # Drawn on the CPU in fp32, so that the values do not depend on device and dtype.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
-    inner, hidden = q.shape
-    gate = torch.empty(inner, hidden, device="cpu")
+    query_rows, hidden = q.shape
+    gate = torch.empty(query_rows, hidden, device="cpu")
     torch.nn.init.xavier_uniform_(gate, gain=GATE_GAIN, generator=generator)
-    low, high = (math.log(step) for step in STEP_RANGE)
+    low, high = (math.log(step) for step in STEP_SIZE_RANGE)
     steps = torch.exp(low + (high - low) * torch.rand(num_heads, generator=generator))
     dt_bias = steps + torch.log(-torch.expm1(-steps))  # the inverse of softplus
 
@@ -112,7 +112,7 @@ def seed_mixer(
         "conv1d.bias": bias.to(q),
         "A_log": A_log.to(q),
         "dt_bias": dt_bias.to(q),
-        "norm.weight": q.new_ones(inner // num_heads),
+        "norm.weight": q.new_ones(query_rows // num_heads),
         "out_proj.weight": o,
     }
 
@@ -123,17 +123,19 @@ def seeded_config(config: MmMambaConfig, attention: Collection[int]) -> MmMambaC
     Raises:
         ValueError: if the teacher has Mamba-2 layers already, or a layer does not exist.
     """
-    kinds = config.text_config.layer_types
-    if linear := [index for index, kind in enumerate(kinds) if kind != "full_attention"]:
+    layer_types = config.text_config.layer_types
+    if linear := [index for index, kind in enumerate(layer_types) if kind != "full_attention"]:
         raise ValueError(
             f"The teacher's layers {listed([str(i) for i in linear])} are Mamba-2 already; seed from a model whose "
             "layers are all attention."
         )
-    if absent := sorted(index for index in attention if not 0 <= index < len(kinds)):
-        raise ValueError(f"There is no layer {', '.join(map(str, absent))}; the teacher's are 0 to {len(kinds) - 1}.")
+    if absent := sorted(index for index in attention if not 0 <= index < len(layer_types)):
+        raise ValueError(
+            f"There is no layer {', '.join(map(str, absent))}; the teacher's are 0 to {len(layer_types) - 1}."
+        )
     student = copy.deepcopy(config)
     student.text_config.layer_types = [
-        "full_attention" if index in attention else "linear_attention" for index in range(len(kinds))
+        "full_attention" if index in attention else "linear_attention" for index in range(len(layer_types))
     ]
     return student
 
@@ -158,7 +160,7 @@ def seed_state_dict(
         ValueError: as `seeded_config`.
     """
     student = seeded_config(config, attention)
-    replaced = _replaced(student)
+    replaced = _replaced_names(student)
     seeded = {name: tensor for name, tensor in tensors.items() if name not in replaced}
     for layer in _seeded_layers(student):
         seeded |= _seed_layer(tensors, student, layer, seed, initialization)
@@ -181,7 +183,7 @@ def seed_folder(
         teacher: A model folder of this package, all attention.
         destination: Folder to make; must not exist.
         attention: Layers that stay attention; none makes the linear model.
-        strategy: Place `num_attention` of them by `attention_layers` instead.
+        strategy: Instead of `attention`: places `num_attention` layers, see `attention_layers`.
         num_attention: How many layers stay attention, with `strategy`.
         seed: Seed of the new parameters.
         progress: Whether to draw a progress bar.
@@ -202,31 +204,31 @@ def seed_folder(
             attention = attention_layers(config.text_config.num_hidden_layers, num_attention, strategy)
         student = seeded_config(config, attention)
         reader = ShardReader(teacher)
-        _check(reader, config)
+        _check_weights(reader, config)
 
         planned, _ = seed_state_dict(reader.specs, config, attention)
-        replaced = _replaced(student)
-        broken = []
-        bar = tqdm(total=len(planned), desc="Seeding", unit=" tensors", disable=not progress)
-        with bar, ShardWriter(folder, planned) as writer:
+        replaced = _replaced_names(student)
+        non_finite = []
+        progress_bar = tqdm(total=len(planned), desc="Seeding", unit=" tensors", disable=not progress)
+        with progress_bar, ShardWriter(folder, planned) as writer:
 
             def read(name: str) -> Tensor:
                 tensor = reader[name]
                 if not is_finite(tensor):
-                    broken.append(name)
+                    non_finite.append(name)
                 return tensor
 
             for name in reader.specs:
                 if name not in replaced:
                     writer.write(name, read(name))
-                    bar.update()
+                    progress_bar.update()
             for layer in _seeded_layers(student):
-                sources = {name: read(name) for name in _sources(layer)}
+                sources = {name: read(name) for name in _attention_names(layer)}
                 for name, tensor in _seed_layer(sources, student, layer, seed, initialization).items():
                     writer.write(name, tensor)
-                    bar.update()
-        if broken:
-            raise ValueError(f"NaN or infinite values in {listed(broken)}; the teacher is damaged.")
+                    progress_bar.update()
+        if non_finite:
+            raise ValueError(f"NaN or infinite values in {listed(non_finite)}; the teacher is damaged.")
         write_model_folder(
             folder,
             student,
@@ -237,7 +239,7 @@ def seed_folder(
     return student
 
 
-def _check(reader: ShardReader, config: MmMambaConfig) -> None:
+def _check_weights(reader: ShardReader, config: MmMambaConfig) -> None:
     expected = expected_specs(config)
     found = reader.specs
     misshapen = [
@@ -257,18 +259,18 @@ def _check(reader: ShardReader, config: MmMambaConfig) -> None:
         )
 
 
-def _sources(layer: int) -> list[str]:
-    return [f"model.layers.{layer}.{name}" for name in _ATTENTION]
+def _attention_names(layer: int) -> list[str]:
+    return [f"model.layers.{layer}.{name}" for name in _ATTENTION_WEIGHTS]
 
 
 def _seeded_layers(student: MmMambaConfig) -> list[int]:
-    kinds = student.text_config.layer_types
-    return [index for index, kind in enumerate(kinds) if kind == "linear_attention"]
+    layer_types = student.text_config.layer_types
+    return [index for index, kind in enumerate(layer_types) if kind == "linear_attention"]
 
 
-def _replaced(student: MmMambaConfig) -> set[str]:
+def _replaced_names(student: MmMambaConfig) -> set[str]:
     """The teacher's tensors that seeding replaces."""
-    return {name for layer in _seeded_layers(student) for name in _sources(layer)}
+    return {name for layer in _seeded_layers(student) for name in _attention_names(layer)}
 
 
 def _seed_layer(
@@ -276,7 +278,7 @@ def _seed_layer(
 ) -> dict[str, Tensor]:
     text = student.text_config
     mixer = seed_mixer(
-        *(tensors[name] for name in _sources(layer)),
+        *(tensors[name] for name in _attention_names(layer)),
         num_heads=text.num_attention_heads,
         conv_kernel=text.conv_kernel,
         seed=seed,

@@ -10,11 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
-# The names that safetensors files use; weights of another kind (quantised, integer) have no place in these layouts.
+# By their names in safetensors files. Quantised and integer weights are not supported.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_SLICE = 1 << 24  # elements looked at together
+_SLICE = 1 << 24  # elements that `is_finite` checks at once
 
 
 class ShardReader:
@@ -73,15 +73,18 @@ class ShardReader:
                         )
                     if name in self.specs:
                         raise ValueError(
-                            f"{name} stands in both {self._file_of[name].name} and {file.name}; keep one of them."
+                            f"{name} is in both {self._file_of[name].name} and {file.name}; keep one of them."
                         )
                     self.specs[name] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
                     self._file_of[name] = file
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is not a readable safetensors file ({error}); download it again.") from error
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.specs
+
     def __getitem__(self, name: str) -> Tensor:
-        # A new handle each time: pages of a mapped file count as memory for as long as it is open.
+        # A new handle each time: while a file is mapped, the pages that were read count as this process's memory.
         with safe_open(self._file_of[name], "pt") as handle:
             return handle.get_tensor(name)
 
@@ -105,8 +108,8 @@ class ShardWriter:
         )
         self._folder = Path(folder)
         self._files = {}
-        self._place = {}
-        self._left = set(self.specs)
+        self._offsets = {}
+        self._unwritten = set(self.specs)
 
     def __enter__(self):
         for filename, names in self.split.filename_to_tensors.items():
@@ -125,7 +128,7 @@ class ShardWriter:
             file.write(len(encoded).to_bytes(8, "little") + encoded)
             data = file.tell()
             file.truncate(data + end)
-            self._place |= {name: (file, data + header[name]["data_offsets"][0]) for name in names}
+            self._offsets |= {name: (file, data + header[name]["data_offsets"][0]) for name in names}
         if self.split.is_sharded:
             index = {"metadata": self.split.metadata, "weight_map": self.split.tensor_to_filename}
             write_json(self._folder / "model.safetensors.index.json", index)
@@ -138,26 +141,26 @@ class ShardWriter:
             raise ValueError(
                 f"{name} was planned as {tuple(spec.shape)} {spec.dtype} but is {tuple(tensor.shape)} {tensor.dtype}."
             )
-        file, position = self._place[name]
+        file, position = self._offsets[name]
         file.seek(position)
         if tensor.numel():
             file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-        self._left.discard(name)
+        self._unwritten.discard(name)
 
     def __exit__(self, kind, error, traceback):
         for file in self._files.values():
             file.close()
-        if error is None and self._left:
-            raise ValueError(f"{listed(sorted(self._left))} was planned but never written.")
+        if error is None and self._unwritten:
+            raise ValueError(f"{listed(sorted(self._unwritten))} was planned but never written.")
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; looks at slices, since the test itself takes memory."""
+    """Whether a tensor holds neither NaN nor infinity; checked in slices, as `isfinite` allocates a tensor, too."""
     return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(_SLICE))
 
 
 def listed(names: list[str], most: int = 8) -> str:
-    """Names for an error message, cut after `most`."""
+    """Names for an error message, at most `most` of them and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -175,5 +178,13 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes JSON the way Transformers does: two spaces, sorted keys, a final newline."""
-    Path(path).write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes JSON the way Transformers does: two spaces, sorted keys, a final newline. See `write_text`."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file at once: whoever reads it, after a kill too, finds the old text or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

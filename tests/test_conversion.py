@@ -306,24 +306,12 @@ def test_shards_hold_what_was_written(tmp_path):
         writer.write("a", tensors["a"])
 
 
-def test_a_converted_folder_loads_elsewhere_with_its_own_code(tmp_path):
+def test_a_converted_folder_names_its_classes_and_has_a_card(tmp_path):
     convert(checkpoint(tmp_path / "src", "mmmamba_hybrid_tiny"), tmp_path / "out")
-    moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
-    program = f"""
-import sys, torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
-for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
-    model = auto.from_pretrained({str(moved)!r}, trust_remote_code=True).eval()
-    assert "transformers_modules" in type(model).__module__, type(model)
-    assert model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=2, do_sample=False).shape[1] <= 5
-assert not any(name == "mmmamba" or name.startswith("mmmamba.") for name in sys.modules)
-"""
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=tmp_path)
-    config = MmMambaConfig.from_pretrained(moved)
+    config = MmMambaConfig.from_pretrained(tmp_path / "out")
     assert config.architectures == ["MmMambaForConditionalGeneration"]
     assert config.auto_map["AutoConfig"] == "configuration_mmmamba.MmMambaConfig"
-    card = (moved / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
     assert "pipeline_tag: image-text-to-text" in card and "license: mit" in card
 
 
@@ -349,26 +337,75 @@ def test_a_complete_source_gives_a_complete_folder(complete):
     assert "upstream's own" not in (complete / "chat_template.jinja").read_text()
 
 
-def test_the_cards_example_runs_as_printed(complete, tmp_path):
+# What a fresh interpreter, which does not have this package, does with converted folders.
+PROGRAM = """
+import sys, traceback
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+)
+
+hybrid, complete, code = sys.argv[1:]
+
+def models():
+    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+        model = auto.from_pretrained(hybrid, trust_remote_code=True).eval()
+        assert "transformers_modules" in type(model).__module__, type(model)
+        assert model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=2, do_sample=False).shape[1] <= 5
+
+def card():
+    exec(Path(code).read_text(), {})
+
+def processors():
+    for backend in ("torchvision", "pil"):
+        processor = AutoImageProcessor.from_pretrained(complete, trust_remote_code=True, backend=backend)
+        bases = [base.__name__.lower().removesuffix("backend") for base in type(processor).__mro__]
+        assert backend in bases, (backend, bases)
+    tokenizer = AutoTokenizer.from_pretrained(complete, trust_remote_code=True, use_fast=False)
+    assert tokenizer.convert_tokens_to_ids(["<|im_end|>", "<IMG_CONTEXT>"]) == [1198, 1202]
+
+for part in (models, card, processors):
+    try:
+        part()
+    except BaseException:
+        Path(part.__name__).write_text(traceback.format_exc())
+    else:
+        Path(part.__name__).write_text("passed")
+assert not any(name == "mmmamba" or name.startswith("mmmamba.") for name in sys.modules)
+Path("independence").write_text("passed")
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(complete, tmp_path_factory):
+    """The folder in which `PROGRAM` ran, once for all tests; a file for each of its parts says how that went."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    convert(checkpoint(folder / "src", "mmmamba_hybrid_tiny"), folder / "out")
+    hybrid = (folder / "out").rename(folder / "moved")
     code = (complete / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert 'path = "model"' in code
     code = code.replace('path = "model"', f"path = {str(complete)!r}").replace("max_new_tokens=64", "max_new_tokens=3")
-    Image.new("RGB", (90, 50), "red").save(tmp_path / "picture.png")
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
+    (folder / "example.py").write_text(code)
+    Image.new("RGB", (90, 50), "red").save(folder / "picture.png")
+    environment = os.environ | {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", PROGRAM, str(hybrid), str(complete), str(folder / "example.py")]
+    subprocess.run(command, check=False, env=environment, cwd=folder)
+    return folder
 
 
-def test_auto_classes_find_tokenizer_and_both_image_processors(complete, tmp_path):
-    program = f"""
-from transformers import AutoImageProcessor, AutoTokenizer
-for backend in ("torchvision", "pil"):
-    processor = AutoImageProcessor.from_pretrained({str(complete)!r}, trust_remote_code=True, backend=backend)
-    assert backend in [base.__name__.lower().removesuffix("backend") for base in type(processor).__mro__], backend
-tokenizer = AutoTokenizer.from_pretrained({str(complete)!r}, trust_remote_code=True, use_fast=False)
-assert tokenizer.convert_tokens_to_ids(["<|im_end|>", "<IMG_CONTEXT>"]) == [1198, 1202]
-"""
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=tmp_path)
+def test_a_converted_folder_loads_elsewhere_with_its_own_code(elsewhere):
+    assert (elsewhere / "models").read_text() == "passed"
+    assert (elsewhere / "independence").read_text() == "passed"
+
+
+def test_the_cards_example_runs_as_printed(elsewhere):
+    assert (elsewhere / "card").read_text() == "passed"
+
+
+def test_auto_classes_find_tokenizer_and_both_image_processors(elsewhere):
+    assert (elsewhere / "processors").read_text() == "passed"
 
 
 def test_tiling_follows_the_source(complete):

@@ -1,128 +1,209 @@
-"""Whole distillation runs: chained, killed and resumed, on two processes, measured, refused."""
+"""Whole distillation runs: chained, killed and resumed, on two processes, measured, refused.
 
+The models and their training are tiny, so that a run takes seconds; what else takes time in a run is left out here.
+"""
+
+import argparse
 import copy
+import gc
+import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from forked import kill_this_process, run_killed, run_ranks
 from safetensors.torch import load_file
+from tiny_models import tiny_config
 
 import mmmamba
-from mmmamba.conversion.distillation.placement import layer_costs
+from mmmamba.configuration_mmmamba import MmMambaVisionConfig
+from mmmamba.conversion.distillation import run as command
+from mmmamba.conversion.distillation import stages, trainer
+from mmmamba.conversion.distillation.data.training_data import TrainingData
+from mmmamba.conversion.distillation.folder import RunFolder
+from mmmamba.conversion.distillation.placement import replacement_kl
 from mmmamba.conversion.distillation.recipe import load_recipe
 from mmmamba.conversion.distillation.run import distill
-from mmmamba.conversion.distillation.sources import Source
-from mmmamba.conversion.distillation.trainer import DistillationTrainer, passes
+from mmmamba.conversion.distillation.trainer import DistillationTrainer
 from mmmamba.conversion.shards import ShardWriter
+from mmmamba.examples.shapes.data import Conversations
 from mmmamba.examples.shapes.evaluate import evaluate
+from mmmamba.examples.shapes.folder import make_processor, save
+from mmmamba.examples.shapes.world import TILE, example
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 
-TEACHER = Path(mmmamba.__file__).parent / "examples" / "shapes" / "teacher"
+SHAPES_TEACHER = Path(mmmamba.__file__).parent / "examples" / "shapes" / "teacher"
 # Few steps, small batches, no bf16: quick, and equal to the last bit where it should be.
 SMALL = [
     "precision=fp32", "dtype=float32", "save_every=2", "log_every=1", "evaluate=0", "workers=0",
     *(
         f"stage_{n}.{key}={value}"
         for n in (1, 2, 3)
-        for key, value in {"steps": 5, "warmup": 1, "decay": 2, "batch_size": 4, "per_device_batch_size": 2}.items()
+        for key, value in {"steps": 4, "warmup": 1, "decay": 2, "batch_size": 2, "per_device_batch_size": 2}.items()
     ),
 ]  # fmt: skip
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+ACCUMULATION = [f"stage_{n}.batch_size=4" for n in (1, 2, 3)]  # two micro-batches per step
 
 
-def command(folder, *overrides, launcher=()):
-    return [
-        sys.executable,
-        *launcher,
-        "-m",
-        "mmmamba",
-        "distill",
-        "shapes-hybrid",
-        *SMALL,
-        f"output={folder}",
-        *overrides,
-    ]
+@pytest.fixture(scope="module", autouse=True)
+def without_delays():
+    """One thread and no GPU, so that forked processes compute the same; no plots, no row encoded twice."""
+    plain, rows = Conversations.row, {}
 
+    def row(self, index):
+        key = (self.split, self.seed, index)
+        if key not in rows:
+            rows[key] = plain(self, index)
+        return rows[key]
 
-def weights(folder):
-    return load_file(folder / "model" / "model.safetensors")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # Accelerate collects garbage often, and what Transformers has imported takes long to go through
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(stages, "plot_losses", lambda *_: None)
+        patch.setattr(Conversations, "pool", 2)
+        patch.setattr(Conversations, "row", row)
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An uninterrupted run, and what it printed."""
+def teacher(tmp_path_factory):
+    """A random teacher of the picture world: four narrow layers."""
+    processor = make_processor()
+    image_token, end_of_turn = processor.tokenizer.convert_tokens_to_ids(["<IMG_CONTEXT>", "<|im_end|>"])
+    config = tiny_config(
+        "teacher", image_token, vocab_size=len(processor.tokenizer), eos_token_id=end_of_turn, initializer_range=0.1
+    )
+    config.vision_config = MmMambaVisionConfig(image_size=TILE, patch_size=12, use_pixel_shuffle=True)
+    torch.manual_seed(0)
+    model = MmMambaForConditionalGeneration._from_config(config, dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+    save(model, folder, "tiny", "Random.")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(teacher):
+    """From a run's folder and overrides to a recipe."""
+
+    def make(folder, *overrides):
+        return load_recipe("shapes-hybrid", [*SMALL, f"teacher={teacher}", f"output={folder}", *overrides])
+
+    return make
+
+
+def weights(run):
+    return load_file(run / "model" / "model.safetensors")
+
+
+def results(run):
+    return json.loads((run / "results.json").read_text())
+
+
+def same_weights(run, other):
+    """Equal to the last bit."""
+    one, two = weights(run), weights(other)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(teacher, tmp_path_factory):
+    """An uninterrupted run by the command, and what it printed."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    done = subprocess.run(command(folder), env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout, done.stderr
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    overrides = [*SMALL, *ACCUMULATION, f"teacher={teacher}", f"output={folder}"]
+    with (
+        redirect_stdout(io.StringIO()) as printed,
+        redirect_stderr(io.StringIO()) as progress,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(stages, "plot_losses", trainer.plot_losses)
+        command.run(parser.parse_args(["shapes-hybrid", *overrides]))
+    return folder, printed.getvalue(), progress.getvalue()
 
 
-def test_a_run_chains_its_stages_and_leaves_a_model_logs_plots_and_results(finished):
+def test_a_run_chains_its_stages_and_leaves_a_model_logs_plots_and_results(finished, teacher):
     folder, printed, progress = finished
-    assert re.search(r"5/5 \[\d\d:\d\d<\d\d:\d\d, .*loss [\d.]+, [\d,]+ tokens/s\]", progress)  # time left among it
+    assert re.search(r"4/4 \[\d\d:\d\d<\d\d:\d\d, .*loss [\d.]+, [\d,]+ tokens/s\]", progress)  # time left among it
     assert "stage 1: " in printed and "in_proj.weight (gate and dt rows)" in printed
+    assert re.search(r"^stage 3: loss [\d.]+ after [\d,]+ tokens$", printed, re.MULTILINE)
     assert "WARNING" not in printed
-    results = json.loads((folder / "results.json").read_text())
     for number in (1, 2, 3):
         stage = folder / f"stage-{number}"
-        assert results[f"stage_{number}"]["loss"] > 0 and results[f"stage_{number}"]["tokens"] > 0
+        assert results(folder)[f"stage_{number}"]["loss"] > 0 and results(folder)[f"stage_{number}"]["tokens"] > 0
         assert (stage / "loss.png").read_bytes()[:4] == b"\x89PNG"
         assert list((stage / "logs").glob("events.out.tfevents.*"))
         assert not (stage / "checkpoints").exists()
-        assert len(json.loads((stage / "history.json").read_text())["history"]) >= 5
+        assert len(json.loads((stage / "history.json").read_text())["history"]) >= 4
     model = MmMambaForConditionalGeneration.from_pretrained(folder / "model")
-    assert model.config.text_config.layer_types == [
-        "full_attention", "linear_attention", "linear_attention", "full_attention", "linear_attention",
-        "linear_attention",
-    ]  # fmt: skip
-    teacher = MmMambaForConditionalGeneration.from_pretrained(TEACHER, dtype=torch.float32)
-    # Pictures, words and the head stay the teacher's; every mixer learnt.
-    assert torch.equal(model.lm_head.weight, teacher.lm_head.weight)
+    assert model.config.text_config.layer_types == ["full_attention", "linear_attention"] * 2
+    original = MmMambaForConditionalGeneration.from_pretrained(teacher, dtype=torch.float32)
+    # Image and text embeddings and the head stay the teacher's; every mixer is trained.
+    assert torch.equal(model.lm_head.weight, original.lm_head.weight)
+    assert torch.equal(model.model.embed_tokens.weight, original.model.embed_tokens.weight)
     seeded = load_file(folder / "seeded" / "model.safetensors")
-    for name, tensor in weights(folder).items():
-        if ".mamba." in name:
-            assert not torch.equal(tensor, seeded[name].float()), name
+    mixers = [name for name in seeded if ".mamba." in name]
+    assert len(mixers) == 2 * 7
+    for name in mixers:
+        assert not torch.equal(weights(folder)[name], seeded[name].float()), name
     assert "distilled" in (folder / "model" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_killed_run_goes_on_to_the_same_weights(finished, tmp_path, stage):
+def kill_in_step(recipe, stage, step):
+    """Runs a recipe and kills this process when it begins a step of a stage."""
+    plain = DistillationTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if f"stage-{stage}" in self.args.output_dir and self.state.global_step == step:
+            kill_this_process()
+        return plain(self, *args, **kwargs)
+
+    DistillationTrainer.training_step = training_step
+    distill(recipe)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(finished, recipe, tmp_path, capsys):
+    """Killed in stage 1, again in stage 3, then left to finish."""
     folder = tmp_path / "run"
-    process = subprocess.Popen(command(folder), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    marker = folder / f"stage-{stage}" / "checkpoints" / "checkpoint-2" / "whole"
-    while not marker.exists():
-        assert process.poll() is None, "finished before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / f"stage-{stage}" / "model").exists()
-    # A checkpoint that the kill cut short must not be used.
-    broken = marker.parent.with_name("checkpoint-3")
-    broken.mkdir(exist_ok=True)
-    (broken / "trainer_state.json").write_text("{")
-    again = subprocess.run(command(folder), env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert f"stage {stage}: goes on from {marker.parent}" in again.stdout or "checkpoint-4" in again.stdout
-    expected, found = weights(finished[0]), weights(folder)
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    history = [
-        [entry.get("loss") for entry in json.loads((f / f"stage-{stage}" / "history.json").read_text())["history"]]
-        for f in (folder, finished[0])
-    ]
-    assert history[0] == history[1]
+    for stage in (1, 3):
+        run_killed(kill_in_step, recipe(folder, *ACCUMULATION), stage, 3)
+        assert not (folder / f"stage-{stage}" / "model").exists()
+        checkpoints = folder / f"stage-{stage}" / "checkpoints"
+        assert (checkpoints / "checkpoint-2" / "complete").is_file()
+        # A checkpoint that the kill cut short must not be used.
+        (checkpoints / "checkpoint-3").mkdir()
+        (checkpoints / "checkpoint-3" / "trainer_state.json").write_text("{")
+    distill(recipe(folder, *ACCUMULATION))
+    assert f"stage 3: resumes from {checkpoints / 'checkpoint-2'}" in capsys.readouterr().out
+    same_weights(folder, finished[0])
+    for stage in (1, 2, 3):
+        one, other = (
+            [entry.get("loss") for entry in json.loads((f / f"stage-{stage}" / "history.json").read_text())["history"]]
+            for f in (folder, finished[0])
+        )
+        assert one == other
 
 
-def test_a_run_that_is_stopped_while_it_writes_goes_on(finished, tmp_path, monkeypatch):
-    """In every folder that it makes, once: seeded, the three stages', and the finished model."""
+def test_a_run_that_is_stopped_while_it_writes_goes_on(finished, recipe, tmp_path, monkeypatch):
+    """In every model folder that it makes, once: seeded, the three stages', and the finished one."""
     write, stopped, folders = ShardWriter.write, set(), []
 
     def stopping(self, *arguments):
@@ -134,83 +215,101 @@ def test_a_run_that_is_stopped_while_it_writes_goes_on(finished, tmp_path, monke
         write(self, *arguments)
 
     monkeypatch.setattr(ShardWriter, "write", stopping)
-    recipe = load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}"])
+    folder = tmp_path / "run"
     for _ in range(5):
         with pytest.raises(KeyboardInterrupt):
-            distill(recipe)
-        assert not (tmp_path / "run" / "model").exists()
-    distill(recipe)
-    assert len(stopped) == 5 and not list((tmp_path / "run").rglob("*unfinished*"))
-    expected = weights(finished[0])
-    for name, tensor in weights(tmp_path / "run").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+            distill(recipe(folder, *ACCUMULATION))
+        assert not (folder / "model").exists()
+        assert not list(folder.rglob("*unfinished*"))
+    distill(recipe(folder, *ACCUMULATION))
+    assert len(stopped) == 5
+    same_weights(folder, finished[0])
 
 
-@pytest.mark.parametrize("name", ["8-gpus", "2-nodes", "fsdp2", "deepspeed-zero2"])
-def test_launch_configurations_are_accelerates(name):
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    folder = Path(mmmamba.__file__).parent / "conversion" / "distillation" / "accelerate"
-    config = load_config_from_file(str(folder / f"{name}.yaml"))
-    assert config.num_processes == (16 if name == "2-nodes" else 8)
-    assert config.mixed_precision in (None, "no")  # precision is the recipe's
-
-
-def test_two_processes_give_the_result_of_one(finished, tmp_path):
-    """Stages 1 to 3 over gloo: the same conversations per step, dealt out differently."""
+def test_what_a_process_that_was_killed_while_it_wrote_leaves_is_removed(recipe, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
-    # accelerate launch takes `-m module` as `--module module`
-    arguments = command(folder, launcher=launcher)
-    arguments[arguments.index("-m", arguments.index("accelerate.commands.launch"))] = "--module"
-    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(" parameters train") == 3  # one of them speaks
+    monkeypatch.setattr(ShardWriter, "write", kill_this_process)
+    run_killed(distill, recipe(folder), "seed")
+    (partial,) = folder.glob(".seeded.unfinished-*")
+    assert not (folder / "seeded").exists()
+    monkeypatch.undo()
+    distill(recipe(folder), "seed")
+    assert (folder / "seeded" / "model.safetensors").is_file() and not partial.exists()
+
+
+def distill_with_output(recipe, folder):
+    """A run whose rank writes what it prints to a file of its own."""
+    with (folder / f"{os.environ['RANK']}.txt").open("w") as file, redirect_stdout(file):
+        distill(recipe)
+
+
+def test_two_processes_give_the_result_of_one(finished, recipe, tmp_path):
+    """Stages 1 to 3 over gloo: the same conversations per step, split otherwise."""
+    folder = tmp_path / "run"
+    run_ranks(distill_with_output, tmp_path, recipe(folder, *ACCUMULATION), tmp_path)
+    assert (tmp_path / "0.txt").read_text().count(" parameters train") == 3
+    assert (tmp_path / "1.txt").read_text() == ""
     for number in (1, 2, 3):
-        one, two = (json.loads((f / "results.json").read_text())[f"stage_{number}"] for f in (finished[0], folder))
+        one, two = (results(run)[f"stage_{number}"] for run in (finished[0], folder))
         assert one["tokens"] == two["tokens"]
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
     for name, tensor in weights(finished[0]).items():
         torch.testing.assert_close(weights(folder)[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_a_finished_run_is_left_alone_and_another_recipe_refused(finished):
+def test_a_finished_run_is_left_alone_and_another_recipe_refused(finished, recipe):
     folder, *_ = finished
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
-    distill(load_recipe("shapes-hybrid", [*SMALL, f"output={folder}"]))
+    distill(recipe(folder, *ACCUMULATION))
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     with pytest.raises(ValueError, match="holds a run with another seed, stage_3; give another output=FOLDER"):
-        distill(load_recipe("shapes-hybrid", [*SMALL, f"output={folder}", "seed=1", "stage_3.steps=6"]))
+        distill(recipe(folder, *ACCUMULATION, "seed=1", "stage_3.steps=6"))
 
 
-def test_a_stage_started_from_nothing_says_so(tmp_path, capsys):
-    recipe = load_recipe("shapes-linear", [*SMALL, f"output={tmp_path / 'run'}", "stages=[3]", "packing=true"])
-    distill(recipe)
+def hold(path, recipe, pipe):
+    with RunFolder(path).claim(recipe):
+        pipe.send("claimed")
+        pipe.recv()
+
+
+def test_two_runs_in_one_folder_do_not_mix(recipe, tmp_path):
+    """The second is refused while the first lives, however that ends."""
+    folder, context = tmp_path / "run", multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    other = context.Process(target=hold, args=(folder, recipe(folder), theirs), daemon=True)
+    other.start()
+    assert ours.recv() == "claimed"
+    with pytest.raises(ValueError, match=r"^Another process is running in \S*run; wait for it, or give another "):
+        distill(recipe(folder), "seed")
+    assert not (folder / "seeded").exists()
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    distill(recipe(folder), "seed")
+    assert (folder / "seeded").is_dir()
+
+
+def test_a_stage_started_from_nothing_says_so(recipe, tmp_path, capsys):
+    distill(recipe(tmp_path / "run", "stages=[3]", "packing=true", "stage_3.steps=3"))
     printed = capsys.readouterr().out
     assert "WARNING: stage 3 starts from the seeded student, without stage 1 and 2 before it." in printed
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
-def test_stages_can_be_run_one_by_one(tmp_path, finished):
-    recipe = load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}"])
+def test_stages_can_be_run_one_by_one(finished, recipe, tmp_path):
+    folder = tmp_path / "run"
     with pytest.raises(ValueError, match="no seeded student to start from"):
-        distill(recipe, "1")
+        distill(recipe(folder, *ACCUMULATION), "1")
     for step in ("seed", "1", "2", "3", "export"):
-        assert not (tmp_path / "run" / "model").exists()
-        distill(recipe, step)
-    expected = weights(finished[0])
-    for name, tensor in weights(tmp_path / "run").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+        assert not (folder / "model").exists()
+        distill(recipe(folder, *ACCUMULATION), step)
+    same_weights(folder, finished[0])
 
 
 @pytest.fixture
 def conversations(tmp_path):
-    """Eleven conversations of a user, one of them without its picture, as JSON Lines."""
-    from mmmamba.examples.shapes.world import example
-
+    """Five conversations of a user, one of them without its image, as JSON Lines."""
     lines = []
-    for index in range(11):
+    for index in range(5):
         one = example("train", 0, index)
         images = [f"{index}-{i}.png" for i in range(len(one.pictures))]
         for name, picture in zip(images, one.pictures, strict=True):
@@ -225,18 +324,17 @@ def conversations(tmp_path):
     return tmp_path / "train.jsonl"
 
 
-def stopped_and_gone_on(overrides, monkeypatch):
-    """A run that is interrupted at its eighth micro-batch and started again; the steps of all micro-batches."""
+def stop_and_resume(recipe, monkeypatch):
+    """A run that is interrupted in its fourth step and started again; the steps that it took, counted from 0."""
     plain, steps = DistillationTrainer.training_step, []
 
     def interrupted(self, *args, **kwargs):
         steps.append(self.state.global_step)
-        if len(steps) == 8:
+        if len(steps) == 4:
             raise KeyboardInterrupt
         return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
-    recipe = load_recipe("shapes-hybrid", overrides)
     with pytest.raises(KeyboardInterrupt):
         distill(recipe)
     distill(recipe)
@@ -244,257 +342,247 @@ def stopped_and_gone_on(overrides, monkeypatch):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_run_over_a_users_data_goes_on_in_the_middle_of_an_epoch(tmp_path, conversations, streaming, monkeypatch):
+def test_a_run_over_a_users_data_resumes_in_the_middle_of_an_epoch(
+    recipe, tmp_path, conversations, streaming, monkeypatch
+):
     data = f"[{{file: {conversations}}}]"
     if streaming:
         data = f"[{{dataset: json, data_files: {conversations}, split: train, streaming: true}}]"
         monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    options = [*SMALL, f"data={data}", "stages=[1]", "stage_1.steps=8", "stage_1.per_device_batch_size=2",
-               "bad_share=0.2", "stage_1.batch_size=2"]  # fmt: skip
-    distill(load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'whole'}"]))
+    options = [f"data={data}", "stages=[1]", "bad_share=0.2"]
+    distill(recipe(tmp_path / "whole", *options))
 
-    steps = stopped_and_gone_on([*options, f"output={tmp_path / 'cut'}"], monkeypatch)
-    assert steps == [*range(8), 6, 7]
-    expected = weights(tmp_path / "whole")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "cut").items())
-    listed = tmp_path / "cut" / "stage-1" / "bad_rows.jsonl"
+    assert stop_and_resume(recipe(tmp_path / "cut", *options), monkeypatch) == [0, 1, 2, 3, 2, 3]
+    same_weights(tmp_path / "cut", tmp_path / "whole")
+    listed, expected = (tmp_path / run / "stage-1" / "bad_rows.jsonl" for run in ("cut", "whole"))
     bad = [json.loads(line) for line in listed.read_text().splitlines()]
     assert bad and all("3-0.png" in row["reason"] for row in bad)
+    assert listed.read_text() == expected.read_text()
 
 
-def test_a_stage_killed_before_its_model_was_written_takes_no_step_too_many(tmp_path, monkeypatch):
-    options = [*SMALL, "stages=[1]", "stage_1.steps=4"]
-    distill(load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'whole'}"]))
+def test_a_stage_killed_before_its_model_was_written_takes_no_step_too_many(recipe, tmp_path, monkeypatch):
+    distill(recipe(tmp_path / "whole", "stages=[1]"))
 
-    def killed(*args):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    recipe = load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'cut'}"])
+    cut = recipe(tmp_path / "cut", "stages=[1]")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("mmmamba.conversion.distillation.run.plot_losses", killed)
-        distill(recipe)
-    distill(recipe)
-    expected = weights(tmp_path / "whole")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "cut").items())
-    tokens = [
-        json.loads((tmp_path / run / "results.json").read_text())["stage_1"]["tokens"] for run in ("whole", "cut")
-    ]
-    assert tokens[0] == tokens[1]
+        patch.setattr(stages, "plot_losses", interrupt)
+        distill(cut)
+    distill(cut)
+    same_weights(tmp_path / "cut", tmp_path / "whole")
+    assert results(tmp_path / "cut")["stage_1"]["tokens"] == results(tmp_path / "whole")["stage_1"]["tokens"]
 
 
-def test_every_pass_reads_every_row_in_another_order():
-    rows = list(range(7))
-    read = list(passes(rows, 17, seed=3))
-    assert sorted(read[:7]) == sorted(read[7:14]) == rows and len(read) == 17
-    assert read[:7] != read[7:14] and read == list(passes(rows, 17, seed=3))
-    assert read != list(passes(rows, 17, seed=4))
-
-
-def test_a_run_without_any_picture_says_so_from_its_reading_process(tmp_path, conversations):
-    options = [*SMALL, f"data=[{{file: {conversations}, root: {tmp_path / 'elsewhere'}}}]", "stages=[1]", "workers=1"]
+def test_a_run_without_any_image_says_so_from_its_dataloader_worker(recipe, tmp_path, conversations):
     (tmp_path / "elsewhere").mkdir()
-    with pytest.raises(ValueError, match=r"^11 records in a row are bad and none is good; the first are [^\n]*$"):
-        distill(load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'run'}"]))
+    data = f"data=[{{file: {conversations}, root: {tmp_path / 'elsewhere'}}}]"
+    with pytest.raises(ValueError, match=r"^5 records in a row are bad and none is good; the first are [^\n]*$"):
+        distill(recipe(tmp_path / "run", data, "stages=[1]", "workers=1"))
 
 
-def test_what_a_refused_run_advises_can_be_done(tmp_path, conversations):
-    """Data of another name, fewer tokens, more bad rows: the same folder goes on."""
-    base = [*SMALL, "stages=[1]", "stage_1.steps=8", f"output={tmp_path / 'run'}"]
+def test_a_run_refused_for_its_data_goes_on_when_they_are_repaired(recipe, tmp_path, conversations):
+    """Data of another name, a larger share of bad rows: the same folder goes on. Fewer tokens: it does not."""
+    folder, data = tmp_path / "run", f"data=[{{file: {conversations}}}]"
     with pytest.raises(FileNotFoundError, match=r"mistyped\.jsonl does not exist"):
-        distill(load_recipe("shapes-hybrid", [*base, "data=[{file: mistyped.jsonl}]"]))
-    assert not (tmp_path / "run" / "seeded").exists()
-    data = f"data=[{{file: {conversations}}}]"
-    with pytest.raises(ValueError, match="or allow a larger share"):
-        distill(load_recipe("shapes-hybrid", [*base, data]))
-    assert (tmp_path / "run" / "stage-1" / "checkpoints").is_dir()
+        distill(recipe(folder, "stages=[1]", "data=[{file: mistyped.jsonl}]"))
+    assert not (folder / "seeded").exists()
+    message = r"1 bad rows among 5 rows \(20.00%\) are more than the 1.00% that is allowed.* or allow a larger share"
+    with pytest.raises(ValueError, match=message):
+        distill(recipe(folder, "stages=[1]", data))
+    assert (folder / "stage-1" / "checkpoints" / "checkpoint-2").is_dir()
+    assert not (folder / "stage-1" / "model").exists()
     with pytest.raises(ValueError, match="holds a run with another max_tokens;"):  # a checkpoint depends on it
-        distill(load_recipe("shapes-hybrid", [*base, data, "bad_share=0.5", "max_tokens=500"]))
-    distill(load_recipe("shapes-hybrid", [*base, data, "bad_share=0.5"]))
-    assert (tmp_path / "run" / "stage-1" / "model").is_dir()
+        distill(recipe(folder, "stages=[1]", data, "bad_share=0.5", "max_tokens=500"))
+    distill(recipe(folder, "stages=[1]", data, "bad_share=0.5"))
+    assert (folder / "stage-1" / "model").is_dir()
 
 
-def test_a_stage_after_those_that_should_have_waited_for_it_is_refused(tmp_path, capsys):
-    recipe = load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}"])
-    distill(recipe, "seed")
-    distill(recipe, "2")
+def test_a_stage_after_those_that_should_have_waited_for_it_is_refused(finished, recipe, tmp_path, capsys):
+    early, folder = tmp_path / "early", tmp_path / "run"
+    distill(recipe(early, "stage_2.steps=3"), "seed")
+    distill(recipe(early, "stage_2.steps=3"), "2")
     assert "WARNING: stage 2 starts from the seeded student, without stage 1" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"has no finished stage 1 but stage-2, made without it; remove stage-2 to"):
-        distill(recipe)
-    shutil.rmtree(tmp_path / "run" / "stage-2")
-    distill(recipe)
+        distill(recipe(early, "stage_2.steps=3"))
+    shutil.rmtree(early / "stage-2")
+    distill(recipe(early, "stage_2.steps=3"), "1")
     assert "WARNING" not in capsys.readouterr().out
-    shutil.rmtree(tmp_path / "run" / "stage-3")
+
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "stage-3")
     with pytest.raises(ValueError, match=r"has no finished stage 3 but model, made without it; remove model to"):
-        distill(recipe)
+        distill(recipe(folder, *ACCUMULATION))
 
 
-def test_data_of_a_run_that_goes_on_are_looked_at_before_it_trains(tmp_path, conversations):
-    options = [*SMALL, f"output={tmp_path / 'run'}", "strategy=measured", "num_attention=2"]
+def test_data_of_a_resumed_run_are_checked_before_it_trains(recipe, tmp_path, conversations):
+    options = ["strategy=measured", "num_attention=2"]
     options += [f"{key}=[{{file: {conversations}}}]" for key in ("data", "held_out")]
-    distill(load_recipe("shapes-hybrid", options), "seed")
+    distill(recipe(tmp_path / "run", *options), "seed")
     for key in ("data", "held_out"):
         with pytest.raises(FileNotFoundError, match=r"nope.jsonl does not exist"):
-            distill(load_recipe("shapes-hybrid", [*options, f"{key}=[{{file: nope.jsonl}}]"]))
+            distill(recipe(tmp_path / "run", *options, f"{key}=[{{file: nope.jsonl}}]"))
 
 
-def test_the_card_of_a_finished_run_follows_its_recipe(tmp_path, capsys, monkeypatch):
-    options = [*SMALL, "stages=[1]", "stage_1.steps=2", "stage_1.decay=0", f"output={tmp_path / 'run'}"]
-    distill(load_recipe("shapes-hybrid", options))
-    card = tmp_path / "run" / "model" / "README.md"
-    before, written = card.read_text(), (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
-    another = load_recipe("shapes-hybrid", [*options, "evaluate=3", "base_model=someone/teacher", "name=Mine"])
-
-    def killed(*arguments):
-        raise KeyboardInterrupt
-
+def test_the_finished_model_appears_scored_and_with_its_card(recipe, tmp_path, monkeypatch, capsys):
+    """A kill during the evaluation leaves no model; the next start scores it and writes the card."""
+    folder = tmp_path / "run"
+    scored = recipe(folder, "stages=[]", "evaluate=3", "base_model=someone/teacher", "name=Mine")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("mmmamba.conversion.distillation.run.Run._write_card", killed)
-        distill(another)
-    assert card.read_text() == before and "questions right" in capsys.readouterr().out
-    distill(another)
-    text = card.read_text()
-    assert "Mine" in text and "base_model: someone/teacher" in text and "3 held-out questions" in text
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr("mmmamba.examples.shapes.evaluate.answers", interrupt)
+        distill(scored)
+    assert not (folder / "model").exists() and not list(folder.rglob("*unfinished*"))
+    distill(scored)
+    card = (folder / "model" / "README.md").read_text()
+    assert "# Mine\n" in card and "base_model: someone/teacher" in card and "3 held-out questions" in card
+    assert results(folder)["scores"]["questions"] == 3 and "questions right" in capsys.readouterr().out
+    distill(scored)
     assert "questions right" not in capsys.readouterr().out
-    assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == written
-    card.write_text(text + "My own words.")
-    distill(load_recipe("shapes-hybrid", [*options, "name=Other"]))
-    assert card.read_text() == text + "My own words." and "was edited and stays" in capsys.readouterr().out
+
+
+def test_a_card_that_exists_is_never_overwritten(recipe, tmp_path, capsys):
+    folder = tmp_path / "run"
+    card = folder / "model" / "README.md"
+    distill(recipe(folder, "stages=[]"))
+    first, written = card.read_text(), (folder / "model" / "model.safetensors").stat().st_mtime_ns
+    assert "held-out questions" not in first
+    scored = recipe(folder, "stages=[]", "evaluate=3", "name=Mine")
+    distill(scored)
+    assert card.read_text() == first
+    assert f"{card} exists and stays as it is; remove it to get one with these scores" in capsys.readouterr().out
+    card.unlink()
+    distill(scored)
+    assert "# Mine\n" in card.read_text() and "3 held-out questions" in card.read_text()
+    card.write_text("My own words.")
+    distill(recipe(folder, "stages=[]", "evaluate=3", "name=Other"))
+    assert card.read_text() == "My own words."
+    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == written
     # Another model has other scores.
-    shutil.rmtree(tmp_path / "run" / "model")
-    distill(load_recipe("shapes-hybrid", options))
-    assert "held-out questions" not in card.read_text()
+    shutil.rmtree(folder / "model")
+    distill(recipe(folder, "stages=[]"))
+    assert "held-out questions" not in card.read_text() and "scores" not in results(folder)
 
 
-def test_a_folder_that_processes_do_not_share_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmmamba.conversion.distillation.run.gather_object", lambda mine: [*mine, False])
+def test_a_folder_that_processes_do_not_share_is_refused(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmmamba.conversion.distillation.folder.gather_object", lambda mine: [*mine, False])
     with pytest.raises(FileNotFoundError, match=r"Not every process sees \S*recipe.yaml, which the first one wrote"):
-        distill(load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}"]))
+        distill(recipe(tmp_path / "run"))
 
 
-def test_too_many_bad_rows_stop_a_run(tmp_path, conversations):
-    options = [
-        *SMALL,
-        f"data=[{{file: {conversations}}}]",
-        "stages=[1]",
-        "stage_1.steps=8",
-        f"output={tmp_path / 'run'}",
-    ]
-    with pytest.raises(ValueError, match=r"1 bad rows among .* are more than the 1.00% that is allowed"):
-        distill(load_recipe("shapes-hybrid", options))
-    assert not (tmp_path / "run" / "stage-1" / "model").exists()
-
-
-def test_a_measured_placement_keeps_the_costliest_layers(tmp_path, capsys):
+def test_a_measured_placement_keeps_the_costliest_layers(recipe, teacher, tmp_path):
     # Two batches of four conversations, of which the device holds two at once.
-    options = ["strategy=measured", "num_attention=2", "measure_batches=2"]
-    recipe = load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}", *options])
-    distill(recipe)
-    placement = json.loads((tmp_path / "run" / "results.json").read_text())["placement"]
+    options = ["strategy=measured", "num_attention=2", "measure_batches=2", "stages=[2, 3]", "stage_2.steps=3"]
+    measured = recipe(tmp_path / "run", *ACCUMULATION, *options, "stage_3.steps=3")
+    distill(measured)
+    placement = results(tmp_path / "run")["placement"]
     costs, chosen = placement["kl_per_token"], placement["attention"]
     model = MmMambaForConditionalGeneration.from_pretrained(tmp_path / "run" / "placed")
-    teacher = MmMambaForConditionalGeneration.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    original = MmMambaForConditionalGeneration.from_pretrained(teacher, dtype=torch.float32).eval()
     trained = load_file(tmp_path / "run" / "stage-2" / "model" / "model.safetensors")
     # Each layer's cost again, from a hybrid of its own and plain logits.
-    source = Source(recipe, TEACHER)
-    batches = list(source.held_out(4, 2))
+    batches = list(TrainingData(measured, teacher).held_out(4, 2))
+    assert len(costs) == 4
     for layer, cost in enumerate(costs):
-        config = copy.deepcopy(teacher.config)
-        config.text_config.layer_types = ["full_attention"] * 6
+        config = copy.deepcopy(original.config)
+        config.text_config.layer_types = ["full_attention"] * 4
         config.text_config.layer_types[layer] = "linear_attention"
         hybrid = MmMambaForConditionalGeneration._from_config(config, dtype=torch.float32).eval()
         own = {name: x for name, x in trained.items() if name.startswith(f"model.layers.{layer}.")}
-        hybrid.load_state_dict({name: own.get(name, teacher.state_dict().get(name)) for name in hybrid.state_dict()})
+        hybrid.load_state_dict({name: own.get(name, original.state_dict().get(name)) for name in hybrid.state_dict()})
         found = []
         for batch in batches:
             answers = batch["labels"][:, 1:] != -100
             with torch.no_grad():
-                p, q = (x(**batch).logits[:, :-1].double().log_softmax(-1)[answers] for x in (teacher, hybrid))
+                p, q = (x(**batch).logits[:, :-1].double().log_softmax(-1)[answers] for x in (original, hybrid))
             found.append((p.exp() * (p - q)).sum(-1))
         assert cost == pytest.approx(float(torch.cat(found).mean()), rel=1e-3)
-    assert min(costs[i] for i in chosen) >= max(costs[i] for i in range(6) if i not in chosen)
+    assert min(costs[i] for i in chosen) >= max(costs[i] for i in range(4) if i not in chosen)
     for layer, kind in enumerate(model.config.text_config.layer_types):
         assert (kind == "full_attention") == (layer in chosen)
         if layer in chosen:
             query = model.model.layers[layer].self_attn.q_proj.weight
-            assert torch.equal(query, teacher.model.layers[layer].self_attn.q_proj.weight)
+            assert torch.equal(query, original.model.layers[layer].self_attn.q_proj.weight)
         else:
             name = f"model.layers.{layer}.mamba.conv1d.weight"
             assert torch.equal(model.state_dict()[name], trained[name])
     # A teacher that is held in another dtype than its student.
     student = MmMambaForConditionalGeneration.from_pretrained(tmp_path / "run" / "stage-2" / "model").float().eval()
-    assert layer_costs(teacher.bfloat16(), student, batches) == pytest.approx(costs, rel=0.3)
+    assert replacement_kl(original.bfloat16(), student, batches) == pytest.approx(costs, rel=0.3)
 
 
-def test_bf16_with_a_reading_process_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+def test_bf16_with_a_dataloader_worker_resumes_to_the_same_weights(recipe, tmp_path, monkeypatch):
     """As recipes are by default, in stage 2."""
-    options = [*SMALL, "precision=bf16", "workers=1", "stages=[2]"]
-    distill(load_recipe("shapes-hybrid", [*options, f"output={tmp_path / 'whole'}"]))
-    stopped_and_gone_on([*options, f"output={tmp_path / 'cut'}"], monkeypatch)
+    options = ["precision=bf16", "workers=1", "stages=[2]"]
+    distill(recipe(tmp_path / "whole", *options))
+    with monkeypatch.context() as patch:
+        stop_and_resume(recipe(tmp_path / "cut", *options), patch)
+    same_weights(tmp_path / "cut", tmp_path / "whole")
+    distill(recipe(tmp_path / "exact", *options, "precision=fp32"))
     expected = weights(tmp_path / "whole")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "cut").items())
-    exact = load_recipe("shapes-hybrid", [*options, "precision=fp32", f"output={tmp_path / 'exact'}"])
-    distill(exact)
     assert any(not torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "exact").items())
 
 
-def test_stage_3_with_gradient_checkpointing_and_a_tied_teacher(tmp_path):
-    teacher = MmMambaForConditionalGeneration.from_pretrained(TEACHER, dtype=torch.float32)
-    teacher.config.text_config.tie_word_embeddings = teacher.config.tie_word_embeddings = True
-    teacher.lm_head.weight = teacher.model.embed_tokens.weight
+def test_stage_3_with_gradient_checkpointing_and_a_tied_teacher(recipe, teacher, tmp_path):
+    tied = MmMambaForConditionalGeneration.from_pretrained(teacher, dtype=torch.float32)
+    tied.config.text_config.tie_word_embeddings = tied.config.tie_word_embeddings = True
+    tied.lm_head.weight = tied.model.embed_tokens.weight
     folder = tmp_path / "tied"
-    shutil.copytree(TEACHER, folder)
+    shutil.copytree(teacher, folder)
     (folder / "model.safetensors").unlink()
-    teacher.save_pretrained(folder)
-    results = []
+    tied.save_pretrained(folder)
+    options = ["stages=[3]", "stage_3.steps=3", f"teacher={folder}"]
     for checkpointing in ("true", "false"):
-        output = tmp_path / checkpointing
-        options = [*SMALL, "stages=[3]", f"teacher={folder}", f"stage_3.gradient_checkpointing={checkpointing}"]
-        distill(load_recipe("shapes-hybrid", [*options, f"output={output}"]))
-        results.append(weights(output))
-    assert all(torch.allclose(results[0][name], tensor, atol=1e-6) for name, tensor in results[1].items())
+        distill(recipe(tmp_path / checkpointing, *options, f"stage_3.gradient_checkpointing={checkpointing}"))
+    expected = weights(tmp_path / "false")
+    assert all(torch.allclose(expected[name], x, atol=1e-6) for name, x in weights(tmp_path / "true").items())
 
 
-def test_nothing_is_exported_before_the_last_stage(tmp_path):
-    recipe = load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}"])
+def test_nothing_is_exported_before_the_last_stage(recipe, tmp_path):
+    folder = tmp_path / "run"
     for done in ("seed", "1"):
-        distill(recipe, done)
+        distill(recipe(folder), done)
         with pytest.raises(ValueError, match=r"stage-3 of .* is not finished, so there is nothing to export yet"):
-            distill(recipe, "export")
+            distill(recipe(folder), "export")
     # What has not begun may be changed; what has, not.
-    another = [*SMALL, f"output={tmp_path / 'run'}", "stage_3.logits_chunk=64", "stage_2.steps=6"]
-    distill(load_recipe("shapes-hybrid", another), "seed")
+    others = ["stage_3.logits_chunk=64", "stage_2.steps=6"]
+    distill(recipe(folder, *others), "seed")
     with pytest.raises(ValueError, match="holds a run with another stage_1;"):
-        distill(load_recipe("shapes-hybrid", [*another, "stage_1.learning_rate=1"]), "seed")
+        distill(recipe(folder, *others, "stage_1.learning_rate=1"), "seed")
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["teacher=nowhere"], "nowhere is no model folder: it has no config.json"),
-        (["stage_1.batch_size=3"], "stage_1.batch_size=3 cannot be dealt out"),
+        (["stage_1.batch_size=3"], "stage_1.batch_size=3 cannot be split"),
         (["strategy=measured", "num_attention=2", "stages=[1, 2]"], "stages=[1, 2] lacks one of them"),
         (["strategy=measured", "num_attention=2", "measure_batches=0"], "measure_batches=0 must be at least 1"),
         (
             ["strategy=measured", "num_attention=2", "held_out=[{file: none.jsonl}]", "data=[{file: x.jsonl}]"],
             "none.jsonl",
         ),
-        (["strategy=measured", "num_attention=6"], "num_attention=6 must lie between 1 and 5"),
+        (["strategy=measured", "num_attention=4"], "num_attention=4 must lie between 1 and 3"),
         (["strategy=measured", "num_attention=2", "data=[{file: x.jsonl}]"], "needs held_out in the recipe"),
         (["data=[{shapes: train}, {file: x.jsonl}]"], "is more than the picture world"),
         (["data=[{file: x.jsonl}]"], "x.jsonl does not exist"),
         (["held_out=[{fil: x.jsonl}]"], "did you mean file for fil?"),
     ],
 )
-def test_what_cannot_run_is_refused_in_a_sentence(tmp_path, overrides, message):
+def test_what_cannot_run_is_refused_in_a_sentence(recipe, tmp_path, overrides, message):
     with pytest.raises((ValueError, OSError), match=r"^[^\n]*$") as error:
-        distill(load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path / 'run'}", *overrides]))
+        distill(recipe(tmp_path / "run", *overrides))
     assert message in str(error.value)
     assert not (tmp_path / "run" / "seeded").exists()
 
 
 def test_a_model_of_another_world_is_not_scored_on_the_pictures(tmp_path):
-    shutil.copytree(TEACHER, tmp_path / "other")
-    config = json.loads((TEACHER / "config.json").read_text())
+    shutil.copytree(SHAPES_TEACHER, tmp_path / "other")
+    config = json.loads((SHAPES_TEACHER / "config.json").read_text())
     config["text_config"]["vocab_size"] = 700
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     message = r"^\S*other was not made for the picture world: it has 700 tokens [^\n]*$"
@@ -505,8 +593,8 @@ def test_a_model_of_another_world_is_not_scored_on_the_pictures(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+def test_a_folder_that_is_no_run_is_left_alone(recipe, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="exists and is no run"):
-        distill(load_recipe("shapes-hybrid", [*SMALL, f"output={tmp_path}"]))
+        distill(recipe(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]

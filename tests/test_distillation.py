@@ -1,22 +1,22 @@
 """Losses of the three stages against upstream's, and what each stage may and may not change."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from forked import run_ranks
 from golden_checkpoints import GOLDEN, checkpoint, training_layers
 from safetensors.torch import load_file
 from tiny_models import tiny_model
+from torch.distributed.fsdp import fully_shard
 
 from mmmamba.conversion.convert import convert
-from mmmamba.conversion.distillation.counting import totals_of
 from mmmamba.conversion.distillation.data import pack, pad
-from mmmamba.conversion.distillation.end_to_end import EndToEndDistiller, distillation_loss, kl_sum
-from mmmamba.conversion.distillation.layerwise import SCALE, LayerwiseDistiller, mixers
+from mmmamba.conversion.distillation.end_to_end import EndToEndDistiller
+from mmmamba.conversion.distillation.layerwise import LOSS_SCALE, LayerwiseDistiller, mamba_mixers
+from mmmamba.conversion.distillation.losses import count_tokens, distillation_loss, kl_sum
+from mmmamba.conversion.distillation.trainer import repeating_sampler
 from mmmamba.conversion.layouts import from_training_student
 from mmmamba.conversion.seeding import seed_state_dict
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
@@ -42,7 +42,7 @@ def upstream_student(teacher, files):
     student = MmMambaForConditionalGeneration(config).eval()
     student.load_state_dict(state)
     layers = training_layers(*files)
-    for index, mixer in mixers(student).items():
+    for index, mixer in mamba_mixers(student).items():
         name = f"embedding_model.encoder.{index}" if index < 8 else f"language_model.model.layers.{index - 8}"
         tensors = dict(layers[name])
         values = dict(zip("vkq", mixer.in_proj.weight.split([32, 32, 64, 64, 4])[:3], strict=True))
@@ -73,7 +73,7 @@ def test_layerwise_losses_are_upstreams(teacher, stage):
         torch.testing.assert_close(target, case[f"{name}.y_true_heads"], rtol=1e-3, atol=5e-4)
 
 
-def test_stage_3_of_upstreams_student(teacher):
+def test_stage_3_logits_and_loss_of_upstreams_student_are_upstreams(teacher):
     case = load_file(GOLDEN / "seeding" / "stage3_forward.safetensors")
     inputs = batch_of(load_file(GOLDEN / "seeding" / "stage2.safetensors"))
     student = upstream_student(teacher, STAGE_FILES["stage2"])
@@ -111,7 +111,7 @@ def pair(attention=(), dtype=torch.float64):
     student = MmMambaForConditionalGeneration(config).to(dtype)
     student.load_state_dict(state)
     torch.manual_seed(1)
-    for mixer in mixers(student).values():
+    for mixer in mamba_mixers(student).values():
         for parameter in mixer.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return teacher, student
@@ -148,19 +148,19 @@ def true_layerwise_gradients(teacher, student, one_by_one):
 
         hooks.append(layer.self_attn.register_forward_pre_hook(remember, with_kwargs=True))
         hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(target))
-    squares, count = {index: 0.0 for index in mixers(student)}, 0
+    squares, count = {index: 0.0 for index in mamba_mixers(student)}, 0
     for ids in one_by_one:
         with torch.no_grad():
             teacher(input_ids=ids[None])
         count += len(ids)
-        for index, mixer in mixers(student).items():
+        for index, mixer in mamba_mixers(student).items():
             heads = mixer.heads(inputs[index].clone())
             squares[index] = squares[index] + (heads.flatten(2) - inputs[-1 - index]).square().mean(2).sum()
     for hook in hooks:
         hook.remove()
     student.requires_grad_(True)
     student.zero_grad()
-    (SCALE * sum(squares.values()) / len(squares) / count).backward()
+    (LOSS_SCALE * sum(squares.values()) / len(squares) / count).backward()
     return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
 
@@ -188,7 +188,7 @@ def test_stage_1_leaves_values_keys_and_queries_exactly_as_they_are():
     assert set(after) == set(before)
     for name, tensor in after.items():
         if name.endswith("in_proj.weight"):
-            held = mixers(student)[0].splits[0]
+            held = mamba_mixers(student)[0].splits[0]
             assert torch.equal(tensor[:held], before[name][:held])
             assert not torch.equal(tensor[held:], before[name][held:])
         else:
@@ -196,7 +196,7 @@ def test_stage_1_leaves_values_keys_and_queries_exactly_as_they_are():
             assert torch.equal(tensor, before[name]) != trained, name
 
 
-def test_upstreams_mean_over_padding_is_there_to_compare_with():
+def test_include_padding_gives_upstreams_mean_over_padding():
     teacher, student = pair()
     batch = pad(rows((9, 4)), pad_token_id=2)
     everything = batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
@@ -237,19 +237,19 @@ def test_stage_3_in_chunks_is_the_plain_loss_of_each_conversation_alone(collate,
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_step_is_the_same_however_its_conversations_are_dealt_out(stage):
+def test_a_step_is_the_same_however_its_conversations_are_split(stage):
     teacher, student = pair()
     make = EndToEndDistiller if stage == 3 else LayerwiseDistiller
     distiller = make(teacher, student, *([] if stage == 3 else [1]))
     whole = gradients(distiller, pad(rows(), pad_token_id=2))
     parts = [pad(rows()[i : i + 2], pad_token_id=2) for i in (0, 2)]
-    totals = sum(totals_of(part) for part in parts)
+    totals = sum(count_tokens(part) for part in parts)
     shares = [gradients(distiller, part, totals) for part in parts]
     for name, gradient in whole.items():
         torch.testing.assert_close(shares[0][name] + shares[1][name], gradient, rtol=1e-7, atol=1e-9)
 
 
-def test_what_trains_in_stage_3():
+def test_stage_3_trains_what_trainable_says():
     teacher, student = pair(attention=(1,))
 
     def trained(trainable):
@@ -262,39 +262,39 @@ def test_what_trains_in_stage_3():
     assert trained("decoder") == {name for name, _ in student.named_parameters() if ".layers." in name}
 
 
-def test_only_one_layers_activations_are_alive():
-    """What autograd keeps while the teacher runs does not grow with depth."""
+def test_only_one_layers_activations_are_in_memory():
+    """What autograd has saved while the teacher runs does not grow with depth."""
     teacher, student = pair()
     batch = pad(rows((60,)), pad_token_id=2)
-    kept, most = set(), 0
+    saved, peak = set(), 0
 
     def pack_hook(tensor):
-        nonlocal most
-        kept.add(id(tensor))
-        most = max(most, len(kept))
-        return _Kept(tensor, kept)
+        nonlocal peak
+        saved.add(id(tensor))
+        peak = max(peak, len(saved))
+        return _SavedTensor(tensor, saved)
 
     with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda one: one.tensor):
         for layers in (1, 4):
-            most = 0
+            peak = 0
             distiller = LayerwiseDistiller(teacher, student, 2)
             for index in list(distiller.mixers)[layers:]:
                 del distiller.mixers[index]
             distiller(**batch).backward()
             if layers == 1:
-                alone = most
+                alone = peak
     # Four layers' gradients are there in the end, one layer's activations at a time.
-    assert 0 < alone and most < 1.5 * alone
+    assert 0 < alone and peak < 1.5 * alone
 
 
-class _Kept:
-    """Notes when autograd lets a saved tensor go."""
+class _SavedTensor:
+    """Notes when autograd frees a saved tensor."""
 
-    def __init__(self, tensor, kept):
-        self.tensor, self.kept, self.key = tensor, kept, id(tensor)
+    def __init__(self, tensor, saved):
+        self.tensor, self.saved, self.key = tensor, saved, id(tensor)
 
     def __del__(self):
-        self.kept.discard(self.key)
+        self.saved.discard(self.key)
 
 
 def test_logits_of_all_positions_never_exist_at_once():
@@ -330,11 +330,48 @@ def test_a_batch_in_which_nothing_counts_trains_nothing():
     assert found and all(gradient.abs().max() == 0 for gradient in found.values())
 
 
-def test_sharded_parameters_get_the_gradients_of_one_process():
-    """FSDP2 over two processes, for all stages, with gradient checkpointing in the third."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = Path(__file__).with_name("sharded_gradients.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("gradients agree") == 3
+def distiller_of(stage):
+    """A distiller of each stage; the same parameters each time."""
+    teacher, student = pair(attention=(1,), dtype=torch.float32)
+    student.train()
+    return (
+        EndToEndDistiller(teacher, student, "decoder") if stage == 3 else LayerwiseDistiller(teacher, student, stage)
+    )
+
+
+def compare_sharded_gradients(stage):
+    """On each of two ranks: the gradients of a sharded distiller are those of a whole one on all conversations."""
+    whole = distiller_of(stage)
+    whole(**pad(rows(), 2)).backward()
+    expected = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+
+    sharded = distiller_of(stage)
+    if stage == 3:  # one unit per decoder layer, as `_no_split_modules` says
+        sharded.student.gradient_checkpointing_enable()
+        for layer in sharded.student.model.layers:
+            fully_shard(layer)
+    fully_shard(sharded)
+    batches = [pad(rows()[i : i + 2], 2) for i in (0, 2)]
+    totals = sum(count_tokens(batch) for batch in batches)
+    # FSDP averages gradients over two processes, of losses that are parts of a sum: hence the factor.
+    (2 * sharded(**batches[dist.get_rank()], num_items_in_batch=totals)).backward()
+    found = {name: p.grad.full_tensor() for name, p in sharded.named_parameters() if p.grad is not None}
+    assert set(found) == set(expected)
+    for name, gradient in found.items():
+        error = (gradient - expected[name]).norm() / (expected[name].norm() + 1e-9)
+        assert error < 1e-4, (stage, name, float(error))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sharded_parameters_get_the_gradients_of_one_process(stage, tmp_path, monkeypatch):
+    """FSDP2 over two processes, in stage 3 with gradient checkpointing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run_ranks(compare_sharded_gradients, tmp_path, stage)
+
+
+def test_every_epoch_reads_every_row_in_another_order():
+    rows = list(range(7))
+    read = list(repeating_sampler(rows, 17, seed=3))
+    assert sorted(read[:7]) == sorted(read[7:14]) == rows and len(read) == 17
+    assert read[:7] != read[7:14] and read == list(repeating_sampler(rows, 17, seed=3))
+    assert read != list(repeating_sampler(rows, 17, seed=4))

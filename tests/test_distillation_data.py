@@ -12,17 +12,18 @@ import torch
 from conversations import answers_of, numbered, picture, same, turns, write_lines
 from torch.utils.data import DataLoader
 
-from mmmamba.conversion.distillation import data, records
 from mmmamba.conversion.distillation.data import (
-    BadRows,
+    BadRowCounter,
+    ConversationDataset,
     ConversationEncoder,
-    ConversationRows,
     ConversationStream,
+    dataset,
     open_data,
     pack,
     pad,
+    records,
 )
-from mmmamba.conversion.distillation.records import RecordFile
+from mmmamba.conversion.distillation.data.records import RecordFile
 
 
 @pytest.fixture
@@ -45,46 +46,47 @@ def test_a_bad_row_is_replaced_by_the_next_good_one(encoder, tmp_path):
         {"conversations": turns("<image>", "b")},
     ]
     file = write_lines(tmp_path / "a.jsonl", lines)
-    rows = ConversationRows(encoder, [(RecordFile(file), 1)])
+    rows = ConversationDataset(encoder, [(RecordFile(file), 1)])
     assert len(rows) == 5
     good = [encoder(lines[0]), encoder(lines[4])]
     same(rows[0], good[0])
     same(rows[3], good[1])
-    assert rows[1].pop("bad_rows")[0].startswith(f"{file}:2: it is broken JSON (Expecting value")
-    assert [message.split(": ")[0] for message in rows[1]["bad_rows"]] == [f"{file}:2", f"{file}:4"]
+    (name, reason), (other_name, _) = rows[1]["bad_rows"]
+    assert (name, other_name) == (f"{file}:2", f"{file}:4")
+    assert reason.startswith("it is broken JSON (Expecting value")
     same({k: v for k, v in rows[1].items() if k != "bad_rows"}, good[1])
     same({k: v for k, v in rows[4].items() if k != "bad_rows"}, good[0])  # after the last, the first
-    assert rows[4]["bad_rows"] == [f"{file}:6: the record has 1 <image> placeholders but 0 images"]
+    assert rows[4]["bad_rows"] == [(f"{file}:6", "the record has 1 <image> placeholders but 0 images")]
     same(rows[2], rows[-3])
     with pytest.raises(IndexError):
         rows[5]
     # However often records are read, so many are different.
     for repeat, size in ((1, 5), (10, 5), (0.4, 2)):
-        assert ConversationRows(encoder, [(RecordFile(file), repeat)]).records == size
+        assert ConversationDataset(encoder, [(RecordFile(file), repeat)]).num_records == size
 
 
 def test_nothing_but_bad_rows_is_an_error(encoder, tmp_path, monkeypatch):
     file = write_lines(tmp_path / "a.jsonl", ["{", "[]", "1"])
     with pytest.raises(ValueError, match=r"3 records in a row are bad .*a\.jsonl:1: it is broken JSON"):
-        ConversationRows(encoder, [(RecordFile(file), 1)])[0]
-    monkeypatch.setattr(data, "PATIENCE", 2)
+        ConversationDataset(encoder, [(RecordFile(file), 1)])[0]
+    monkeypatch.setattr(dataset, "MAX_CONSECUTIVE_BAD_ROWS", 2)
     with pytest.raises(ValueError, match="2 records in a row"):
-        ConversationRows(encoder, [(RecordFile(write_lines(file, ["{", "{", numbered(1)[0]])), 1)])[0]
+        ConversationDataset(encoder, [(RecordFile(write_lines(file, ["{", "{", numbered(1)[0]])), 1)])[0]
 
 
 def test_bad_rows_are_counted_once_and_stop_a_run(tmp_path):
     file = tmp_path / "log" / "bad.jsonl"
-    counter = BadRows(max_share=0.1, file=file, size=119)
-    one, two = "a: b.jsonl:3: it is broken", "parquet[7]: the image c.png: gone"
+    counter = BadRowCounter(max_share=0.1, file=file, num_records=119)
+    one, two = ("a: b.jsonl:3", "it is broken"), ("parquet[7]", "the image c.png: gone")
     assert counter.add([one, two, one]) == 2
     assert counter.add([one]) == 0
     assert counter.count == 2
-    assert counter.first == [one, two]
-    counter.check(20)  # too early to tell
+    assert counter.quoted == ["a: b.jsonl:3: it is broken", "parquet[7]: the image c.png: gone"]
+    counter.check(20)  # below min_seen
     counter.check(79)
-    counter.add([f"x[{i}]: y" for i in range(8)])
+    counter.add([(f"x[{i}]", "y") for i in range(8)])
     counter.check(1)  # 10 of 100
-    counter.add(["x[8]: y", "x[9]: y"])
+    counter.add([("x[8]", "y"), ("x[9]", "y")])
     counter.check(18)  # 12 of 118 may be chance
     with pytest.raises(
         ValueError, match=r"12 bad rows among 119 rows \(10.08%\) are more than the 10.00%.*first are a: b"
@@ -96,39 +98,39 @@ def test_bad_rows_are_counted_once_and_stop_a_run(tmp_path):
     assert logged[-1] == {"row": "x[9]", "reason": "y", "seen": 100}
 
 
-def test_a_run_that_goes_on_knows_the_bad_rows_that_it_has_met(tmp_path):
+def test_a_resumed_run_knows_the_bad_rows_that_it_has_seen(tmp_path):
     file = tmp_path / "bad.jsonl"
-    messages = [f"x[{i}]: y" for i in range(30)]
-    whole = BadRows(0.01, file)
-    for message in messages:
+    bad = [(f"x[{i}]", "y") for i in range(30)]
+    whole = BadRowCounter(0.01, file)
+    for one in bad:
         whole.check(100)
-        whole.add([message])
+        whole.add([one])
     lines = file.read_text()
     # From a checkpoint in the middle: what was named after it will be met again, by every process.
-    main, other = BadRows(0.01, file, seen=1500), BadRows(0.01, file, writes=False, seen=1500)
+    main, other = BadRowCounter(0.01, file, seen=1500), BadRowCounter(0.01, file, writes=False, seen=1500)
     for again in (main, other):
-        assert again.count == 14 and again.first == messages[:3]
-        for message in messages[14:]:
-            assert again.add([message]) == 1
+        assert again.count == 14 and again.quoted == [f"x[{i}]: y" for i in range(3)]
+        for one in bad[14:]:
+            assert again.add([one]) == 1
             again.check(100)
     assert [json.loads(line)["row"] for line in file.read_text().splitlines()] == [f"x[{i}]" for i in range(30)]
     # From the start, with all of them named: none was met.
     file.write_text(lines + '{"row": "x[')
-    start = BadRows(0.01, file, seen=0)
-    start.add(messages[:1])
+    start = BadRowCounter(0.01, file, seen=0)
+    start.add(bad[:1])
     start.check(128)
     assert start.count == 1
 
 
-def test_chance_stops_no_run_and_too_many_do():
+def test_too_many_bad_rows_stop_a_run_and_chance_does_not():
     generator = random.Random(0)
     for share, stops in ((0.005, False), (0.02, True)):
         stopped = 0
         for _ in range(50):
-            counter = BadRows(0.01)
+            counter = BadRowCounter(0.01)
             try:
                 for step in range(100):
-                    counter.add([f"x[{step * 128 + i}]: y" for i in range(128) if generator.random() < share])
+                    counter.add([(f"x[{step * 128 + i}]", "y") for i in range(128) if generator.random() < share])
                     counter.check(128)
             except ValueError:
                 stopped += 1
@@ -136,20 +138,20 @@ def test_chance_stops_no_run_and_too_many_do():
 
 
 def test_the_share_counts_early_for_a_small_dataset():
-    small = BadRows(0.1, size=10)
-    small.add(["x[0]: y", "x[1]: y"])
+    small = BadRowCounter(0.1, num_records=10)
+    small.add([("x[0]", "y"), ("x[1]", "y")])
     small.check(9)
     with pytest.raises(ValueError, match="2 bad rows among 10 rows"):
         small.check(41)  # seen five times, they are still two of ten
-    allowing = BadRows(1.0)
-    allowing.add([f"x[{i}]: y" for i in range(200)])
+    allowing = BadRowCounter(1.0)
+    allowing.add([(f"x[{i}]", "y") for i in range(200)])
     allowing.check(200)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_lists_and_lines_hold_the_same_records(tmp_path):
+def test_a_json_list_and_json_lines_give_the_same_records(tmp_path):
     items = [*numbered(3), {"conversations": turns("Où est «é»?", "là 🙂 ] } ,")}]
     lines = tmp_path / "lines.jsonl"
     lines.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(i, ensure_ascii=False).encode() for i in items))
@@ -168,7 +170,7 @@ def test_lists_and_lines_hold_the_same_records(tmp_path):
 def test_line_ends_are_found_across_chunks(tmp_path, monkeypatch):
     file = write_lines(tmp_path / "a.jsonl", numbered(40))
     for size in (1, 7, 64):
-        monkeypatch.setattr(records, "_CHUNK", size)
+        monkeypatch.setattr(records, "_SCAN_BYTES", size)
         opened = RecordFile(file)
         assert [opened.read(i) for i in (39, 0, 17)] == [numbered(40)[i] for i in (39, 0, 17)]
 
@@ -178,20 +180,20 @@ def test_a_large_file_is_indexed_not_read(tmp_path):
     file.write_bytes(b'{"conversations": []}\n' * 1_700_000)
     opened = RecordFile(file)
     assert len(opened) == 1_700_000
-    assert sum(array.nbytes for array in (opened.starts, opened.ends, opened.lines)) == 3 * 8 * len(opened)
+    assert sum(array.nbytes for array in (opened.starts, opened.ends, opened.line_numbers)) == 3 * 8 * len(opened)
     assert opened.read(len(opened) - 1) == {"conversations": []}
     assert opened.name(len(opened) - 1) == f"{file}:1700000"
 
 
-def test_processes_do_not_move_each_others_place(tmp_path):
+def test_forked_processes_do_not_move_each_others_file_position(tmp_path):
     source = RecordFile(write_lines(tmp_path / "a.jsonl", numbered(1000)))
     source.read(999)
-    place = os.lseek(source._opened[1].fileno(), 0, os.SEEK_CUR)
+    place = os.lseek(source._handle[1].fileno(), 0, os.SEEK_CUR)
     child = multiprocessing.get_context("fork").Process(target=source.read, args=(0,))
     child.start()
     child.join()
     assert child.exitcode == 0
-    assert os.lseek(source._opened[1].fileno(), 0, os.SEEK_CUR) == place
+    assert os.lseek(source._handle[1].fileno(), 0, os.SEEK_CUR) == place
 
 
 def test_a_meta_file_lists_files(encoder, tmp_path, monkeypatch):
@@ -204,7 +206,7 @@ def test_a_meta_file_lists_files(encoder, tmp_path, monkeypatch):
     entry = {"root": "images/", "annotation": "with.jsonl", "data_augment": True, "length": 99}
     meta = {"one": entry | {"repeat_time": 3}, "two": {"annotation": "text.jsonl", "root": "", "repeat_time": 0.5}}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    rows = ConversationRows(encoder, records.open_files(tmp_path / "meta.json"))
+    rows = ConversationDataset(encoder, records.open_files(tmp_path / "meta.json"))
     assert len(rows) == 3 + 5
     assert [len(rows[i]["pixel_values"]) for i in range(8)] == [1] * 3 + [0] * 5
     for i, number in enumerate(range(0, 10, 2)):  # evenly spread
@@ -234,7 +236,7 @@ def test_a_meta_file_limits_tiles(encoder, tmp_path):
         (tmp_path / "meta.json").write_text(
             json.dumps({"one": {"annotation": "lines.jsonl", "max_dynamic_patch": most}})
         )
-        rows = ConversationRows(encoder, records.open_files(tmp_path / "meta.json"))
+        rows = ConversationDataset(encoder, records.open_files(tmp_path / "meta.json"))
         tiles.append([len(rows[i]["pixel_values"]) for i in range(2)])
     assert tiles == [[1, 2], [3, 2], [3, 6]]  # two and a thumbnail, where there are as many for each picture
 
@@ -242,13 +244,11 @@ def test_a_meta_file_limits_tiles(encoder, tmp_path):
 def test_the_same_numbers_give_the_same_rows_in_any_process(encoder, tmp_path):
     lines = [*numbered(5), "{", *numbered(6, 6)]
     source = RecordFile(write_lines(tmp_path / "a.jsonl", lines))
-    rows = ConversationRows(encoder, [(source, 2)])
+    rows = ConversationDataset(encoder, [(source, 2)])
     truth = [rows[i] for i in range(len(rows))]  # the file is open from here on
-    for row, again in zip(truth, (pickle.loads(pickle.dumps(rows))[i] for i in range(len(rows))), strict=True):
-        same(row, again)
     order = random.Random(0).sample(range(22), 22)
-    for context in ("fork", "spawn"):
-        loader = DataLoader(rows, sampler=order, num_workers=2, collate_fn=list, multiprocessing_context=context)
+    for copy in (rows, pickle.loads(pickle.dumps(rows))):  # forked workers get the first, spawned ones the second
+        loader = DataLoader(copy, sampler=order, num_workers=2, collate_fn=list, multiprocessing_context="fork")
         for index, (row,) in zip(order, loader, strict=True):
             same(row, truth[index])
 
@@ -283,13 +283,13 @@ def test_a_parquet_file_is_read_by_number(caches, processor, encoder, tmp_path):
     given = image_records(tmp_path, 5)
     files = parquet(caches, tmp_path, 1, given, images=caches.List(caches.Image()))
     rows = open_data([{"dataset": "parquet", "data_files": files, "repeat": 2}], processor, max_tokens=200)
-    assert isinstance(rows, ConversationRows)
+    assert isinstance(rows, ConversationDataset)
     assert len(rows) == 10
     for index in (0, 1, 3, 9):
         same(rows[index], encoder(given[index % 5]))
-    (message,) = rows[2]["bad_rows"]
-    assert message.startswith("parquet[2]: it cannot be read (")
-    assert "0x" not in message
+    ((name, reason),) = rows[2]["bad_rows"]
+    assert name == "parquet[2]" and reason.startswith("it cannot be read (")
+    assert "0x" not in reason
 
 
 @pytest.mark.parametrize("buffer_size", [0, 4])
@@ -299,24 +299,24 @@ def test_a_stream_repeats_and_names_bad_rows(buffer_size, caches, processor, enc
     spec = {"dataset": "parquet", "data_files": files, "streaming": True}
     stream = open_data(spec, processor, seed=1, buffer_size=buffer_size)
     assert isinstance(stream, ConversationStream)
-    passes, each = [], iter(stream)
-    for number in range(3):
+    epochs, each = [], iter(stream)
+    for epoch in range(3):
         rows = [next(each) for _ in range(5)]
         texts = [answers_of(row, processor.tokenizer)[0] for row in rows]
         assert sorted(texts) == [f"number {i}<|im_end|>" for i in (0, 1, 3, 4, 5)]
         for row, text in zip(rows, texts, strict=True):
             same({k: row[k] for k in ("input_ids", "labels", "pixel_values")}, encoder(given[int(text[7])]))
-        passes.append(texts)
-        bad = [message for row in rows for message in row.get("bad_rows", [])]
+        epochs.append(texts)
+        names = [name for row in rows for name, _ in row.get("bad_rows", [])]
         if not buffer_size:
-            assert bad == [f"parquet[reader 0 of 1, pass {number}, record 2]: {bad[0].split(': ')[1]}"]
+            assert names == [f"parquet[reader 0 of 1, epoch {epoch}, record 2]"]
         if buffer_size == 0:
-            assert passes[0] == sorted(passes[0])
+            assert epochs[0] == sorted(epochs[0])
     if buffer_size:
-        assert passes[0] != passes[1]
+        assert epochs[0] != epochs[1]
     again = iter(open_data(spec, processor, seed=1, buffer_size=buffer_size))
     assert [answers_of(next(again), processor.tokenizer)[0] for _ in range(15)] == [
-        text for texts in passes for text in texts
+        text for texts in epochs for text in texts
     ]
 
 
@@ -324,7 +324,7 @@ def test_a_stream_repeats_and_names_bad_rows(buffer_size, caches, processor, enc
 def test_every_record_has_exactly_one_reader(files, processes, workers, caches, processor, tmp_path):
     given = numbered(24)
     paths = parquet(caches, tmp_path, files, given)
-    passes = [[], []]
+    epochs = [[], []]
     for process in range(processes):
         stream = open_data(
             {"dataset": "parquet", "data_files": paths, "streaming": True},
@@ -334,9 +334,9 @@ def test_every_record_has_exactly_one_reader(files, processes, workers, caches, 
             process_index=process,
         )
         rows = iter(DataLoader(stream, batch_size=None, num_workers=workers))
-        for seen in passes:
+        for seen in epochs:
             seen += [answers_of(next(rows), processor.tokenizer)[0] for _ in range(24 // processes)]
-    for seen in passes:
+    for seen in epochs:
         assert sorted(seen) == sorted(f"It is {i}.<|im_end|>" for i in range(24))
 
 
@@ -363,7 +363,7 @@ def test_bad_records_of_a_stream_keep_their_id(caches, processor, tmp_path, monk
     spec = {"dataset": "parquet", "data_files": parquet(caches, tmp_path, 1, given), "streaming": True}
     each = iter(open_data(spec, processor, buffer_size=0))
     assert next(each).keys() == {"input_ids", "labels", "pixel_values"}
-    assert next(each)["bad_rows"] == ["parquet[id r1]: the conversation has no answer"]
+    assert next(each)["bad_rows"] == [("parquet[id r1]", "the conversation has no answer")]
     for one in given:
         one["conversations"] = one["conversations"][:1]
     spec["data_files"] = parquet(caches, tmp_path, 1, given)
@@ -375,7 +375,7 @@ def test_bad_records_of_a_stream_keep_their_id(caches, processor, tmp_path, monk
         next(iter(open_data(spec, processor, num_processes=9, process_index=8)))
 
 
-def test_several_streams_take_turns(caches, processor, tmp_path):
+def test_several_streams_alternate(caches, processor, tmp_path):
     specs = []
     for name, start in (("one", 0), ("two", 50)):
         (tmp_path / name).mkdir()
@@ -387,7 +387,7 @@ def test_several_streams_take_turns(caches, processor, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_json_whose_content_is_text_here_and_parts_there(streaming, caches, processor, encoder, tmp_path):
+def test_json_may_mix_text_and_parts(streaming, caches, processor, encoder, tmp_path):
     picture().save(tmp_path / "a.png")
     content = [{"type": "image"}, {"type": "text", "text": "What?"}]
     given = [
@@ -470,8 +470,8 @@ def rows(encoder):
     return [
         encoder({"conversations": turns("Hi", "Hello there")}),
         encoder({"image": [picture(32, 16)], "conversations": turns("What?", "This", "Why?", "So")})
-        | {"bad_rows": ["a", "b"]},
-        encoder({"image": [picture()], "conversations": turns("Who?", "Me")}) | {"bad_rows": ["c"]},
+        | {"bad_rows": [("a", "x"), ("b", "y")]},
+        encoder({"image": [picture()], "conversations": turns("Who?", "Me")}) | {"bad_rows": [("c", "z")]},
     ]
 
 
@@ -486,11 +486,11 @@ def test_padding_keeps_every_row(rows):
         assert (batch["labels"][i, length:] == -100).all()
         assert batch["attention_mask"][i].tolist() == [1] * length + [0] * (batch["input_ids"].shape[1] - length)
     assert torch.equal(batch["pixel_values"], torch.cat([row["pixel_values"] for row in rows]))
-    assert batch["bad_rows"] == ["a", "b", "c"]
+    assert batch["bad_rows"] == [("a", "x"), ("b", "y"), ("c", "z")]
     assert set(pad(rows[:1], 7)) == {"input_ids", "attention_mask", "labels"}
 
 
-def test_packing_lays_rows_end_to_end(rows):
+def test_packing_concatenates_rows(rows):
     before = [row["labels"].clone() for row in rows]
     batch = pickle.loads(pickle.dumps(pack))(rows)
     assert set(batch) == {"input_ids", "position_ids", "labels", "pixel_values", "bad_rows"}

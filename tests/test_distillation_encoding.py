@@ -7,10 +7,7 @@ from conversations import answers_of, picture, processor_with, same, turns
 from PIL import Image
 
 from mmmamba.conversion.convert import chat_template
-from mmmamba.conversion.distillation.data import (
-    BadRow,
-    ConversationEncoder,
-)
+from mmmamba.conversion.distillation.data import BadRow, ConversationEncoder
 from mmmamba.processing_mmmamba import encode_conversation
 
 
@@ -228,7 +225,7 @@ BAD = {
     ),
     "no picture": (
         {"image": "text.png", "conversations": turns("a", "b")},
-        r"text\.png .* no picture that Pillow knows",
+        r"text\.png .* no image that Pillow knows",
     ),
     "bytes": ({"image": {"bytes": b"x"}, "conversations": turns("a", "b")}, "an image cannot be decoded"),
     "null image": ({"image": [None], "conversations": turns("a", "b")}, "no path, bytes or PIL image but NoneType"),
@@ -236,7 +233,7 @@ BAD = {
     "no image": ({"conversations": turns("<image>\na", "b")}, "1 <image> placeholders but 0 images"),
     "parts": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "b"}]},
-        "1 image parts without a picture of their own but 0 images",
+        "1 image parts without an image of their own but 0 images",
     ),
     "image in answer": ({"image": "a.png", "conversations": turns("a", "<image>")}, "an answer holds an image"),
     "no answer": ({"conversations": turns("a")}, "has no answer"),

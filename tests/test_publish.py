@@ -1,13 +1,21 @@
-"""A model's card says where it comes from, in words and in metadata that the Hub understands."""
+"""A model's card says where it comes from, for people and for the Hub; a folder appears complete or not at all."""
 
+import os
 import re
 
 import numpy as np
 import pytest
+from forked import kill_this_process, run_killed
 from huggingface_hub import EvalResult, ModelCard
 from tiny_models import tiny_config
 
-from mmmamba.conversion.publish import Provenance, model_card, write_model_folder
+from mmmamba.conversion.publish import (
+    Provenance,
+    model_card,
+    remove_partial_folders,
+    whole_folder,
+    write_model_folder,
+)
 
 
 def result(value=0.986, **changes):
@@ -33,7 +41,7 @@ FULL = Provenance(
 )
 
 
-def test_a_card_is_read_back_as_it_was_meant():
+def test_a_cards_metadata_and_text_say_what_was_given():
     text = model_card("my-hybrid", tiny_config("hybrid"), provenance=FULL)
     data = ModelCard(text).data
     assert data.base_model == "OpenGVLab/HoVLE" and data["base_model_relation"] == "finetune"
@@ -58,7 +66,7 @@ def test_a_card_is_read_back_as_it_was_meant():
     ("kind", "words"),
     [("linear", "all of them Mamba-2, none attention"), ("teacher", "all of them softmax attention")],
 )
-def test_a_card_of_little_says_no_more_than_is_known(kind, words):
+def test_a_card_leaves_out_what_is_not_known(kind, words):
     text = model_card("model", tiny_config(kind), origin="Made by hand.")
     assert words in text and "\nMade by hand.\n" in text
     assert "##" not in text and "None" not in text
@@ -67,7 +75,7 @@ def test_a_card_of_little_says_no_more_than_is_known(kind, words):
     assert ("mamba2" in values["tags"]) == (kind == "linear")
 
 
-def test_old_arguments_give_what_they_gave():
+def test_without_a_provenance_base_model_and_origin_are_arguments():
     text = model_card("model", tiny_config("teacher"), base_model="OpenGVLab/HoVLE", origin="Converted.")
     values = ModelCard(text).data.to_dict()
     assert values["base_model"] == "OpenGVLab/HoVLE" and "base_model_relation" not in values
@@ -107,7 +115,7 @@ def test_nothing_that_a_user_writes_breaks_a_card(tmp_path):
     assert names["path"] == HOSTILE
 
 
-def test_text_is_left_readable():
+def test_escaping_leaves_text_readable():
     origin = "1. See https://huggingface.co/me/my_model_name - it's 3.5x (a_b) smaller, 50%!"
     text = model_card("my_model-1.0", tiny_config("linear"), provenance=Provenance(origin=origin))
     assert "# my_model-1.0\n" in text and 'path = "my_model-1.0"' in text
@@ -126,7 +134,57 @@ def test_a_relation_that_the_hub_does_not_know_is_refused():
         Provenance(base_model="a/b", base_model_relation="distilled")
 
 
-def test_a_folder_gets_the_card(tmp_path):
+def test_a_folder_gets_the_card_unless_it_has_one(tmp_path):
     config = tiny_config("hybrid")
     write_model_folder(tmp_path, config, "my-hybrid", provenance=FULL)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == model_card("my-hybrid", config, provenance=FULL)
+    (tmp_path / "README.md").write_text("Mine.")
+    write_model_folder(tmp_path, config, "my-hybrid", provenance=FULL)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "Mine."
+
+
+def test_a_folder_appears_complete_or_not_at_all(tmp_path):
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), whole_folder(tmp_path / "model") as folder:
+            (folder / "config.json").write_text("{}")
+            assert not (tmp_path / "model").exists()
+            raise error
+        assert list(tmp_path.iterdir()) == []
+    with whole_folder(tmp_path / "model") as folder:
+        (folder / "config.json").write_text("{}")
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "config.json"]
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "model").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    with (
+        pytest.raises(FileExistsError, match="model exists; name a folder that does not"),
+        whole_folder(tmp_path / "model"),
+    ):
+        pass
+
+
+def test_a_folder_that_another_process_made_meanwhile_stays(tmp_path):
+    message = "model was made by another process meanwhile; it stays"
+    with pytest.raises(FileExistsError, match=message), whole_folder(tmp_path / "model"):
+        with whole_folder(tmp_path / "model") as other:
+            (other / "theirs").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "theirs"]
+
+
+def fill_until_killed(destination, pids):
+    pids.write_text(str(os.getpid()))
+    with whole_folder(destination) as folder:
+        (folder / "config.json").write_text("{}")
+        kill_this_process()
+
+
+def test_what_a_killed_process_leaves_blocks_no_later_one(tmp_path, monkeypatch):
+    """Not even one with the same process id, as in a container that is started again."""
+    run_killed(fill_until_killed, tmp_path / "models" / "model", tmp_path / "pid")
+    pid = int((tmp_path / "pid").read_text())
+    assert [path.name.split("-")[0] for path in (tmp_path / "models").iterdir()] == [".model.unfinished"]
+    monkeypatch.setattr(os, "getpid", lambda: pid)
+    with whole_folder(tmp_path / "models" / "model") as folder:
+        (folder / "config.json").write_text("{}")
+    assert (tmp_path / "models" / "model").is_dir()
+    remove_partial_folders(tmp_path)
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["model"]

@@ -5,17 +5,17 @@ import re
 
 import pytest
 
-from mmmamba.conversion.distillation.cost import costs
-from mmmamba.conversion.distillation.data import DATASET_KEYS, FILE_KEYS
+from mmmamba.conversion.distillation.cost import stage_costs
+from mmmamba.conversion.distillation.data.sources import DATASET_KEYS, FILE_KEYS
 from mmmamba.conversion.distillation.recipe import (
     RECIPES,
     EndToEndStage,
     Recipe,
-    differences,
+    changed_keys,
     dump_recipe,
     load_recipe,
 )
-from mmmamba.conversion.distillation.run import teacher_config
+from mmmamba.conversion.distillation.stages import load_teacher_config
 from mmmamba.conversion.publish import PACKAGE
 from mmmamba.conversion.seeding import attention_layers
 
@@ -40,6 +40,16 @@ def test_the_published_schedules(name):
     assert (recipe.weight_decay, recipe.clip, recipe.betas) == (0.05, 5.0, [0.9, 0.999])
     if name == "hovle-hybrid":
         assert attention_layers(32, recipe.num_attention, recipe.strategy) == [0, 4, 8, 12, 16, 20, 24, 28]
+
+
+@pytest.mark.parametrize("name", ["8-gpus", "2-nodes", "fsdp2", "deepspeed-zero2"])
+def test_launch_configurations_are_accelerates(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    folder = RECIPES.with_name("accelerate")
+    config = load_config_from_file(str(folder / f"{name}.yaml"))
+    assert config.num_processes == (16 if name == "2-nodes" else 8)
+    assert config.mixed_precision in (None, "no")  # precision is the recipe's
 
 
 def test_overrides_reach_every_key():
@@ -67,7 +77,7 @@ def test_overrides_reach_every_key():
         ("evaluate=-5", "evaluate=-5 must be at least 0"),
         ("weight_decay=-3", "weight_decay=-3.0 must be at least 0"),
         ("betas=[1.5, 2]", "betas=[1.5, 2.0] must be two numbers, at least 0 and below 1"),
-        ("stage_1={steps: 5, steps: 7}", "the key steps stands there twice"),
+        ("stage_1={steps: 5, steps: 7}", "the key steps occurs twice"),
         ("stage_1.steps=0", "stage_1: steps=0 must be greater than 0"),
         ("stage_1.warmup=1000", "do not fit into steps=200"),
         ("stage_3.trainable=head", "trainable='head' is unknown; choose one of mixers,"),
@@ -95,7 +105,7 @@ def test_a_recipe_that_is_not_there_or_no_recipe(tmp_path):
     with pytest.raises(ValueError, match="no recipe; it must hold keys and values"):
         load_recipe(file)
     file.write_text((RECIPES / "shapes-linear.yaml").read_text() + "seed: 1\nseed: 2\n")
-    with pytest.raises(ValueError, match=r"^\S*list.yaml is not YAML: the key seed stands there twice$"):
+    with pytest.raises(ValueError, match=r"^\S*list.yaml is not YAML: the key seed occurs twice$"):
         load_recipe(file)
 
 
@@ -113,12 +123,14 @@ def test_the_guide_explains_every_key(tmp_path):
 
 def test_a_recipes_cost_counts_what_each_stage_trains():
     recipes = [load_recipe("shapes-hybrid", [f"strategy={name}"]) for name in ("head-stacked", "measured")]
-    fixed, measured = ({cost.stage: cost for cost in costs(one, teacher_config(one), 300)} for one in recipes)
+    fixed, measured = (
+        {cost.stage: cost for cost in stage_costs(one, load_teacher_config(one), 300)} for one in recipes
+    )
     assert list(fixed) == [1, 2, 3] and list(measured) == [1, 2, "place", 3]
     assert fixed[3] == measured[3]  # two layers attend
     # Four layers of six train in stages 1 and 2, or all of them.
-    teacher = costs(
-        load_recipe("shapes-linear", ["attention_layers=[0, 1, 2, 3, 4, 5]"]), teacher_config(recipes[0]), 300
+    teacher = stage_costs(
+        load_recipe("shapes-linear", ["attention_layers=[0, 1, 2, 3, 4, 5]"]), load_teacher_config(recipes[0]), 300
     )
     for number in (1, 2):
         alone = teacher[number - 1].operations
@@ -130,5 +142,5 @@ def test_a_written_recipe_is_the_same_recipe(tmp_path):
     recipe = load_recipe("shapes-hybrid", ["stage_2.steps=500"])
     dump_recipe(recipe, tmp_path / "recipe.yaml")
     again = load_recipe(tmp_path / "recipe.yaml")
-    assert again == recipe and differences(again, recipe) == []
-    assert differences(recipe, load_recipe("shapes-hybrid", ["output=x", "seed=3"])) == ["seed", "stage_2"]
+    assert again == recipe and changed_keys(again, recipe) == []
+    assert changed_keys(recipe, load_recipe("shapes-hybrid", ["output=x", "seed=3"])) == ["seed", "stage_2"]

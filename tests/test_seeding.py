@@ -38,7 +38,7 @@ def teacher(tmp_path_factory):
         ((12, 12, "tail-interleaved"), list(range(12))),
     ],
 )
-def test_attention_stands_where_the_paper_puts_it(arguments, layers):
+def test_attention_layers_are_placed_as_in_the_paper(arguments, layers):
     assert attention_layers(*arguments) == layers
 
 
@@ -50,7 +50,7 @@ def test_impossible_placements_are_refused():
 
 
 @pytest.mark.parametrize("layer", ["embedding0", "llm0"])
-def test_seeding_equals_upstreams_but_for_the_draws(layer):
+def test_seeding_equals_upstreams_but_for_random_values(layer):
     fixture = load_file(GOLDEN / "seeding" / "seeded_layers.safetensors")
     upstream = {key.removeprefix(f"{layer}.attention."): x for key, x in fixture.items() if ".attention." in key}
     upstream = {key: fixture[f"{layer}.attention.{key}"] for key in upstream if f"{layer}.attention.{key}" in fixture}
@@ -72,7 +72,7 @@ def test_seeding_equals_upstreams_but_for_the_draws(layer):
         torch.testing.assert_close(draw.std().item(), bound / math.sqrt(3), rtol=0.05, atol=0)
 
 
-def test_steps_are_log_uniform_between_a_thousandth_and_a_tenth():
+def test_step_sizes_are_log_uniform_between_a_thousandth_and_a_tenth():
     q, k = torch.randn(4096, 8), torch.randn(4096, 8)
     bias = seed_mixer(q, k, k, q.T, num_heads=4096)["dt_bias"]
     log_steps = torch.nn.functional.softplus(bias.double()).log()
@@ -84,7 +84,7 @@ def test_steps_are_log_uniform_between_a_thousandth_and_a_tenth():
     )
 
 
-def test_a_layers_draw_depends_on_seed_and_layer_alone(teacher):
+def test_random_values_depend_on_seed_and_layer_alone(teacher):
     tensors, config = load_file(teacher / "model.safetensors"), MmMambaConfig.from_pretrained(teacher)
     linear, _ = seed_state_dict(tensors, config, [], seed=5)
     hybrid, student = seed_state_dict(tensors, config, [0, 4, 8], seed=5)
@@ -97,7 +97,7 @@ def test_a_layers_draw_depends_on_seed_and_layer_alone(teacher):
     MmMambaForConditionalGeneration(student).load_state_dict(hybrid)
 
 
-def test_a_seeded_model_with_upstreams_draws_is_upstreams_student(teacher, tmp_path):
+def test_a_seeded_model_with_upstreams_random_values_is_upstreams_student(teacher, tmp_path):
     """Copying the fixture's own random draws in gives the fixture's per-layer errors (stage 1, at the seed)."""
     seed_folder(teacher, tmp_path / "out")
     model = MmMambaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()

@@ -1,7 +1,7 @@
 """What a recipe costs: tokens and floating point operations per stage, computed from shapes.
 
-A product of (n, a) and (a, b) counts 2·n·a·b operations; norms, activations and softmax are left out. A weight that is
-only passed through costs 2 per parameter and token forward and 2 backward; one that is trained 2 more.
+A product of (n, a) and (a, b) counts 2·n·a·b operations; norms, activations and softmax are left out. A frozen weight
+costs 2 operations per parameter and token forward and 2 backward; one that is trained 2 more.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ H100 = 989e12  # dense bf16 operations per second
 
 
 @dataclass(frozen=True)
-class Cost:
+class StageCost:
     """One stage, or `place` (measuring a placement): tokens read and operations done, over all steps."""
 
     stage: int | str
@@ -27,60 +27,61 @@ class Cost:
         return self.operations / (peak * utilization) / 3600
 
 
-def costs(recipe: Recipe, config: MmMambaConfig, tokens: int) -> list[Cost]:
+def stage_costs(recipe: Recipe, config: MmMambaConfig, tokens: int) -> list[StageCost]:
     """The cost of each stage, and of measuring before stage 3 if the placement is measured.
 
     Args:
         recipe: Steps, batches and options.
         config: The teacher's.
-        tokens: Tokens per conversation, those of pictures included.
+        tokens: Tokens per conversation, those of images included.
     """
     text = config.text_config
     hidden, layers = text.hidden_size, text.num_hidden_layers
-    inner, shared = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    query_width, key_width = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
     mlp = 3 * hidden * text.intermediate_size
     head = hidden * text.vocab_size
-    # Causal: a token meets half of the others on average.
-    attention = 2 * (hidden * (2 * inner + 2 * shared) + inner * tokens)
+    # Causal: a token attends to half of the others on average.
+    attention = 2 * (hidden * (2 * query_width + 2 * key_width) + query_width * tokens)
     teacher = layers * (attention + 2 * mlp)
-    in_proj = hidden * (2 * shared + 2 * inner + text.num_attention_heads)
-    scan = 2 * inner * text.ssm_chunk_size + 4 * inner * text.head_dim
+    in_proj = hidden * (2 * key_width + 2 * query_width + text.num_attention_heads)
+    scan = 2 * query_width * text.ssm_chunk_size + 4 * query_width * text.head_dim
 
-    found = []
+    costs = []
     measured = recipe.strategy == "measured"
-    kept = recipe.num_attention or len(recipe.attention_layers or [])
+    num_attention = recipe.num_attention or len(recipe.attention_layers or [])
     for number in recipe.stages:
         # A measured placement is known after stages 1 and 2, which train all layers.
-        mamba_layers = layers if measured and number < 3 else layers - kept
+        mamba_layers = layers if measured and number < 3 else layers - num_attention
         stage = recipe.stage(number)
-        read = stage.steps * stage.batch_size * tokens
+        total_tokens = stage.steps * stage.batch_size * tokens
         if number < 3:
-            # Nothing flows back into a layer's input: in_proj forward and its own gradient, the scan thrice.
+            # No gradient of a layer's input: in_proj forward and its weight's gradient, the scan thrice.
             per_token = teacher + mamba_layers * (4 * in_proj + 3 * scan)
         else:
             if measured:
                 # The teacher and, once with each layer's replacement, the teacher again; both heads each time.
-                placing = recipe.measure_batches * stage.batch_size * tokens
-                found.append(Cost("place", placing, placing * ((layers + 1) * teacher + layers * 2 * 2 * head)))
-            mixer = 2 * (in_proj + inner * hidden) + scan
+                placement_tokens = recipe.measure_batches * stage.batch_size * tokens
+                per_token = (layers + 1) * teacher + layers * 2 * 2 * head
+                costs.append(StageCost("place", placement_tokens, placement_tokens * per_token))
+            mixer = 2 * (in_proj + query_width * hidden) + scan
             student = mamba_layers * mixer + (layers - mamba_layers) * attention + layers * 2 * mlp
-            again = student if stage.gradient_checkpointing else 0
+            recomputed = student if stage.gradient_checkpointing else 0
             trained = mamba_layers * 2 * in_proj
             if stage.trainable != "mixers":
-                trained += mamba_layers * 2 * inner * hidden
+                trained += mamba_layers * 2 * query_width * hidden
             if stage.trainable == "decoder":
-                trained += layers * 2 * mlp + (layers - mamba_layers) * 2 * hidden * (2 * inner + 2 * shared)
+                trained += layers * 2 * mlp + (layers - mamba_layers) * 2 * hidden * (2 * query_width + 2 * key_width)
             # Both heads forward, the student's backward; the student's layers forward and backward.
-            per_token = teacher + 3 * 2 * head + 2 * student + again + trained
-        found.append(Cost(number, read, read * per_token))
-    return found
+            per_token = teacher + 3 * 2 * head + 2 * student + recomputed + trained
+        costs.append(StageCost(number, total_tokens, total_tokens * per_token))
+    return costs
 
 
-def cost_table(found: list[Cost], tokens: int, utilization: float = 0.4) -> str:
+def cost_table(costs: list[StageCost], tokens: int, utilization: float = 0.4) -> str:
     """The costs as a table, and what they assume."""
     lines = ["stage  tokens (billions)  operations (10^18)  H100 hours"]
-    total = Cost(0, sum(c.tokens for c in found), sum(c.operations for c in found))
-    for one in [*found, total]:
+    total = StageCost(0, sum(c.tokens for c in costs), sum(c.operations for c in costs))
+    for one in [*costs, total]:
         lines.append(
             f"{one.stage or 'all':>5}  {one.tokens / 1e9:17.2f}  {one.operations / 1e18:18.1f}  "
             f"{one.gpu_hours(utilization):10.0f}"

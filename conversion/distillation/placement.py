@@ -10,55 +10,53 @@ from tqdm import tqdm
 
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
-from .counting import totals_of
-from .end_to_end import distillation_loss
+from .losses import count_tokens, distillation_loss
 
 
 @torch.no_grad()
-def layer_costs(
+def replacement_kl(
     teacher: MmMambaForConditionalGeneration,
     student: MmMambaForConditionalGeneration,
     batches: list[dict[str, Tensor]],
 ) -> list[float]:
-    """What each layer's replacement costs: KL(teacher || teacher with that layer's mixer) per token.
+    """What each layer's replacement costs: KL(teacher || teacher with the student's layer), nats per token.
 
     Args:
         teacher: All attention; the same afterwards.
         student: All Mamba-2, trained by stages 1 or 2; may be held in another dtype.
-        batches: Held-out inputs; answers' tokens count if there are `labels`, else all, each as much as any other.
+        batches: Held-out inputs. Only tokens of answers count if there are `labels`, each as much as any other.
 
     Returns:
         One value per layer.
     """
     device, layers = teacher.device, teacher.model.layers
     answers_only = all("labels" in batch for batch in batches)
-    totals = torch.stack([totals_of(batch) for batch in batches]).sum(0)
+    totals = torch.stack([count_tokens(batch) for batch in batches]).sum(0)
 
-    def rows_of(batch: dict[str, Tensor]) -> Tensor:
-        return teacher.model(
-            **{key: x for key, x in batch.items() if key != "labels"}, use_cache=False
-        ).last_hidden_state
+    def last_hidden_state(batch: dict[str, Tensor]) -> Tensor:
+        inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        return teacher.model(**inputs, use_cache=False).last_hidden_state
 
-    def loss_of(batch: dict[str, Tensor], truth: Tensor) -> float:
-        batch, truth = {name: value.to(device) for name, value in batch.items()}, truth.to(device)
+    def kl(batch: dict[str, Tensor], expected: Tensor) -> float:
+        batch, expected = {name: value.to(device) for name, value in batch.items()}, expected.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=teacher.dtype != student.dtype):
-            rows = rows_of(batch).to(truth.dtype)
-        heads = teacher.lm_head, teacher.lm_head
-        return float(distillation_loss(rows, truth, *heads, batch, totals, answers_only=answers_only))
+            hidden = last_hidden_state(batch).to(expected.dtype)
+        head = teacher.lm_head
+        return float(distillation_loss(hidden, expected, head, head, batch, totals, answers_only=answers_only))
 
     # Only one batch at a time is on the device.
-    truths = [rows_of({name: value.to(device) for name, value in batch.items()}).cpu() for batch in batches]
+    expected = [last_hidden_state(batch).cpu() for batch in batches]
     costs = []
     for index in tqdm(range(len(layers)), desc="measuring layers", leave=False):
         original = layers[index]
         layers[index] = student.model.layers[index]
         try:
-            costs.append(sum(loss_of(*one) for one in zip(batches, truths, strict=True)))
+            costs.append(sum(kl(*pair) for pair in zip(batches, expected, strict=True)))
         finally:
             layers[index] = original
     return costs
 
 
-def costliest(costs: list[float], count: int) -> list[int]:
+def costliest_layers(costs: list[float], count: int) -> list[int]:
     """The `count` layers that cost most, in order."""
     return sorted(sorted(range(len(costs)), key=lambda index: -costs[index])[:count])

@@ -2,7 +2,7 @@
 
     recipe = load_recipe("shapes-linear", ["stage_3.steps=100", "output=runs/mine"])
 
-Paths are relative to where the command runs; `mmmamba:` at their start stands for the package's folder.
+Paths are relative to the working directory; `mmmamba:` at their start stands for the package's folder.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from mmmamba.conversion.publish import PACKAGE
+from mmmamba.conversion.shards import write_text
 
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -26,17 +27,17 @@ TRAINABLE = ("mixers", "mixers+o_proj", "decoder")
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's schedule: warm up, stay, decay (WSD), with AdamW.
+    """A stage's schedule: warmup, stable, decay (WSD), with AdamW.
 
     Args:
         steps: Optimiser steps.
-        learning_rate: At the top.
-        warmup: Steps of rise from 0.
-        decay: Steps of fall to `min_lr_ratio` of the top, at the end.
-        batch_size: Conversations per step, over all processes and accumulation.
-        per_device_batch_size: Conversations that a process reads at once.
-        min_lr_ratio: Where the fall ends, as a share of `learning_rate`.
-        include_padding: Upstream's mean, which counts padding, too.
+        learning_rate: Of the stable part.
+        warmup: Steps in which the learning rate rises from 0.
+        decay: Steps at the end in which it falls to `min_lr_ratio * learning_rate`.
+        batch_size: Conversations per step, over all processes and accumulated micro-batches.
+        per_device_batch_size: Conversations per micro-batch of a process.
+        min_lr_ratio: See `decay`.
+        include_padding: Whether losses are means over padding, too, as they are upstream.
     """
 
     steps: int
@@ -71,7 +72,7 @@ class EndToEndStage(Stage):
         temperature: Softens both distributions.
         hard_weight: Weight of the answers' cross entropy beside the KL divergence.
         answers_only: Whether the KL divergence counts only where an answer's token is predicted.
-        gradient_checkpointing: Compute each layer's activations again in the backward pass instead of keeping them.
+        gradient_checkpointing: Recompute each layer's activations in the backward pass instead of storing them.
         logits_chunk: Positions whose logits exist at once.
     """
 
@@ -84,7 +85,7 @@ class EndToEndStage(Stage):
 
     def __post_init__(self):
         super().__post_init__()
-        _one_of("trainable", self.trainable, TRAINABLE)
+        _check_choice("trainable", self.trainable, TRAINABLE)
         if self.temperature <= 0 or self.hard_weight < 0 or self.logits_chunk < 1:
             raise ValueError(
                 f"temperature={self.temperature} must be above 0, hard_weight={self.hard_weight} at least 0 and "
@@ -98,17 +99,17 @@ class Recipe:
 
     Args:
         teacher: Model folder whose layers are all attention.
-        output: Folder of the run; goes on where it stopped if it is there.
+        output: Folder of the run, which is resumed if it exists.
         data: Sources of conversations, see `mmmamba.conversion.distillation.data.open_data`.
         name: What the student is called; the output folder's name if not given.
         attention_layers: Layers that stay attention.
-        num_attention: Or how many, placed by `strategy`. With neither the student is linear.
+        num_attention: Or how many, placed by `strategy`. With neither key the student is linear.
         strategy: One of the published placements, or `measured`: the layers whose Mamba-2 replacement costs most.
         measure_batches: Batches of stage 3's `batch_size` on which `measured` measures.
         held_out: Sources of conversations to measure on, which no stage trains on; the picture world has its own.
         initialization: `mimic` as published; `inherited` without the parameters that mimic linear attention; `scratch`
             without queries, keys and values, too.
-        seed: Of new parameters, data order and everything else.
+        seed: Of new parameters, data order and all else that is random.
         stages: Which of 1, 2 and 3 run.
         stage_1, stage_2, stage_3: Their schedules.
         betas: AdamW's.
@@ -121,7 +122,7 @@ class Recipe:
         max_tokens: Longer conversations are bad rows.
         packing: Several conversations in one row, without padding.
         bad_share: Largest share of bad rows.
-        workers: Processes that read data, per device.
+        workers: DataLoader workers per process.
         save_every: Steps between checkpoints.
         log_every: Steps between entries of the logs.
         evaluate: Held-out questions of the picture world that the student answers at the end; 0 for none.
@@ -160,12 +161,12 @@ class Recipe:
     base_model: str | None = None
 
     def __post_init__(self):
-        _one_of("initialization", self.initialization, INITIALIZATIONS)
-        _one_of("precision", self.precision, ("bf16", "fp32"))
+        _check_choice("initialization", self.initialization, INITIALIZATIONS)
+        _check_choice("precision", self.precision, ("bf16", "fp32"))
         for name in ("dtype", "teacher_dtype"):
-            _one_of(name, getattr(self, name), ("bfloat16", "float16", "float32"))
+            _check_choice(name, getattr(self, name), ("bfloat16", "float16", "float32"))
         if self.strategy is not None:
-            _one_of("strategy", self.strategy, STRATEGIES)
+            _check_choice("strategy", self.strategy, STRATEGIES)
         if (self.strategy is None) != (self.num_attention is None):
             raise ValueError(
                 f"strategy={self.strategy!r} and num_attention={self.num_attention} belong together; give both or "
@@ -187,24 +188,24 @@ class Recipe:
             raise ValueError(f"betas={self.betas} must be two numbers, at least 0 and below 1.")
         if not 0 <= self.bad_share <= 1:
             raise ValueError(f"bad_share={self.bad_share} must lie between 0 and 1.")
-        for least, names in LEAST.items():
+        for minimum, names in MINIMUMS.items():
             for name in names:
-                if getattr(self, name) is not None and getattr(self, name) < least:
-                    raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+                if getattr(self, name) is not None and getattr(self, name) < minimum:
+                    raise ValueError(f"{name}={getattr(self, name)} must be at least {minimum}.")
 
     def stage(self, number: int) -> Stage | None:
         """The schedule of stage 1, 2 or 3."""
         return getattr(self, f"stage_{number}")
 
 
-LEAST = {
+MINIMUMS = {
     0: ("seed", "weight_decay", "clip", "workers", "evaluate"),
     1: ("measure_batches", "max_tokens", "save_every", "log_every"),
 }
-# What may differ when a run goes on: it changes no weight.
-CHANGEABLE = {"output", "name", "bad_share", "workers", "save_every", "log_every", "evaluate", "base_model"}
-# What seeding depends on; anything else has changed nothing before a stage has begun.
-OF_SEEDING = {"teacher", "attention_layers", "num_attention", "strategy", "initialization", "seed"}
+# Keys that change no weight, so that they may differ when a run is resumed.
+KEYS_WITHOUT_EFFECT = {"output", "name", "bad_share", "workers", "save_every", "log_every", "evaluate", "base_model"}
+# Keys that the seeded student depends on.
+SEEDING_KEYS = {"teacher", "attention_layers", "num_attention", "strategy", "initialization", "seed"}
 
 
 def load_recipe(source: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -240,37 +241,37 @@ def load_recipe(source: str | Path, overrides: typing.Sequence[str] = ()) -> Rec
             if not isinstance(target, dict):
                 raise ValueError(f"{override!r}: {group} has no keys of its own.")
         target[key] = _parse(text, override)
-    return _make(Recipe, values, "")
+    return _from_dict(Recipe, values, "")
 
 
 def dump_recipe(recipe: Recipe, file: Path) -> None:
     """Writes a recipe with every value, given or default."""
-    file.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), encoding="utf-8")
+    write_text(file, yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
 
 
-def differences(one: Recipe, other: Recipe, unused: typing.Collection[str] = ()) -> list[str]:
-    """Keys that change results and differ between two recipes; `unused` are those that have changed nothing yet."""
+def changed_keys(old: Recipe, new: Recipe, ignore: typing.Collection[str] = ()) -> list[str]:
+    """Keys that affect the weights and differ between two recipes, without those in `ignore`."""
     return [
         entry.name
         for entry in dataclasses.fields(Recipe)
-        if entry.name not in {*CHANGEABLE, *unused} and getattr(one, entry.name) != getattr(other, entry.name)
+        if entry.name not in {*KEYS_WITHOUT_EFFECT, *ignore} and getattr(old, entry.name) != getattr(new, entry.name)
     ]
 
 
-def resolve(path: str) -> Path:
-    """The path that a recipe means."""
+def resolve_path(path: str) -> Path:
+    """The path that a recipe means: `mmmamba:` at the start stands for the package's folder."""
     return PACKAGE / path.removeprefix("mmmamba:") if path.startswith("mmmamba:") else Path(path)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key may stand only once."""
+    """Refuses a key that occurs twice in a mapping, of which YAML would silently take the last."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.composer.ComposerError(problem=f"the key {key} stands there twice")
+                raise yaml.composer.ComposerError(problem=f"the key {key} occurs twice")
         return node
 
 
@@ -282,14 +283,14 @@ def _parse(text: str, where: str):
         raise ValueError(f"{where} is not YAML: {problem}") from None
 
 
-def _make(kind: type, values: dict, prefix: str):
+def _from_dict(kind: type, values: dict, prefix: str):
     """A dataclass from parsed YAML, with errors that name the key."""
     known = {entry.name: entry for entry in dataclasses.fields(kind)}
-    types_ = typing.get_type_hints(kind)
+    type_hints = typing.get_type_hints(kind)
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known are {', '.join(known)}."
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else f"; known are {', '.join(known)}."
             raise ValueError(f"The recipe has no key {prefix}{key}{hint}")
     missing = [
         name
@@ -300,26 +301,26 @@ def _make(kind: type, values: dict, prefix: str):
     ]
     if missing:
         raise ValueError(f"The recipe lacks {', '.join(prefix + name for name in missing)}.")
-    made = {key: _convert(types_[key], value, prefix + key) for key, value in values.items()}
+    converted = {key: _convert(type_hints[key], value, prefix + key) for key, value in values.items()}
     try:
-        return kind(**made)
+        return kind(**converted)
     except ValueError as error:
         raise ValueError(f"{prefix.removesuffix('.')}: {error}" if prefix else str(error)) from None
 
 
 def _convert(kind, value, key: str):
-    """A value as its annotation wants it. YAML 1.1 reads `1e-3` as text; numbers are accepted either way."""
+    """A value as its annotation says. Floats may be text: YAML 1.1 reads `1e-3` as one."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and type(None) in options:
         return None
     (kind,) = (option for option in options if option is not type(None))
     if dataclasses.is_dataclass(kind):
         if isinstance(value, dict):
-            return _make(kind, value, f"{key}.")
+            return _from_dict(kind, value, f"{key}.")
     elif typing.get_origin(kind) is list:
         if isinstance(value, list):
             (item,) = typing.get_args(kind)
-            return [_convert(item, one, f"{key}[{i}]") for i, one in enumerate(value)]
+            return [_convert(item, element, f"{key}[{i}]") for i, element in enumerate(value)]
     elif kind is float:
         try:
             if not isinstance(value, bool) and math.isfinite(float(value)):
@@ -328,11 +329,11 @@ def _convert(kind, value, key: str):
             pass
     elif type(value) is kind:
         return value
-    wanted = "keys and values" if dataclasses.is_dataclass(kind) else getattr(kind, "__name__", str(kind))
-    wanted = "a finite number" if kind is float else wanted
-    raise ValueError(f"{key}={value!r} in the recipe is of the wrong type; it must be {wanted}.")
+    expected = "keys and values" if dataclasses.is_dataclass(kind) else getattr(kind, "__name__", str(kind))
+    expected = "a finite number" if kind is float else expected
+    raise ValueError(f"{key}={value!r} in the recipe is of the wrong type; it must be {expected}.")
 
 
-def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: str, options: tuple[str, ...]) -> None:
     if value not in options:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(options)}.")

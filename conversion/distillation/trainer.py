@@ -1,13 +1,10 @@
-"""Transformers' Trainer on a distiller: counts over all devices, checkpoints that are whole, progress and plots.
+"""Transformers' Trainer on a distiller: token counts over all devices, bad rows, progress and plots.
 
-What is computed is in `layerwise` and `end_to_end`; devices, precision, accumulation, sharding, checkpoints and the
-learning rate are the Trainer's and Accelerate's.
+The losses are in `layerwise` and `end_to_end`; devices, accumulation, sharding, checkpoints and the learning rate are
+the Trainer's and Accelerate's.
 """
 
-import json
 import os
-import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,25 +19,22 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .counting import totals_of
-from .data import BadRows
+from .checkpoints import MarkCompleteCheckpoints
+from .data import BadRowCounter
+from .losses import count_tokens
 from .recipe import Recipe, Stage
 
 
-WHOLE = "whole"  # a file of this name is the last thing that a checkpoint gets
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-def accumulation(recipe: Recipe, number: int) -> int:
-    """Micro-batches per step and process. Raises ValueError if a batch cannot be dealt out to the processes."""
+def gradient_accumulation_steps(recipe: Recipe, number: int) -> int:
+    """Micro-batches per step and process. Raises ValueError if a batch cannot be split evenly between processes."""
     stage, processes = recipe.stage(number), PartialState().num_processes
-    per_pass = stage.per_device_batch_size * processes
-    if stage.batch_size % per_pass:
+    micro_batch = stage.per_device_batch_size * processes
+    if stage.batch_size % micro_batch:
         raise ValueError(
-            f"stage_{number}.batch_size={stage.batch_size} cannot be dealt out to {processes} processes of "
-            f"per_device_batch_size={stage.per_device_batch_size}; make it a multiple of {per_pass}."
+            f"stage_{number}.batch_size={stage.batch_size} cannot be split between {processes} processes of "
+            f"per_device_batch_size={stage.per_device_batch_size}; make it a multiple of {micro_batch}."
         )
-    return stage.batch_size // per_pass
+    return stage.batch_size // micro_batch
 
 
 def training_arguments(recipe: Recipe, number: int, folder: Path) -> TrainingArguments:
@@ -52,7 +46,7 @@ def training_arguments(recipe: Recipe, number: int, folder: Path) -> TrainingArg
         folder: Of the stage's checkpoints.
     """
     stage, seed = recipe.stage(number), recipe.seed + number
-    # Precision is `compute_loss`'s: FSDP would leave autocast out, DeepSpeed turn decay rates and biases into bf16.
+    # `compute_loss` sets the precision: FSDP would leave autocast out, DeepSpeed turn A_log and biases into bf16.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     args = TrainingArguments(
         output_dir=str(folder),
@@ -66,7 +60,7 @@ def training_arguments(recipe: Recipe, number: int, folder: Path) -> TrainingArg
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
         per_device_train_batch_size=stage.per_device_batch_size,
-        gradient_accumulation_steps=accumulation(recipe, number),
+        gradient_accumulation_steps=gradient_accumulation_steps(recipe, number),
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
         use_cpu=not torch.cuda.is_available(),
@@ -84,9 +78,8 @@ def training_arguments(recipe: Recipe, number: int, folder: Path) -> TrainingArg
         report_to=[],
         disable_tqdm=True,
     )
-    if (
-        args.n_gpu > 1
-    ):  # the Trainer would split batches over threads, which gradients computed on the spot cannot bear
+    if args.n_gpu > 1:
+        # The Trainer would use DataParallel, whose threads do not support gradients computed in the forward pass.
         args._n_gpu = 1
         print(f"One of {torch.cuda.device_count()} GPUs is used; start with `accelerate launch` to use them all.")
     return args
@@ -98,8 +91,8 @@ class DistillationTrainer(Trainer):
     Args:
         distiller: A `LayerwiseDistiller` or `EndToEndDistiller`.
         args: See `training_arguments`.
-        rows: Conversations, as `data.open_data` or the picture world gives them.
-        collate: Rows to a batch.
+        dataset: See `TrainingData.for_stage`.
+        collate: From rows to a batch.
         stage: Its schedule.
         precision: `bf16` (autocast) or `fp32`.
         bad_rows: Counts the rows that could not be read.
@@ -110,36 +103,37 @@ class DistillationTrainer(Trainer):
         self,
         distiller: nn.Module,
         args: TrainingArguments,
-        rows: Dataset,
+        dataset: Dataset,
         collate: Callable[[list[dict]], dict],
         stage: Stage,
         precision: str,
-        bad_rows: BadRows,
+        bad_rows: BadRowCounter,
         logs: Path,
     ):
         self.bad_rows, self.include_padding, self.precision = bad_rows, stage.include_padding, precision
-        super().__init__(distiller, args, data_collator=collate, train_dataset=rows)
+        super().__init__(distiller, args, data_collator=collate, train_dataset=dataset)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(WholeCheckpoints())
+        self.add_callback(MarkCompleteCheckpoints())
         if self.is_world_process_zero():
             from torch.utils.tensorboard import SummaryWriter
 
-            self.add_callback(_Progress())
+            self.add_callback(_ProgressBar())
             self.add_callback(TensorBoardCallback(SummaryWriter(logs)))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """No weight decay on decay rates, step biases, norms and biases: all that is no matrix or convolution."""
+        """Matrices and convolutions: there is no weight decay on A_log, dt_bias, norms and biases."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
-    def _get_train_sampler(self, *args, **kwargs):
-        total = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
-        return passes(self.train_dataset, total * self.args.world_size, self.args.data_seed)
+    def _get_train_sampler(self, train_dataset=None):
+        args = self.args
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return repeating_sampler(self.train_dataset, args.max_steps * batch_size, args.data_seed)
 
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
-        # A stream deals its rows out to processes itself, so that each row is read and decoded by one of them only.
+        # A stream splits itself between processes, so that each row is decoded by one of them only.
         return DataLoader(
             self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
@@ -150,25 +144,26 @@ class DistillationTrainer(Trainer):
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
-        """(2,), the step's positions and answers over all micro-batches and processes."""
-        totals, rows, bad = torch.zeros(2, dtype=torch.long), 0, []
+        """(2,), see `count_tokens`, over all micro-batches and processes of the step."""
+        tokens, num_rows, bad = torch.zeros(2, dtype=torch.long), 0, []
         for batch in batch_samples:
             bad += batch.pop("bad_rows", [])
-            rows += int((batch["position_ids"] == 0).sum()) if "position_ids" in batch else len(batch["input_ids"])
-            totals += totals_of(batch, self.include_padding)
-        counts = torch.cat([totals, torch.tensor([rows, len(bad)])]).to(device)
+            packed = "position_ids" in batch
+            num_rows += int((batch["position_ids"] == 0).sum()) if packed else len(batch["input_ids"])
+            tokens += count_tokens(batch, self.include_padding)
+        counts = torch.cat([tokens, torch.tensor([num_rows, len(bad)])]).to(device)
         counts = self.accelerator.reduce(counts, "sum")
-        positions, _, rows, named = counts.tolist()
+        positions, _, num_rows, num_bad = counts.tolist()
         # Every process counts the bad rows of all, so that all of them stop together.
-        self.bad_rows.add(gather_object(bad) if named else [])
-        self.bad_rows.check(rows)
+        self.bad_rows.add(gather_object(bad) if num_bad else [])
+        self.bad_rows.check(num_rows)
         self.state.num_input_tokens_seen += positions
         return counts[:2].clamp(min=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             loss = model(**inputs, num_items_in_batch=num_items_in_batch)
-        # Data-parallel gradients are averaged over processes, but a loss over the counts of all of them is a share.
+        # Data parallelism averages gradients over processes, but this loss is already divided by the counts of all.
         return loss * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -176,59 +171,23 @@ class DistillationTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def passes(rows: Dataset, total: int, seed: int) -> Sampler:
-    """Places of a whole run's rows: all of them in each pass, each pass in another order.
+def repeating_sampler(dataset: Dataset, num_samples: int, seed: int) -> Sampler:
+    """The indices of a whole run: every row once per epoch, each epoch in another order.
 
-    The Trainer's own epochs may end in the middle of a step; here every step has all its rows, and however many
-    processes share them, they are the same. Rows that are `ordered` (and endless) are read from front to back.
+    The Trainer's own epochs may end in the middle of a step; here every step has all its rows, and they are the same
+    for any number of processes. A dataset that is `ordered` (and endless) is read from front to back.
     """
-    if getattr(rows, "ordered", False):
-        return SequentialSampler(rows)
-    return RandomSampler(rows, num_samples=total, generator=torch.Generator().manual_seed(seed))
+    if getattr(dataset, "ordered", False):
+        return SequentialSampler(dataset)
+    return RandomSampler(dataset, num_samples=num_samples, generator=torch.Generator().manual_seed(seed))
 
 
-class WholeCheckpoints(TrainerCallback):
-    """Marks a checkpoint once every process has written its part of it, with how many processes there were."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # What follows the last step is the finished model. A run that was resumed there would take a step too many.
-        if state.global_step >= state.max_steps:
-            control.should_save = False
-        return control
-
-    def on_save(self, args, state, control, **kwargs):
-        PartialState().wait_for_everyone()
-        if state.is_world_process_zero:
-            mark = Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE
-            mark.with_suffix(".new").write_text(json.dumps(readers_of(args)), encoding="utf-8")
-            mark.with_suffix(".new").replace(mark)  # there with its content or not at all
-
-
-def readers_of(args: TrainingArguments) -> dict[str, int]:
-    """What the order of a stream depends on: processes, and their workers that read data."""
-    return {"processes": args.world_size, "workers": args.dataloader_num_workers}
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a stage; those that a kill left half-written are deleted."""
-    found = {
-        int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
-    }
-    whole = [step for step, path in found.items() if (path / WHOLE).is_file()]
-    state = PartialState()
-    if state.is_main_process:
-        for step in found.keys() - set(whole):
-            shutil.rmtree(found[step])
-    state.wait_for_everyone()
-    return found[max(whole)] if whole else None
-
-
-class _Progress(TrainerCallback):
+class _ProgressBar(TrainerCallback):
     """One line with the loss, tokens per second and the time left."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, mininterval=1)
-        self.since, self.tokens = time.perf_counter(), state.num_input_tokens_seen
+        self.last_time, self.last_tokens = time.perf_counter(), state.num_input_tokens_seen
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
@@ -237,8 +196,8 @@ class _Progress(TrainerCallback):
         if "loss" not in logs:
             return
         now = time.perf_counter()
-        rate = (state.num_input_tokens_seen - self.tokens) / max(now - self.since, 1e-9)
-        self.since, self.tokens = now, state.num_input_tokens_seen
+        rate = (state.num_input_tokens_seen - self.last_tokens) / max(now - self.last_time, 1e-9)
+        self.last_time, self.last_tokens = now, state.num_input_tokens_seen
         self.bar.set_postfix_str(f"loss {logs['loss']:.4g}, {rate:,.0f} tokens/s", refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -253,7 +212,7 @@ def plot_losses(history: list[dict], title: str, file: Path) -> None:
         title: Of the plot.
         file: PNG to write.
     """
-    from matplotlib.figure import Figure  # without pyplot no display is looked for
+    from matplotlib.figure import Figure  # pyplot would look for a display
 
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     figure = Figure(figsize=(7, 4), layout="constrained")

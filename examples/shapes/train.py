@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
+from mmmamba.conversion.distillation.checkpoints import MarkCompleteCheckpoints, last_checkpoint
 from mmmamba.conversion.distillation.data import pad
-from mmmamba.conversion.distillation.trainer import WholeCheckpoints, last_checkpoint
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 from .data import Conversations
@@ -62,7 +62,7 @@ def fit(
     Args:
         model: Changed in place.
         rows: An `InOrder`; its `batch_size` is a step's.
-        checkpoints: Folder to go on from if it is there; removed in the end.
+        checkpoints: Folder of the Trainer's checkpoints, to resume from if it exists.
         steps: Optimiser steps.
         learning_rate: At the top.
         pad_token_id: Fills short rows.
@@ -92,10 +92,10 @@ def fit(
         remove_unused_columns=False,
     )
     collate = partial(pad, pad_token_id=pad_token_id)
-    trainer = Trainer(model, options, data_collator=collate, train_dataset=rows, callbacks=[WholeCheckpoints()])
+    callbacks = [MarkCompleteCheckpoints()]
+    trainer = Trainer(model, options, data_collator=collate, train_dataset=rows, callbacks=callbacks)
     checkpoint = last_checkpoint(checkpoints)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    shutil.rmtree(checkpoints)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     fit(model, rows, checkpoints, args.steps, pad_token_id=processor.tokenizer.pad_token_id, seed=args.seed)
     origin = f"Trained from nothing on the shapes picture world, {args.steps:,} steps."
     save(model, args.folder, "shapes-teacher", origin)
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where a recipe's conversations come from: the picture world, or a user's own."""
+"""All the conversations that a run reads: what each stage trains on, and what a placement is measured on."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -9,20 +9,24 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
+from mmmamba.conversion.distillation.recipe import Recipe
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
 from mmmamba.processing_mmmamba import MmMambaProcessor
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 
-from .data import ConversationRows, check_entry, open_data, pack, pad
-from .recipe import Recipe
+from .collate import pack, pad
+from .sources import check_entry, open_data
 
 
-class Source:
-    """A recipe's conversations.
+class TrainingData:
+    """A recipe's conversations: a user's own, or those of the picture world in `examples/shapes`.
 
     Args:
         recipe: Says which, and how they become batches.
         teacher: Model folder; its tokenizer, chat template and image processor encode them.
+
+    Attributes:
+        collate: From a list of rows to a batch.
 
     Raises:
         ValueError: if the teacher has no tokenizer, or the recipe's data do not go together.
@@ -30,16 +34,16 @@ class Source:
 
     def __init__(self, recipe: Recipe, teacher: Path):
         self.recipe = recipe
-        self.processor = model_processor(teacher)
+        self.processor = load_processor(teacher)
         self.collate = partial(pack if recipe.packing else pad, pad_token_id=self.processor.tokenizer.pad_token_id)
-        self.of_shapes = any("shapes" in entry for entry in recipe.data if isinstance(entry, dict))
-        if self.of_shapes and recipe.data not in ([{"shapes": "train"}], [{"shapes": "recall"}]):
+        self.uses_shapes = any("shapes" in entry for entry in recipe.data if isinstance(entry, dict))
+        if self.uses_shapes and recipe.data not in ([{"shapes": "train"}], [{"shapes": "recall"}]):
             raise ValueError(
                 f"data={recipe.data} is more than the picture world; give `- shapes: train` alone (or `recall`)."
             )
-        for entry in [*(() if self.of_shapes else recipe.data), *(recipe.held_out or ())]:
+        for entry in [*(() if self.uses_shapes else recipe.data), *(recipe.held_out or ())]:
             check_entry(entry)
-        if recipe.strategy == "measured" and recipe.held_out is None and not self.of_shapes:
+        if recipe.strategy == "measured" and recipe.held_out is None and not self.uses_shapes:
             raise ValueError("strategy='measured' needs held_out in the recipe: data that no stage trains on.")
 
     def check(self) -> None:
@@ -48,31 +52,30 @@ class Source:
         Raises:
             ValueError, FileNotFoundError, ImportError: see `open_data`.
         """
-        if not self.of_shapes:
+        if not self.uses_shapes:
             if self.recipe.strategy == "measured":
                 self._open_held_out()
-            self.rows(1)
+            self.for_stage(1)
 
-    def rows(self, stage: int) -> Dataset:
-        """Conversations for a stage; another order, or other pictures, for each. See `open_data` for errors."""
+    def for_stage(self, stage: int) -> Dataset:
+        """Rows to train on; each stage has another order, or other images. See `open_data` for errors."""
         recipe, seed = self.recipe, self.recipe.seed * 10 + stage
-        if self.of_shapes:
+        if self.uses_shapes:
             return self._shapes("train", 1 + seed, recipe.stage(stage).per_device_batch_size)
         return open_data(recipe.data, self.processor, max_tokens=recipe.max_tokens, seed=seed)
 
-    def size(self, rows: Dataset) -> int | None:
-        """How many different conversations there are; None if they never end or nobody knows."""
-        return rows.records if isinstance(rows, ConversationRows) else None
-
-    def held_out(self, batches: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of conversations that no stage trains on and, in the picture world, no score is of."""
-        if self.of_shapes:
-            rows = self._shapes("test", 10**6, batch_size)
+    def held_out(self, num_batches: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of conversations that no stage trains on (and, in the picture world, that no score counts)."""
+        if self.uses_shapes:
+            dataset = self._shapes("test", 10**6, batch_size)
         else:
-            rows = self._open_held_out()
-        each = iter(rows) if isinstance(rows, IterableDataset) else (rows[i % len(rows)] for i in count())
-        for _ in range(batches):
-            batch = self.collate(list(islice(each, batch_size)))
+            dataset = self._open_held_out()
+        if isinstance(dataset, IterableDataset):
+            rows = iter(dataset)
+        else:
+            rows = (dataset[i % len(dataset)] for i in count())
+        for _ in range(num_batches):
+            batch = self.collate(list(islice(rows, batch_size)))
             yield {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
     def _open_held_out(self) -> Dataset:
@@ -87,7 +90,7 @@ class Source:
         return Conversations(self.processor, split, seed, batch_size)
 
 
-def model_processor(folder: Path) -> MmMambaProcessor:
+def load_processor(folder: Path) -> MmMambaProcessor:
     """Tokenizer, image processor and chat template of a model folder.
 
     Raises:
@@ -97,5 +100,5 @@ def model_processor(folder: Path) -> MmMambaProcessor:
         raise ValueError(f"{folder} has no tokenizer; put the model's tokenizer files into it.")
     config = MmMambaConfig.from_pretrained(folder)
     tokenizer = MmMambaTokenizer.from_pretrained(folder)
-    images = MmMambaImageProcessorPil.from_pretrained(folder)
-    return MmMambaProcessor(images, tokenizer, config.vision_config.tokens_per_tile, tokenizer.chat_template)
+    image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
+    return MmMambaProcessor(image_processor, tokenizer, config.vision_config.tokens_per_tile, tokenizer.chat_template)

@@ -1,4 +1,4 @@
-"""One conversation as a training row: the ids that `chat()` makes, labels on the answers, tiles of the pictures."""
+"""One conversation as a row: the token ids that `chat()` makes, labels on the answers, tiles of the images."""
 
 import io
 import os
@@ -15,22 +15,22 @@ from PIL import Image, ImageOps
 from mmmamba.processing_mmmamba import PLACEHOLDER, MmMambaProcessor, as_text, expand_placeholders
 from mmmamba.tokenization_mmmamba import RESERVED_PIECE
 
-from .records import BadRow, conversation_of, reason_of
+from .formats import BadRow, error_reason, parse_record
 
 
-# Unicode reserves these for inside use. One that no text of a conversation has marks where its answers start and end
-# in the rendered prompt; it is taken out before anything is encoded.
-_MARKS = [chr(code) for code in range(0xFDD1, 0xFDF0)]
+# Noncharacters, which Unicode reserves for internal use. One that no text of a conversation holds delimits its answers
+# in the rendered prompt, which is split there before it is encoded.
+_DELIMITERS = [chr(code) for code in range(0xFDD1, 0xFDF0)]
 
 
 class ConversationEncoder:
-    """Makes training rows of records; see `records` for their formats.
+    """Makes training rows of records; see `formats` for what a record may look like.
 
-    Control tokens in a record's texts are encoded as the text they are. Labels follow from where the chat template
-    puts the answers, not from what tokens stand around them, so any template does, and answers may hold anything.
+    Control tokens in a record's texts are encoded as plain text. Labels follow from where the chat template puts the
+    answers, not from the tokens around them, so any template does, and answers may hold anything.
 
     Args:
-        processor: Its tokenizer renders and encodes, its image processor cuts pictures into tiles.
+        processor: Its tokenizer renders and encodes, its image processor cuts images into tiles.
         max_tokens: Longer conversations are bad rows.
 
     Raises:
@@ -43,8 +43,8 @@ class ConversationEncoder:
         self._control_tokens = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, self._control_tokens)))
         self._turn_end = self._find_turn_end()
-        # Tokens such as the beginning of text, which stand in front of what is encoded.
-        self._front = self.tokenizer.build_inputs_with_special_tokens([-1]).index(-1)
+        # Special tokens, such as the beginning of text, that the tokenizer puts in front.
+        self._num_prefix_tokens = self.tokenizer.build_inputs_with_special_tokens([-1]).index(-1)
 
     def __call__(
         self, record: dict[str, Any], root: str | Path = ".", max_patches: int | None = None
@@ -54,36 +54,34 @@ class ConversationEncoder:
         Args:
             record: Of any known format.
             root: Folder that image paths start at.
-            max_patches: Most tiles of all its pictures together, thumbnails not counted, but at least one of each; if
-                not given, what the image processor allows for each.
+            max_patches: Largest number of tiles of all its images together, thumbnails not counted, but at least one
+                of each; if not given, what the image processor allows for each.
 
         Returns:
             `input_ids` (length,) int64; `labels` (length,) int64, -100 but on the answers' tokens and the token that
-            ends each answer; `pixel_values` (tiles, 3, size, size) fp32, without tiles if there are no pictures.
+            ends each answer; `pixel_values` (tiles, 3, size, size) fp32, with 0 tiles if there are no images.
 
         Raises:
             BadRow: if the record cannot become a row, in one sentence.
         """
-        conversation = conversation_of(record)
-        pictures = [self._picture(image, Path(root)) for image in conversation.images]
-        counts, pixel_values = (
-            [],
-            torch.zeros(0, 3, *(self.image_processor.size[side] for side in ("height", "width"))),
-        )
-        if pictures:
+        conversation = parse_record(record)
+        images = [self._load_image(image, Path(root)) for image in conversation.images]
+        size = self.image_processor.size
+        num_patches, pixel_values = [], torch.zeros(0, 3, size["height"], size["width"])
+        if images:
+            limit = {} if max_patches is None else {"max_patches": max(1, max_patches // len(images))}
             try:
-                most = {} if max_patches is None else {"max_patches": max(1, max_patches // len(pictures))}
-                vision = self.image_processor(pictures, return_tensors="pt", **most)
+                vision = self.image_processor(images, return_tensors="pt", **limit)
             except ValueError as error:
-                raise BadRow(f"its images cannot be cut into tiles ({reason_of(error)})") from None
-            counts, pixel_values = vision["num_patches"].tolist(), vision["pixel_values"].float()
-        pieces = self._rendered(conversation.messages, conversation.literal)
-        ids, labels = self._encoded(expand_placeholders(pieces, counts, self.tokens_per_tile))
+                raise BadRow(f"its images cannot be cut into tiles ({error_reason(error)})") from None
+            num_patches, pixel_values = vision["num_patches"].tolist(), vision["pixel_values"].float()
+        pieces = self._render(conversation.messages, conversation.literal_placeholders)
+        ids, labels = self._encode(expand_placeholders(pieces, num_patches, self.tokens_per_tile))
         if self.max_tokens is not None and len(ids) > self.max_tokens:
             raise BadRow(f"it has {len(ids)} tokens, more than max_tokens={self.max_tokens}")
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixel_values}
 
-    def _picture(self, image: Any, root: Path) -> Image.Image:
+    def _load_image(self, image: Any, root: Path) -> Image.Image:
         name = "an image"
         try:
             if isinstance(image, dict):
@@ -112,25 +110,25 @@ class ConversationEncoder:
         except BadRow:
             raise
         except Exception as error:  # on damaged files Pillow raises nearly anything
-            raise BadRow(f"its image {name} cannot be decoded ({reason_of(error)})") from None
+            raise BadRow(f"its image {name} cannot be decoded ({error_reason(error)})") from None
 
-    def _rendered(self, messages: list[dict[str, Any]], literal: bool) -> list[str]:
-        """The prompt cut at the answers' starts and ends: every second piece is an answer."""
+    def _render(self, messages: list[dict[str, Any]], literal_placeholders: bool) -> list[str]:
+        """The prompt split at the answers' starts and ends: every second piece is an answer."""
         texts = [
             part if isinstance(part, str) else part.get("text", "")
             for message in messages
             for part in ([message["content"]] if isinstance(message["content"], str) else message["content"])
         ]
-        mark = next((mark for mark in _MARKS if not any(mark in text for text in texts)), None)
-        if mark is None:
-            raise BadRow("its texts hold all characters that Unicode reserves for inside use")
-        marked = []
+        delimiter = next((one for one in _DELIMITERS if not any(one in text for text in texts)), None)
+        if delimiter is None:
+            raise BadRow("its texts hold all characters that Unicode reserves for internal use")
+        delimited = []
         for message in messages:
-            around = mark if message["role"] == "assistant" else ""
+            around = delimiter if message["role"] == "assistant" else ""
             content = message["content"]
             if isinstance(content, str):
                 # As in chat(): control tokens become text, placeholders keep their meaning.
-                parts = [content] if literal else content.split(PLACEHOLDER)
+                parts = [content] if literal_placeholders else content.split(PLACEHOLDER)
                 content = around + PLACEHOLDER.join(as_text(part, self.tokenizer) for part in parts) + around
             else:
                 content = [
@@ -140,17 +138,17 @@ class ConversationEncoder:
                 if around:
                     content[0] = {"type": "text", "text": around + content[0]["text"]}
                     content[-1] = {"type": "text", "text": content[-1]["text"] + around}
-            marked.append({"role": message["role"], "content": content})
+            delimited.append({"role": message["role"], "content": content})
         try:
-            pieces = self.tokenizer.apply_chat_template(marked, tokenize=False).split(mark)
+            pieces = self.tokenizer.apply_chat_template(delimited, tokenize=False).split(delimiter)
         except jinja2.TemplateError as error:
-            raise BadRow(f"the chat template refuses it ({reason_of(error)})") from None
+            raise BadRow(f"the chat template refuses it ({error_reason(error)})") from None
         answers = sum(message["role"] == "assistant" for message in messages)
         if len(pieces) != 2 * answers + 1:
             raise ValueError("The chat template leaves out answers or repeats them; give one that renders each once.")
         return pieces
 
-    def _encoded(self, pieces: list[str]) -> tuple[list[int], list[int]]:
+    def _encode(self, pieces: list[str]) -> tuple[list[int], list[int]]:
         """Ids of the prompt, and labels: ids of answers and of the tokens that end them, -100 elsewhere."""
         prompt = "".join(pieces)
         try:
@@ -159,43 +157,44 @@ class ConversationEncoder:
             raise BadRow("its text holds halves of characters (lone surrogates)") from None
         tokens = self.tokenizer.tokenize(prompt)
         ids = self.tokenizer.build_inputs_with_special_tokens(self.tokenizer.convert_tokens_to_ids(tokens))
-        # A control token in the prompt is one token, whatever stands around it: these tie places in the text to places
-        # among the tokens, and what lies between two of them is encoded on its own.
+        # A control token in the prompt is one token, whatever stands around it. So control tokens align offsets in the
+        # text with indices of tokens, and the text between two of them is encoded on its own.
         starts = [match.start() for match in self._control.finditer(prompt)]
         known = set(self._control_tokens)
         indices = [index for index, token in enumerate(tokens) if token in known]
         if len(starts) != len(indices):
             raise ValueError("The tokenizer joins or drops control tokens of the chat template.")
 
-        def tokens_before(place: int) -> int:
-            """How many tokens hold nothing of the prompt from `place` on."""
-            last = bisect_right(starts, place) - 1
+        def tokens_before(offset: int) -> int:
+            """How many tokens hold nothing of the prompt from `offset` on."""
+            last = bisect_right(starts, offset) - 1
             start = starts[last] if last >= 0 else 0
             index = indices[last] if last >= 0 else 0
-            if place == start:
+            if offset == start:
                 return index
-            # The text up to here, encoded alone, may end otherwise than within the whole: a token can reach over.
-            alone = self.tokenizer.tokenize(prompt[start:place])
-            for token in alone:
+            # The text up to here, encoded alone, may end in other tokens than within the whole: one can span `offset`.
+            for token in self.tokenizer.tokenize(prompt[start:offset]):
                 if index == len(tokens) or tokens[index] != token:
                     break
                 index += 1
             return index
 
-        labels, place = [-100] * len(ids), 0
+        labels, offset = [-100] * len(ids), 0
         for number, piece in enumerate(pieces):
             if number % 2:
-                end = place + len(piece)
+                end = offset + len(piece)
                 if pieces[number + 1].startswith(self._turn_end):
                     end += len(self._turn_end)
-                answer = slice(self._front + tokens_before(place), self._front + tokens_before(end))
+                answer = slice(
+                    self._num_prefix_tokens + tokens_before(offset), self._num_prefix_tokens + tokens_before(end)
+                )
                 labels[answer] = ids[answer]
-            place += len(piece)
+            offset += len(piece)
         return ids, labels
 
     def _find_turn_end(self) -> str:
-        """What the chat template writes behind an answer to end it: up to its first control token, if there is one."""
+        """What the chat template writes after an answer, up to and with its first control token; empty without one."""
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        tail = self._rendered(messages, literal=True)[-1]
+        tail = self._render(messages, literal_placeholders=True)[-1]
         ends = [match.end() for pattern in (self._control, RESERVED_PIECE) if (match := pattern.search(tail))]
         return tail[: min(ends)] if ends else tail

@@ -1,0 +1,36 @@
+"""Conversations as training examples: files and datasets in, padded or packed batches out.
+
+    dataset = open_data([{"file": "train.jsonl", "root": "images"}], processor, max_tokens=8192)
+    batch = pad([dataset[0], dataset[1]], pad_token_id=2)  # input_ids, attention_mask, labels, pixel_values
+
+In the order in which a record passes through them:
+
+- `records`: one record of a file or of a table;
+- `formats`: what a record may look like, as messages and images;
+- `encoding`: messages and images to token ids, labels and tiles, which together are called a row;
+- `dataset`: rows by number, or as a stream;
+- `bad_rows`: counts records that cannot become rows and stops a run that meets too many;
+- `collate`: rows to a batch;
+- `sources`: the entries of a recipe's `data:`, and `training_data`: all that a run reads.
+"""
+
+from .bad_rows import BadRowCounter
+from .collate import pack, pad
+from .dataset import ConversationDataset, ConversationStream, UnusableData
+from .encoding import ConversationEncoder
+from .formats import BadRow
+from .sources import check_entry, open_data
+
+
+__all__ = [
+    "BadRow",
+    "BadRowCounter",
+    "ConversationDataset",
+    "ConversationEncoder",
+    "ConversationStream",
+    "UnusableData",
+    "check_entry",
+    "open_data",
+    "pack",
+    "pad",
+]

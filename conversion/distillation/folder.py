@@ -1,0 +1,207 @@
+"""The folder of a run: where its files are, what is finished, and whether a recipe may go on in it.
+
+    runs/mine/recipe.yaml       the recipe, with every value
+    runs/mine/seeded/           the seeded student
+    runs/mine/stage-1/model/    the student after stage 1; beside it checkpoints/, logs/ (TensorBoard), loss.png,
+                                history.json and, if conversations could not be read, bad_rows.jsonl
+    runs/mine/placed/           after a measured placement: the student whose costliest layers are attention again
+    runs/mine/model/            the finished student
+    runs/mine/results.json      losses, times, tokens and scores
+
+Every model folder appears at once and complete. So a step is finished if its model folder exists, and a run that was
+stopped anywhere can go on.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import IO, Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from mmmamba.conversion.publish import remove_partial_folders
+from mmmamba.conversion.shards import read_json, write_json
+
+from .checkpoints import MARKER, from_main_process
+from .recipe import SEEDING_KEYS, Recipe, changed_keys, dump_recipe, load_recipe
+
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+
+class RunFolder:
+    """Paths and state of a run.
+
+    Args:
+        path: The folder, which need not exist yet.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.results_file = self.path / "results.json"
+        self.seeded, self.placed, self.model = (self.path / name for name in ("seeded", "placed", "model"))
+
+    def stage(self, number: int) -> Path:
+        """The folder of stage 1, 2 or 3."""
+        return self.path / f"stage-{number}"
+
+    def stage_model(self, number: int) -> Path:
+        """The student after stage 1, 2 or 3."""
+        return self.stage(number) / "model"
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def is_finished(self, number: int) -> bool:
+        """Whether stage 1, 2 or 3 has its model."""
+        return self.stage_model(number).is_dir()
+
+    def begun_stages(self) -> list[int]:
+        """Stages that have a model, or a checkpoint to resume from."""
+        checkpoint = f"checkpoints/checkpoint-*/{MARKER}"
+        return [n for n in (1, 2, 3) if self.is_finished(n) or any(self.stage(n).glob(checkpoint))]
+
+    def has(self, folder: Path, description: str) -> bool:
+        """Whether a step's model folder exists, the same on every process; says so if it does."""
+        exists = from_main_process(folder.is_dir())
+        if exists and PartialState().is_main_process:
+            print(f"{description} exists: {folder}")
+        return exists
+
+    def check_order(self, number: int) -> None:
+        """Refuses to train a stage after later ones: their models would not contain what it learns.
+
+        Raises:
+            ValueError: naming what exists of later steps.
+        """
+        later = [f"stage-{n}" for n in self.begun_stages() if n > number]
+        later += [folder.name for folder in ([self.placed] * (number < 3) + [self.model]) if folder.is_dir()]
+        if later:
+            names = ", ".join(later)
+            raise ValueError(
+                f"{self.path} has no finished stage {number} but {names}, made without it; remove {names} to train "
+                "it first, or go on with later steps one by one (--only)."
+            )
+
+    def student_before(self, number: int, placed: bool = False) -> Path:
+        """The newest student that a stage can start from, the same on every process; warns if a stage is missing.
+
+        Args:
+            number: 1, 2 or 3.
+            placed: Whether the stage starts from the measured placement, if that exists.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        candidates = [(f"stage {n}", self.stage_model(n), n) for n in range(number - 1, 0, -1)]
+        if placed:
+            candidates.insert(0, ("the placement", self.placed, 2))
+        candidates.append(("the seeded student", self.seeded, 0))
+        found = from_main_process([i for i, (_, folder, _) in enumerate(candidates) if folder.is_dir()])
+        if not found:
+            raise ValueError(
+                f"{self.path} has no seeded student to start from; run the recipe with its seeding first."
+            )
+        description, folder, last_stage = candidates[found[0]]
+        if last_stage < number - 1 and PartialState().is_main_process:
+            missing = " and ".join(str(n) for n in range(last_stage + 1, number))
+            print(f"WARNING: stage {number} starts from {description}, without stage {missing} before it.")
+        return folder
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def results(self) -> dict[str, Any]:
+        """The content of results.json, empty if there is none."""
+        return read_json(self.results_file) if self.results_file.is_file() else {}
+
+    def record(self, key: str, value: Any) -> None:
+        """Sets one entry of results.json; None removes it."""
+        results = self.results() | {key: value}
+        write_json(self.results_file, {key: value for key, value in results.items() if value is not None})
+
+    def remove(self, *paths: Path) -> None:
+        """Removes files and folders if they exist, on the main process."""
+        for path in paths if PartialState().is_main_process else ():
+            if path.is_file():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+    # --- claiming ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def claim(self, recipe: Recipe) -> Iterator[None]:
+        """Makes the folder this recipe's, and no other process's, for the length of a `with` block.
+
+        Raises:
+            ValueError: if it holds a run with another recipe, or another process is running in it.
+            FileExistsError: if it is no run's folder.
+            FileNotFoundError: if not all processes share it.
+        """
+        self._check_recipe(recipe)
+        PartialState().wait_for_everyone()
+        lock, problem = None, None
+        if PartialState().is_main_process:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = self._lock()
+            if lock is None:
+                problem = f"Another process is running in {self.path}; wait for it, or give another output=FOLDER."
+            else:
+                dump_recipe(recipe, self.recipe_file)
+                remove_partial_folders(self.path)
+        if problem := from_main_process(problem):
+            raise ValueError(problem)
+        try:
+            if not all(gather_object([self.recipe_file.is_file()])):
+                raise FileNotFoundError(
+                    f"Not every process sees {self.recipe_file}, which the first one wrote; give an output=FOLDER "
+                    "that all machines share."
+                )
+            yield
+        finally:
+            if lock is not None:
+                lock.close()
+
+    def _check_recipe(self, recipe: Recipe) -> None:
+        if self.recipe_file.is_file():
+            if changed := changed_keys(load_recipe(self.recipe_file), recipe, ignore=self._unused_keys()):
+                raise ValueError(
+                    f"{self.path} holds a run with another {', '.join(changed)}; give another output=FOLDER, or "
+                    "remove this one to start anew."
+                )
+        elif self.path.is_dir() and any(
+            file.name not in (".lock", ".recipe.yaml.new") for file in self.path.iterdir()
+        ):
+            raise FileExistsError(f"{self.path} exists and is no run; give another output=FOLDER.")
+
+    def _unused_keys(self) -> set[str]:
+        """Keys that nothing depends on yet. After running out of memory at once, a stage may get other settings."""
+        if self.model.is_dir():
+            return set()
+        begun = self.begun_stages()
+        if not begun and not self.placed.is_dir():
+            keys = {entry.name for entry in fields(Recipe)}
+            return keys - SEEDING_KEYS if self.seeded.is_dir() else keys
+        unused = {f"stage_{number}" for number in (1, 2, 3) if number not in begun}
+        return unused if self.placed.is_dir() else unused | {"held_out", "measure_batches"}
+
+    def _lock(self) -> IO | None:
+        """The locked file `.lock`, which the system unlocks when this process ends; None if another one has it."""
+        file = (self.path / ".lock").open("w")
+        if fcntl is None:
+            return file
+        try:
+            # Not `flock`, which DataLoader workers inherit and hold until they notice that their parent was killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            return None
+        except OSError:  # a file system without locks
+            pass
+        return file

@@ -1,0 +1,148 @@
+"""The losses' common parts: what they are means over, KL divergence in chunks, gradients computed in the forward pass.
+
+The counts of all micro-batches and processes of a step are summed before anything is divided by them, so that a step
+is the same however its conversations are split.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmmamba.ssm_mmmamba import state_dtype
+
+
+def token_mask(batch: dict[str, Tensor]) -> Tensor:
+    """(batch, length) bool, false where a position is padding."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def shift_labels(labels: Tensor) -> Tensor:
+    """(batch, length), the label that each position predicts: the next position's, -100 at the end."""
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+
+
+def count_tokens(batch: dict[str, Tensor], include_padding: bool = False) -> Tensor:
+    """(2,) int64: how many positions of a batch a mean is over, and how many of them predict an answer's token."""
+    mask = token_mask(batch)
+    labels = batch.get("labels")
+    positions = mask.numel() if include_padding else int(mask.sum())
+    answers = 0 if labels is None else int((shift_labels(labels) != -100).sum())
+    return torch.tensor([positions, answers])
+
+
+class _GradientsInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, compute, *tensors):
+        # Parameters are leaves. Anything else is detached from its graph, into which backward returns its gradient.
+        leaves = [tensor if tensor.is_leaf else tensor.detach().requires_grad_() for tensor in tensors]
+        with torch.enable_grad():
+            loss = compute(*leaves)
+        ctx.save_for_backward(*torch.autograd.grad(loss, leaves))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None, *(gradient * grad_output for gradient in ctx.saved_tensors)
+
+
+def gradients_in_forward(compute: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`compute(*tensors)`, with gradients computed at once so that its activations are freed before it returns.
+
+    The result takes part in autograd as usual: a sum of such losses can be differentiated by whatever drives the
+    training (gradient accumulation, DDP, FSDP), while only one of them has activations in memory.
+
+    Args:
+        compute: Returns a scalar. Depends on nothing but `tensors` that needs a gradient.
+        tensors: Each requires a gradient.
+    """
+    return _GradientsInForward.apply(compute, *tensors) if torch.is_grad_enabled() else compute(*tensors)
+
+
+def kl_sum(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) at a temperature, summed over positions and vocabulary and times temperature squared.
+
+    Args:
+        student_logits, teacher_logits: (..., vocabulary), any float dtype; computed in at least fp32.
+        temperature: Divides both logits.
+
+    Returns:
+        A scalar. Upstream's loss is this over all positions, divided by the batch size.
+    """
+    dtype = state_dtype(student_logits.dtype)
+    student = F.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)
+    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+
+
+def distillation_loss(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    student_head: nn.Module,
+    teacher_head: nn.Module,
+    batch: dict[str, Tensor],
+    totals: Tensor | None = None,
+    temperature: float = 1.0,
+    hard_weight: float = 0.0,
+    answers_only: bool = False,
+    include_padding: bool = False,
+    chunk_size: int = 512,
+) -> Tensor:
+    """Mean over tokens of KL(teacher || student), and of the cross entropy of the labels if it has a weight.
+
+    Args:
+        student_hidden, teacher_hidden: (batch, length, hidden), the last hidden states, which the heads read.
+        student_head, teacher_head: From hidden states to logits; without gradients of their own.
+        batch: `input_ids` (batch, length), and `attention_mask` and `labels` of that shape if any; padding is left
+            out, and labels are -100 where there is no answer.
+        totals: (2,), positions and answers that the means are over, see `count_tokens`; those of `batch` if not given.
+        temperature: Softens both distributions.
+        hard_weight: Weight of the cross entropy.
+        answers_only: Whether only positions that predict an answer's token count.
+        include_padding: Whether padding counts, as it does upstream.
+        chunk_size: Positions whose logits exist at once.
+
+    Returns:
+        A scalar per token (upstream's loss is a sum over tokens). Zero where nothing counts.
+
+    Raises:
+        ValueError: if labels are needed and not given.
+    """
+    labels = batch.get("labels")
+    if labels is None and (answers_only or hard_weight):
+        raise ValueError(f"answers_only={answers_only} and hard_weight={hard_weight} need labels; give them.")
+    if totals is None:
+        totals = count_tokens(batch, include_padding)
+    positions, answers = (total.clamp(min=1).to(student_hidden.device) for total in totals)
+
+    kl_mask = torch.ones_like(batch["input_ids"], dtype=torch.bool) if include_padding else token_mask(batch)
+    targets = torch.full_like(batch["input_ids"], -100) if labels is None else shift_labels(labels)
+    if answers_only:
+        kl_mask, positions = targets != -100, answers
+    used = kl_mask | (targets != -100) if hard_weight else kl_mask
+    student_hidden, teacher_hidden = student_hidden[used], teacher_hidden[used]
+    kl_mask, targets = kl_mask[used], targets[used]
+
+    def chunk_loss(chunk: slice) -> Callable[[Tensor], Tensor]:
+        def loss(hidden: Tensor) -> Tensor:
+            logits = student_head(hidden)
+            with torch.no_grad():
+                teacher_logits = teacher_head(teacher_hidden[chunk])
+            loss = kl_sum(logits[kl_mask[chunk]], teacher_logits[kl_mask[chunk]], temperature) / positions
+            if hard_weight:
+                hard = F.cross_entropy(
+                    logits.to(state_dtype(logits.dtype)), targets[chunk], ignore_index=-100, reduction="sum"
+                )
+                loss = loss + hard_weight * hard / answers
+            return loss
+
+        return loss
+
+    losses = []
+    for start in range(0, len(student_hidden), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        losses.append(gradients_in_forward(chunk_loss(chunk), student_hidden[chunk]))
+    # An empty sum stays in the graph, so that a batch in which nothing counts has gradients, of zero.
+    return torch.stack(losses).sum() if losses else student_hidden.sum() * 0.0

@@ -1,0 +1,46 @@
+"""Processes forked from the test's own: another rank, or one to kill, without importing everything again."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from accelerate.state import AcceleratorState
+
+
+def run_ranks(function, folder: Path, *args, world_size: int = 2) -> None:
+    """Calls `function(*args)` in processes that form a gloo group; raises what one of them raises.
+
+    Args:
+        function: What each rank does.
+        folder: Where they can leave the file by which they find each other.
+    """
+    torch.multiprocessing.start_processes(
+        _rank, args=(function, folder / "rendezvous", world_size, args), nprocs=world_size, start_method="fork"
+    )
+
+
+def _rank(rank: int, function, rendezvous: Path, world_size: int, args: tuple) -> None:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {name: str(value) for name, value in numbers.items()}
+    os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # what the parent was
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    function(*args)
+    dist.destroy_process_group()
+
+
+def run_killed(function, *args) -> None:
+    """Calls `function(*args)` in a process, and fails unless that kills itself by SIGKILL."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, f"exit code {process.exitcode}, was to be killed"
+
+
+def kill_this_process(*_) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
