@@ -1,7 +1,7 @@
 """`mmmamba push`: a model folder to the Hugging Face Hub, checked before anything is sent."""
 
 import argparse
-import glob
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
-from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
+from mmmamba.conversion.package_code import self_contained
 from mmmamba.conversion.publish import check_model_folder, expected_specs
 from mmmamba.conversion.shards import PICKLES, listed, read_json
 
@@ -45,9 +46,11 @@ def run(args: argparse.Namespace) -> None:
         return
     check_repo_name(args.repo)
     files = check_upload(args.folder)
-    for name, path in files.items():
-        print(f"{_size(path.stat().st_size):>9}  {name}{' (a link; its content goes)' if path.is_symlink() else ''}")
-    print(f"{_size(sum(path.stat().st_size for path in files.values())):>9}  in {len(files)} files\n")
+    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
+    for name, file in sorted(files.items()):
+        link = isinstance(file, Path) and file.is_symlink()
+        print(f"{_size(sizes[name]):>9}  {name}{' (a link; its content goes)' if link else ''}")
+    print(f"{_size(sum(sizes.values())):>9}  in {len(files)} files\n")
     print(f"metadata of README.md:\n{_card(files['README.md']).data.to_yaml().strip()}\n")
     branch = f", branch {args.revision}" if args.revision else ""
     print(f"to {args.repo}{branch}, {'public' if args.public else 'private'} if it is new; nothing was sent")
@@ -84,11 +87,9 @@ def push(
         # Pull requests (refs/pr/1) are made on the Hub.
         if revision and revision != "main" and not revision.startswith("refs/"):
             api.create_branch(repo, branch=revision, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            # Exactly what was checked.
-            allow_patterns=[glob.escape(name) for name in files],
+        api.create_commit(
+            repo,
+            [CommitOperationAdd(name, file) for name, file in files.items()],
             revision=revision,
             commit_message=message or f"Upload {repo.split('/')[1]} with mmmamba",
         )
@@ -106,11 +107,11 @@ def check_repo_name(repo: str) -> None:
         raise ValueError(f"REPO {repo!r} is no name on the Hub ({reason}); give user/name.") from None
 
 
-def check_upload(folder: str | Path) -> dict[str, Path]:
-    """What of a model folder is to be uploaded.
+def check_upload(folder: str | Path) -> dict[str, Path | bytes]:
+    """The files of a model folder to upload; `mmmamba_code.py` becomes the modules that it imports.
 
     Returns:
-        Name on the Hub to file.
+        Path on the Hub, to file or content.
 
     Raises:
         ValueError: if the folder is no complete model of this package, or holds what should not be published.
@@ -119,7 +120,7 @@ def check_upload(folder: str | Path) -> dict[str, Path]:
     check_model_folder(folder)
     if ".unfinished-" in folder.resolve().name:
         raise ValueError(f"{folder} is what an interrupted command left behind; run that command again.")
-    files = _files(folder)
+    files = self_contained(_files(folder))
     config = MmMambaConfig.from_pretrained(folder)
     _check_weights(folder, files, config)
     _check_code(folder, files)
@@ -155,7 +156,7 @@ def _files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _check_weights(folder: Path, files: dict[str, Path], config: MmMambaConfig) -> None:
+def _check_weights(folder: Path, files: dict[str, Path | bytes], config: MmMambaConfig) -> None:
     """Raises ValueError unless the shards are there, readable, and hold the tensors of the model and no others."""
     index = None
     if INDEX in files:
@@ -191,17 +192,22 @@ def _check_weights(folder: Path, files: dict[str, Path], config: MmMambaConfig) 
         )
 
 
-def _check_code(folder: Path, files: dict[str, Path]) -> None:
+def _check_code(folder: Path, files: dict[str, Path | bytes]) -> None:
     """Raises ValueError if a module that the configs name, or one that such a module imports, is missing."""
 
     def classes(value) -> Iterator[str]:
         for key, inner in value.items() if isinstance(value, dict) else ():
             yield from _strings(inner) if key == "auto_map" else classes(inner)
 
-    named = {name for file in files if file.endswith("config.json") for name in classes(read_json(files[file]))}
+    configs = [
+        read_json(file) if isinstance(file, Path) else json.loads(file)
+        for name, file in files.items()
+        if name.endswith("config.json")
+    ]
+    named = {name for config in configs for name in classes(config)}
     # A class of another repository is written `user/name--module.Class`.
     modules = {f"{name.split('.')[0]}.py" for name in named if "--" not in name}
-    present = [folder / module for module in modules if module in files]
+    present = [files[module] for module in modules if module in files]
     try:
         imported = {Path(path).name for module in present for path in get_relative_import_files(module)}
     except FileNotFoundError as error:

@@ -8,7 +8,6 @@ import base64
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +16,7 @@ from threading import Thread
 from urllib.parse import unquote
 
 import pytest
+from model_folders import self_contained_copy
 from safetensors.torch import load_file, save_file
 
 import mmmamba
@@ -208,8 +208,8 @@ def errors(results):
 
 
 def copied(folder, change=None):
-    """A folder of files, as a student that was written elsewhere is."""
-    shutil.copytree(HYBRID, folder)
+    """A model folder that holds its code, as a student that was written elsewhere does."""
+    self_contained_copy("hybrid", folder)
     if change is not None:
         change(folder)
     return folder
@@ -234,21 +234,20 @@ def test_every_file_arrives_in_a_private_repository(hub, push, tmp_path):
     sharded = copied(tmp_path / "sharded", shard)
     (sharded / "docs [1]").mkdir()
     (sharded / "docs [1]" / "page*.md").write_text("a name full of wildcards")
-    linked, other, again = push(
-        [HYBRID, "me/linked"],
+    first, other, again = push(
+        [HYBRID, "me/shipped"],
         [sharded, "me/other", "--public", "--message", "First\nof many"],
         [sharded, "me/other", "--public", "--revision", "later/one"],
     )
-    for code, out, error in (linked, other, again):
+    for code, out, error in (first, other, again):
         assert code == 0, error
         assert "note" not in out
-    assert linked[1].splitlines()[-1] == f"{hub.address}/me/linked"
+    assert first[1].splitlines()[-1] == f"{hub.address}/me/shipped"
     assert again[1].splitlines()[-1] == f"{hub.address}/me/other/tree/later/one"
 
-    repo, main = hub.repos["me/linked"], hub.repos["me/linked"]["branches"]["main"]
-    assert repo["private"] is True and repo["messages"] == ["Upload linked with mmmamba"]
-    assert {path: main[path] for path in main if path != ".gitattributes"} == contents(HYBRID)
-    assert main["modeling_mmmamba.py"].startswith(b'"""') and (HYBRID / "modeling_mmmamba.py").is_symlink()
+    repo, main = hub.repos["me/shipped"], hub.repos["me/shipped"]["branches"]["main"]
+    assert repo["private"] is True and repo["messages"] == ["Upload shipped with mmmamba"]
+    assert {path: main[path] for path in main if path != ".gitattributes"} == contents(copied(tmp_path / "complete"))
     assert len(hub.store) == 4  # one file of weights, two shards, and the tokenizer of both
 
     repo = hub.repos["me/other"]
@@ -265,7 +264,8 @@ def test_a_dry_run_sends_nothing(hub, push):
     assert "pipeline_tag: image-text-to-text" in out
     lines = {line.split()[2]: line.split()[:2] for line in out.splitlines() if "mmmamba.py" in line or ".saf" in line}
     assert lines["model.safetensors"] == ["2.8", "MB"] and "modeling_mmmamba.py" in lines
-    assert all(name in out for name in contents(HYBRID))
+    assert all(name in out for name in contents(HYBRID) if name != "mmmamba_code.py")
+    assert "mmmamba_code.py" not in out
 
 
 def test_the_visibility_of_what_exists_stays(hub, push):
@@ -367,13 +367,14 @@ def test_what_must_not_be_published_is_refused_before_any_request(hub, push, tmp
 
 def test_what_tools_keep_beside_a_model_stays_here(hub, push, tmp_path):
     folder = copied(tmp_path / "model")
+    before = {*contents(folder), ".gitattributes"}
     for name in (".git/config", ".cache/huggingface/x.lock", "__pycache__/x.pyc"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("private")
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs")
     ((code, *_),) = push([folder, "me/model"])
     assert code == 0
-    assert set(hub.repos["me/model"]["branches"]["main"]) == {*contents(HYBRID), ".gitattributes"}
+    assert set(hub.repos["me/model"]["branches"]["main"]) == before
 
 
 def test_names_that_the_hub_cannot_take(hub, push):
