@@ -29,16 +29,6 @@ UNFINISHED = (".incomplete", ".part", ".tmp", ".lock")
 LOGIN = "run `hf auth login` or set HF_TOKEN"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `mmmamba push`."""
-    parser.add_argument("folder", metavar="DIR", type=Path, help="model folder")
-    parser.add_argument("repo", metavar="REPO", help="its name on the Hub: user/name")
-    parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to upload to; made if it is not there")
-    parser.add_argument("--message", metavar="TEXT", help="message of the commit")
-    parser.add_argument("--dry-run", action="store_true", help="check the folder, list what would go, send nothing")
-
-
 def run(args: argparse.Namespace) -> None:
     """Runs `mmmamba push`. Raises ValueError for what cannot be uploaded and OSError if the Hub does not take it."""
     if not args.dry_run:

@@ -26,7 +26,7 @@ HYBRID = Path(mmmamba.__file__).parent / "examples" / "shapes" / "hybrid"
 TOKEN = "hf_secretsecretsecretsecretsecret"
 PROGRAM = """
 import json, sys
-from mmmamba.cli import main
+from mmmamba.cli.main import main
 for arguments in json.loads(sys.argv[1]):
     try:
         code = main(["push", *arguments])

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 
 import mmmamba
-from mmmamba import cli
+from mmmamba.cli.main import main
 from mmmamba.examples.shapes import evaluate, train
 from mmmamba.examples.shapes.world import example
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
@@ -78,7 +78,7 @@ def test_the_teachers_recipe_makes_a_model_folder(tmp_path):
 
 
 def test_the_demonstration_asks_what_its_picture_shows_and_is_answered_right(capsys):
-    cli.main(["chat"])
+    assert main(["chat"]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     truths = [(lines[i - 1], line) for i, line in enumerate(lines) if line.startswith("(right: ")]
     assert len(truths) == 3

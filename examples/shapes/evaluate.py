@@ -116,14 +116,6 @@ def evaluate(folder: str | Path, num_questions: int = 2000, seed: int = 0, batch
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `mmmamba evaluate`."""
-    parser.add_argument("--model", type=Path, default=Path(__file__).with_name("hybrid"), help="model folder")
-    parser.add_argument("--questions", type=int, default=2000, help="how many (default: 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="which held-out questions (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
 def run(args: argparse.Namespace) -> None:
     """Runs `mmmamba evaluate`. Raises ValueError for what is no model folder."""
     if args.questions < 1:
