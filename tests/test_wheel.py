@@ -20,7 +20,8 @@ if find_spec("setuptools") is None or find_spec("pip") is None:
 
 ROOT = Path(mmmamba.__file__).resolve().parent
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input"]
-NOT_PACKAGED = ("tests", "docs", "build", "dist", "runs", "*.egg-info", ".*")
+# benchmarks/gpu runs from a checkout, on a machine with a GPU.
+NOT_PACKAGED = ("tests", "docs", "gpu", "build", "dist", "runs", "*.egg-info", ".*")
 
 
 def completed(command, **options) -> str:
