@@ -399,8 +399,8 @@ REFUSED = {
 
 def test_what_must_not_be_published_is_refused_before_any_request(hub, push, tmp_path):
     folders = {name: copied(tmp_path / name, change) for name, (change, _) in REFUSED.items()}
-    left = copied(tmp_path / ".model.unfinished-7")
-    sentences = errors(push(*([folder, "me/model"] for folder in folders.values()), [left, "me/model"]))
+    unfinished = copied(tmp_path / ".model.unfinished-7")
+    sentences = errors(push(*([folder, "me/model"] for folder in folders.values()), [unfinished, "me/model"]))
     for sentence, (name, (_, words)) in zip(sentences, REFUSED.items(), strict=False):
         assert all(word in sentence for word in words), (name, sentence)
     assert "interrupted" in sentences[-1]
@@ -447,35 +447,35 @@ def test_refusals_of_the_hub_are_one_sentence_with_the_remedy(hub, push, tmp_pat
         hub.failures = {path: (status, message)}
         return errors(push([folder, "me/model"]))[0]
 
-    said = sentence("/api/repos/create", 401, f"Invalid token {TOKEN}")
-    assert "(401: Invalid token ***)" in said and "hf auth login" in said and "HF_TOKEN" in said
-    said = sentence("/api/repos/create", 403, "You don't have the rights to create a model")
-    assert "may not write to me/model (403: " in said and "hf auth login" in said
-    said = sentence("/api/repos/create", 500, f"Internal error\nfor {TOKEN}")
-    assert "(500: " in said and "later" in said
-    said = sentence("/api/models/me/model/commit", 403, "Read-only token")
-    assert "may not write to me/model (403: " in said
+    message = sentence("/api/repos/create", 401, f"Invalid token {TOKEN}")
+    assert "(401: Invalid token ***)" in message and "hf auth login" in message and "HF_TOKEN" in message
+    message = sentence("/api/repos/create", 403, "You don't have the rights to create a model")
+    assert "may not write to me/model (403: " in message and "hf auth login" in message
+    message = sentence("/api/repos/create", 500, f"Internal error\nfor {TOKEN}")
+    assert "(500: " in message and "later" in message
+    message = sentence("/api/models/me/model/commit", 403, "Read-only token")
+    assert "may not write to me/model (403: " in message
     assert "model.safetensors" not in hub.repos["me/model"]["branches"]["main"]
     hub.store.clear()
-    said = sentence("/lfs/", 403, "Request has expired")
-    assert "403" in said and "may not write" in said
+    message = sentence("/lfs/", 403, "Request has expired")
+    assert "403" in message and "may not write" in message
     bad = copied(tmp_path / "bad", replace("README.md", "license: mit", "license: forbidden"))
     assert '"license" must be one of the known' in sentence("/nothing", 500, "", bad)
 
 
 def test_without_a_valid_token_or_a_network(hub, push, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    (said,) = errors(push([HYBRID, "me/model"]))
-    assert "not logged in" in said and "hf auth login" in said and "HF_TOKEN" in said
+    (message,) = errors(push([HYBRID, "me/model"]))
+    assert "not logged in" in message and "hf auth login" in message and "HF_TOKEN" in message
     assert hub.requests == []
     monkeypatch.setenv("HF_TOKEN", "hf_anotheranotheranother")
-    (said,) = errors(push([HYBRID, "me/model"]))
-    assert "does not accept the token" in said and "hf_another" not in said and hub.repos == {}
-    with socket() as nobody:  # who has the port, and does not listen on it
-        nobody.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
-        (said,) = errors(push([HYBRID, "me/model"]))
-    assert f"{constants.ENDPOINT} cannot be reached" in said and "check the network" in said
+    (message,) = errors(push([HYBRID, "me/model"]))
+    assert "does not accept the token" in message and "hf_another" not in message and hub.repos == {}
+    with socket() as closed:  # bound to a port that it does not listen on
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        (message,) = errors(push([HYBRID, "me/model"]))
+    assert f"{constants.ENDPOINT} cannot be reached" in message and "check the network" in message
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def question(index):
     return [{"role": "user", "content": [*content, {"type": "text", "text": one.question}]}], one
 
 
-def test_every_road_of_transformers_gives_chats_answer():
+def test_processor_pipeline_and_batches_answer_as_chat_does():
     """Processor and generate, the pipeline, a batch, and chat()."""
     path = str(SHAPES / "hybrid")
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, trust_remote_code=True).eval()
@@ -69,7 +69,8 @@ def test_every_road_of_transformers_gives_chats_answer():
     assert [answer[0]["generated_text"].strip() for answer in given] == expected
 
 
-def test_the_teachers_recipe_makes_a_model_folder(tmp_path):
+def test_the_teachers_recipe_makes_a_model_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "BATCH_SIZE", 2)
     train.main([str(tmp_path / "teacher"), "--steps", "3"])
     model = AutoModel.from_pretrained(tmp_path / "teacher", trust_remote_code=True)
     assert model.config.text_config.layer_types == ["full_attention"] * 6

@@ -86,9 +86,9 @@ class Run:
         for number in recipe.stages:
             accumulation(recipe, number)
         if recipe.evaluate:
-            from mmmamba.examples.shapes.evaluate import check_of_shapes
+            from mmmamba.examples.shapes.evaluate import check_is_shapes_model
 
-            check_of_shapes(self.teacher_folder)
+            check_is_shapes_model(self.teacher_folder)
         self.source = Source(recipe, self.teacher_folder)
         self.teacher: MmMambaForConditionalGeneration | None = None
         self._claim_folder()

@@ -61,7 +61,7 @@ def fit(
 
     Args:
         model: Changed in place.
-        rows: An `InOrder`; its `batch_size` is a step's.
+        rows: An `EndlessDataset`; its `batch_size` is a step's.
         checkpoints: Folder to go on from if it is there; removed in the end.
         steps: Optimiser steps.
         learning_rate: At the top.
