@@ -25,7 +25,7 @@ COMMANDS = {
         arguments.distill,
         "mmmamba.conversion.distillation.run",
     ),
-    "env": ("show what was found here, what is used and why", arguments.env, "mmmamba.cli.env"),
+    "env": ("show packages and devices, which implementations are used and why", arguments.env, "mmmamba.cli.env"),
     "bench": ("measure speed and memory beside peers", bench.add_arguments, "mmmamba.benchmarks.bench"),
     "push": ("upload a model folder to the Hugging Face Hub", arguments.push, "mmmamba.conversion.push"),
 }

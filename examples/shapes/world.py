@@ -327,7 +327,7 @@ def _ask_where(rng, pictures):
         (1, 1),
         (2, 1),
         (2, 2),
-    ):  # in wider ones a quarter's edge runs through a tile
+    ):  # in wider ones a quarter ends inside a tile
         return None
     thing = _pick(rng, things)
     return f"Where is the {thing.name}?", quadrant(picture, thing)
