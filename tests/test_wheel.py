@@ -62,6 +62,21 @@ def test_the_wheel_holds_every_module_once(source, wheel):
     assert not [name for name in names if "__pycache__" in name]
 
 
+def test_the_wheel_holds_the_data_that_its_code_reads(source, wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    shapes = source / "examples" / "shapes"
+    data = [
+        *source.glob("*.json"),
+        *source.glob("*.jinja"),
+        *(file for file in source.glob("conversion/**/*") if file.suffix in (".jinja", ".yaml", ".json")),
+        shapes / "tokenizer.model",
+        *(file for name in ("teacher", "linear", "hybrid") for file in (shapes / name).iterdir()),
+    ]
+    assert len(data) > 40
+    assert {f"mmmamba/{file.relative_to(source).as_posix()}" for file in data} <= names
+
+
 def test_the_installed_wheel_chats_with_the_shipped_hybrid(wheel, tmp_path):
     target = tmp_path / "site"
     completed([*PIP, "install", "--no-index", "--no-deps", "--target", target, wheel])
