@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_folders import self_contained_copy
+from model_folders import modules_cache, self_contained_copy
 from PIL import Image
 
 import mmmamba
@@ -73,9 +73,7 @@ def stand_in(name: str, path: Path | None = None, **contents) -> types.ModuleTyp
 def clean_modules(tmp_path_factory):
     """Removes what was imported and put in its place, and keeps remote code out of the user's cache."""
     modules, path = dict(sys.modules), list(sys.path)
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+    with modules_cache(tmp_path_factory.mktemp("modules")):
         yield
     for name in set(sys.modules) - set(modules):
         if name.split(".")[0] in {
@@ -86,7 +84,6 @@ def clean_modules(tmp_path_factory):
             "pytz",
             "sty",
             "validators",
-            "transformers_modules",
         }:
             del sys.modules[name]
     sys.path[:] = path

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_folders import self_contained_copy
+from model_folders import modules_cache, self_contained_copy
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -65,15 +65,11 @@ for folder in folders:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def modules_cache(tmp_path_factory):
+def own_modules_cache(tmp_path_factory):
     """Keeps remote code out of the user's cache, and gives subprocesses a cache of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+    with modules_cache(tmp_path_factory.mktemp("modules")), pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules-of-subprocesses")))
         yield
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        del sys.modules[name]
 
 
 def without_the_package(*folders: Path) -> subprocess.CompletedProcess:
