@@ -2,7 +2,7 @@
 
 import sys
 
-from mmmamba.cli import main
+from mmmamba.cli.main import main
 
 
 sys.exit(main())

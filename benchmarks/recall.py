@@ -24,7 +24,7 @@ from transformers import set_seed
 from mmmamba.benchmarks.timing import processor as processor_name
 from mmmamba.conversion.distillation.data import pad
 from mmmamba.examples.shapes.folder import make_processor, save
-from mmmamba.examples.shapes.recall import RecallConversations, names_of, recall
+from mmmamba.examples.shapes.recall import RecallConversations, recall, single_token_names
 from mmmamba.examples.shapes.train import config
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
@@ -126,13 +126,13 @@ def score(folder: Path, questions: int) -> dict[int, float]:
     """Share of right answers by number of names."""
     model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = make_processor().tokenizer
-    names, found = names_of(tokenizer), {}
+    names, found = single_token_names(tokenizer), {}
     for items in ITEMS:
         examples = [recall(names, 10**6, index, items) for index in range(questions)]
         right = 0
         for start in range(0, questions, 25):
             batch = examples[start : start + 25]
-            asked = [f"{one.told}\n{one.turns[0][0]}" for one in batch]
+            asked = [f"{one.listing}\n{one.turns[0][0]}" for one in batch]
             answers = model.batch_chat(tokenizer, None, asked, {"max_new_tokens": 10, "do_sample": False})
             right += sum(answer.strip() == one.turns[0][1].strip() for answer, one in zip(answers, batch, strict=True))
         found[items] = right / questions

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
+from mmmamba.conversion.package_code import PACKAGE, name_modules
 from mmmamba.conversion.shards import read_json, write_json, write_text
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 
-PACKAGE = Path(__file__).resolve().parent.parent
 AUTO_MAP = {"AutoConfig": "configuration_mmmamba.MmMambaConfig"} | dict.fromkeys(
     ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"),
     "modeling_mmmamba.MmMambaForConditionalGeneration",
@@ -345,6 +345,10 @@ def write_model_files(
         for file in PROCESSOR_FILES:
             if (companions / file).is_file():
                 shutil.copyfile(companions / file, folder / file)
+            if file.endswith(".json") and (folder / file).is_file():
+                # The teacher may import its code from the package; this folder holds its own.
+                text = (folder / file).read_text(encoding="utf-8")
+                (folder / file).write_text(name_modules(text), encoding="utf-8")
     config.save_pretrained(folder)
     for module in sorted(PACKAGE.glob("*_mmmamba.py")):
         shutil.copyfile(module, folder / module.name)

@@ -1,15 +1,18 @@
-"""`mmmamba push`: a model folder to the Hugging Face Hub, checked before anything is sent."""
+"""`mmmamba push`: uploads a model folder to the Hugging Face Hub after checking all of it."""
 
 import argparse
-import glob
+import json
 import os
+import pickletools
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
-from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
@@ -17,25 +20,19 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
+from mmmamba.conversion.package_code import self_contained
 from mmmamba.conversion.publish import check_model_folder, expected_specs
 from mmmamba.conversion.shards import PICKLES, listed, read_json
 
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-# What git, huggingface_hub and Python keep beside a model's files; it stays here.
-BOOKKEEPING = {".git", ".cache", "__pycache__"}
-UNFINISHED = (".incomplete", ".part", ".tmp", ".lock")
+IGNORED_FOLDERS = {".git", ".cache", "__pycache__"}  # of git, huggingface_hub and Python; never uploaded
+UNFINISHED_SUFFIXES = (".incomplete", ".part", ".tmp", ".lock")
+SECRET_NAMES = ("token", "*.pem", "*.key", "*.env", "id_rsa*", "id_ed25519*")
+SECRET_CONTENT = re.compile(rb"\bhf_[A-Za-z0-9]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----")
+# The instructions of a pickle that call something.
+PICKLE_CALLS = {"REDUCE", "BUILD", "OBJ", "INST", "NEWOBJ", "NEWOBJ_EX"}
 LOGIN = "run `hf auth login` or set HF_TOKEN"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `mmmamba push`."""
-    parser.add_argument("folder", metavar="DIR", type=Path, help="model folder")
-    parser.add_argument("repo", metavar="REPO", help="its name on the Hub: user/name")
-    parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to upload to; made if it is not there")
-    parser.add_argument("--message", metavar="TEXT", help="message of the commit")
-    parser.add_argument("--dry-run", action="store_true", help="check the folder, list what would go, send nothing")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,11 +41,13 @@ def run(args: argparse.Namespace) -> None:
         print(push(args.folder, args.repo, args.public, args.revision, args.message))
         return
     check_repo_name(args.repo)
-    files = check_upload(args.folder)
-    for name, path in files.items():
-        print(f"{_size(path.stat().st_size):>9}  {name}{' (a link; its content goes)' if path.is_symlink() else ''}")
-    print(f"{_size(sum(path.stat().st_size for path in files.values())):>9}  in {len(files)} files\n")
-    print(f"metadata of README.md:\n{_card(files['README.md']).data.to_yaml().strip()}\n")
+    files = files_to_upload(args.folder)
+    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
+    for name, file in sorted(files.items()):
+        is_link = isinstance(file, Path) and file.is_symlink()
+        print(f"{_format_size(sizes[name]):>9}  {name}{' (a link; its content is uploaded)' if is_link else ''}")
+    print(f"{_format_size(sum(sizes.values())):>9}  in {len(files)} files\n")
+    print(f"metadata of README.md:\n{_model_card(files['README.md']).data.to_yaml().strip()}\n")
     branch = f", branch {args.revision}" if args.revision else ""
     print(f"to {args.repo}{branch}, {'public' if args.public else 'private'} if it is new; nothing was sent")
 
@@ -56,15 +55,16 @@ def run(args: argparse.Namespace) -> None:
 def push(
     folder: str | Path, repo: str, public: bool = False, revision: str | None = None, message: str | None = None
 ) -> str:
-    """Checks a model folder and uploads it; says so if the repository is there with another visibility.
+    """Checks a model folder and uploads it in one commit.
 
-    The token is the one that huggingface_hub finds, and is in no message.
+    A repository that exists keeps its visibility; a note says so if it differs from `public`. The token is the one
+    that huggingface_hub finds; no message shows it.
 
     Args:
-        folder: Model folder; links in it go as what they point to.
-        repo: Name on the Hub, `user/name`; made if it is not there.
-        public: Whether a new repository is public. One that is there stays as it is.
-        revision: Branch, made if it is not there; the main one if not given.
+        folder: Model folder. Links to files inside it are uploaded as the files.
+        repo: Name on the Hub, `user/name`; created if it does not exist.
+        public: Whether a new repository is public.
+        revision: Branch, created if it does not exist; the main branch if not given.
         message: Of the commit.
 
     Returns:
@@ -75,20 +75,18 @@ def push(
         OSError: if nobody is logged in, or the Hub cannot be reached or refuses.
     """
     check_repo_name(repo)
-    files = check_upload(folder)
-    with _explained(repo) as api:
+    files = files_to_upload(folder)
+    with _hub(repo) as api:
         url = str(api.create_repo(repo, private=not public, exist_ok=True))
         private = api.model_info(repo).private
         if private == public:
             print(f"note: {repo} is {'private' if private else 'public'} and stays so; change it in its settings.")
-        # Pull requests (refs/pr/1) are made on the Hub.
+        # Branches of pull requests (refs/pr/1) are created by the Hub.
         if revision and revision != "main" and not revision.startswith("refs/"):
             api.create_branch(repo, branch=revision, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            # Exactly what was checked.
-            allow_patterns=[glob.escape(name) for name in files],
+        api.create_commit(
+            repo,
+            [CommitOperationAdd(name, file) for name, file in files.items()],
             revision=revision,
             commit_message=message or f"Upload {repo.split('/')[1]} with mmmamba",
         )
@@ -96,7 +94,7 @@ def push(
 
 
 def check_repo_name(repo: str) -> None:
-    """Raises ValueError if this is not a `user/name` that the Hub takes."""
+    """Raises ValueError if this is not a `user/name` that the Hub accepts."""
     try:
         validate_repo_id(repo)
         if repo.count("/") != 1:
@@ -106,11 +104,11 @@ def check_repo_name(repo: str) -> None:
         raise ValueError(f"REPO {repo!r} is no name on the Hub ({reason}); give user/name.") from None
 
 
-def check_upload(folder: str | Path) -> dict[str, Path]:
-    """What of a model folder is to be uploaded.
+def files_to_upload(folder: str | Path) -> dict[str, Path | bytes]:
+    """Checks a model folder; `mmmamba_code.py` in it is replaced by the modules that it imports.
 
     Returns:
-        Name on the Hub to file.
+        Path on the Hub, to the file or its content.
 
     Raises:
         ValueError: if the folder is no complete model of this package, or holds what should not be published.
@@ -119,43 +117,80 @@ def check_upload(folder: str | Path) -> dict[str, Path]:
     check_model_folder(folder)
     if ".unfinished-" in folder.resolve().name:
         raise ValueError(f"{folder} is what an interrupted command left behind; run that command again.")
-    files = _files(folder)
+    files = self_contained(_publishable_files(folder))
     config = MmMambaConfig.from_pretrained(folder)
     _check_weights(folder, files, config)
     _check_code(folder, files)
     if "README.md" not in files:
         raise ValueError(f"{folder} has no README.md, the model's card; write one, with a block of metadata.")
-    _card(files["README.md"])
+    _model_card(files["README.md"])
     return files
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Files by name on the Hub. Raises ValueError for those that must not go."""
+def _publishable_files(folder: Path) -> dict[str, Path]:
+    """The files in a folder by relative path. Raises ValueError if one of them must not be published."""
     files = {}
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(set(folders) - BOOKKEEPING)
+        folders[:] = sorted(set(folders) - IGNORED_FOLDERS)
         for name in [*folders, *sorted(names)]:
             path = Path(parent, name)
             relative = path.relative_to(folder).as_posix()
-            if path.is_symlink() and not path.exists():
-                raise ValueError(f"{relative} in {folder} links to what is not there; put the file in its place.")
-            if path.is_symlink() and path.is_dir():
-                raise ValueError(f"{relative} in {folder} links to a folder, and only files go; copy it or remove it.")
-            if name.startswith(".") and name != ".gitattributes":
-                raise ValueError(f"{relative} in {folder} is hidden, so it may be private; move it elsewhere.")
-            if path.suffix.lower() in PICKLES:
-                raise ValueError(
-                    f"{relative} in {folder} is a pickle by its name, which can run any code when it is loaded; only "
-                    "safetensors are uploaded, so move it elsewhere."
-                )
-            if path.suffix.lower() in UNFINISHED:
-                raise ValueError(f"{relative} in {folder} is unfinished by its name; finish or remove it.")
+            if objection := _objection(path, folder):
+                raise ValueError(f"{relative} in {folder} {objection}.")
             if name not in folders:
                 files[relative] = path
     return files
 
 
-def _check_weights(folder: Path, files: dict[str, Path], config: MmMambaConfig) -> None:
+def _objection(path: Path, folder: Path) -> str | None:
+    """Why a file or folder must not be published, as the end of a sentence about it; None if it may be."""
+    name = path.name.lower()
+    if path.is_symlink():
+        if not path.exists():
+            return "links to a file that does not exist; put the file in its place"
+        if path.is_dir():
+            return "links to a folder, and only files are uploaded; copy it or remove it"
+        if folder.resolve() not in path.resolve().parents:
+            return "links to a file outside of the folder; copy the file to its place"
+    if name.startswith(".") and name != ".gitattributes":
+        return "is hidden, so it may be private; move it elsewhere"
+    if path.is_dir():
+        return None
+    if not path.is_file():
+        return "is not a regular file but a pipe, socket or device; remove it"
+    if any(fnmatch(name, pattern) for pattern in SECRET_NAMES):
+        return "is a secret by its name; move it elsewhere"
+    if path.suffix == ".safetensors":
+        return None  # opened later, as the model's weights
+    if path.suffix.lower() in PICKLES or _is_pickle(path):
+        kind = "by its name" if path.suffix.lower() in PICKLES else "by its content"
+        return (
+            f"is a pickle {kind}, which can run any code when it is loaded; only safetensors are uploaded, so "
+            "move it elsewhere"
+        )
+    if path.suffix.lower() in UNFINISHED_SUFFIXES:
+        return "is unfinished by its name; finish or remove it"
+    if SECRET_CONTENT.search(path.read_bytes()):
+        return "contains an access token or a private key; remove it from the file"
+    return None
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle, or an archive with one in it, such as torch.save writes."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(Path(name).suffix in PICKLES for name in archive.namelist())
+    with path.open("rb") as file:
+        try:
+            names = [opcode.name for opcode, _, _ in pickletools.genops(file)]
+        except Exception:
+            file.seek(0)
+            return re.match(rb"\x80[\x02-\x05]", file.read(2)) is not None  # cut short
+    # Protocols 0 and 1 have no header, so that a short text can be a pickle by chance.
+    return names[0] == "PROTO" or not PICKLE_CALLS.isdisjoint(names)
+
+
+def _check_weights(folder: Path, files: dict[str, Path | bytes], config: MmMambaConfig) -> None:
     """Raises ValueError unless the shards are there, readable, and hold the tensors of the model and no others."""
     index = None
     if INDEX in files:
@@ -169,18 +204,18 @@ def _check_weights(folder: Path, files: dict[str, Path], config: MmMambaConfig) 
         raise ValueError(f"{folder} has no {listed(absent)}; write the model again, or add the missing weights.")
     if others := sorted({name for name in files if name.endswith(".safetensors")} - set(shards)):
         raise ValueError(f"{listed(others)} in {folder} belongs to no index; move it elsewhere.")
-    place, shapes = {}, {}
+    shard_of, shapes = {}, {}
     for shard in shards:
         try:
             with safe_open(files[shard], "pt") as tensors:
                 for name in tensors.keys():
-                    place[name] = shard
+                    shard_of[name] = shard
                     shapes[name] = tuple(tensors.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{shard} in {folder} is not a whole safetensors file ({error}); write the model again."
             ) from None
-    if index and (wrong := sorted(name for name in {*index, *place} if index.get(name) != place.get(name))):
+    if index and (wrong := sorted(name for name in {*index, *shard_of} if index.get(name) != shard_of.get(name))):
         raise ValueError(f"{INDEX} in {folder} and the shards disagree about {listed(wrong)}; write the model again.")
     expected = {name: tuple(spec.shape) for name, spec in expected_specs(config).items()}
     if differing := sorted(name for name in {*expected, *shapes} if expected.get(name) != shapes.get(name)):
@@ -191,17 +226,22 @@ def _check_weights(folder: Path, files: dict[str, Path], config: MmMambaConfig) 
         )
 
 
-def _check_code(folder: Path, files: dict[str, Path]) -> None:
+def _check_code(folder: Path, files: dict[str, Path | bytes]) -> None:
     """Raises ValueError if a module that the configs name, or one that such a module imports, is missing."""
 
     def classes(value) -> Iterator[str]:
         for key, inner in value.items() if isinstance(value, dict) else ():
             yield from _strings(inner) if key == "auto_map" else classes(inner)
 
-    named = {name for file in files if file.endswith("config.json") for name in classes(read_json(files[file]))}
+    configs = [
+        read_json(file) if isinstance(file, Path) else json.loads(file)
+        for name, file in files.items()
+        if name.endswith("config.json")
+    ]
+    named = {name for config in configs for name in classes(config)}
     # A class of another repository is written `user/name--module.Class`.
     modules = {f"{name.split('.')[0]}.py" for name in named if "--" not in name}
-    present = [folder / module for module in modules if module in files]
+    present = [files[module] for module in modules if module in files]
     try:
         imported = {Path(path).name for module in present for path in get_relative_import_files(module)}
     except FileNotFoundError as error:
@@ -220,7 +260,7 @@ def _strings(value) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def _card(readme: Path) -> ModelCard:
+def _model_card(readme: Path) -> ModelCard:
     """A model's card. Raises ValueError if its metadata cannot be used."""
     try:
         text = readme.read_text(encoding="utf-8")
@@ -242,7 +282,7 @@ def _card(readme: Path) -> ModelCard:
         raise ValueError(f"The metadata of {readme} cannot be used ({reason}); correct it.") from None
 
 
-def _size(count: int) -> str:
+def _format_size(count: int) -> str:
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
@@ -250,51 +290,51 @@ def _size(count: int) -> str:
 
 
 @contextmanager
-def _explained(repo: str) -> Iterator[HfApi]:
-    """The Hub; what goes wrong with it is said in one sentence that holds no token."""
+def _hub(repo: str) -> Iterator[HfApi]:
+    """A client of the Hub. Raises OSError with one sentence, and no token in it, for whatever fails inside."""
     token, endpoint = None, HfApi().endpoint
     try:
         if token := get_token():
             yield HfApi(token=token)
             return
     except Exception as error:
-        # An upload in several threads wraps what went wrong.
+        # An upload in several threads raises an error of its own from the one that matters.
         causes = [error]
         while causes[-1].__cause__ is not None:
             causes.append(causes[-1].__cause__)
-        answered = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
-        message = _answer(answered, repo, endpoint) if answered else _no_answer(causes, endpoint)
-        raise OSError(_without_secrets(message, token)) from None
+        response = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+        message = _explain_response(response, repo, endpoint) if response else _explain_failure(causes, endpoint)
+        raise OSError(_redact(message, token)) from None
     raise OSError(f"You are not logged in to {endpoint}; {LOGIN}.")
 
 
-def _answer(error: HfHubHTTPError, repo: str, endpoint: str) -> str:
+def _explain_response(error: HfHubHTTPError, repo: str, endpoint: str) -> str:
     status = error.response.status_code
-    said = f" ({status}: {error.server_message})" if error.server_message else f" ({status})"
+    detail = f" ({status}: {error.server_message})" if error.server_message else f" ({status})"
     if status == 401:
-        return f"{endpoint} does not accept the token{said}; {LOGIN} with a valid one."
+        return f"{endpoint} does not accept the token{detail}; {LOGIN} with a valid one."
     if status == 403:
-        return f"The token may not write to {repo}{said}; {LOGIN} with one that may."
+        return f"The token may not write to {repo}{detail}; {LOGIN} with one that may."
     if status == 404:
-        return f"{repo} cannot be found on {endpoint}{said}; give a name under which you may write."
+        return f"{repo} cannot be found on {endpoint}{detail}; give a name under which you may write."
     if status == 429 or status >= 500:
-        return f"{endpoint} cannot take {repo} now{said}; run the same command again later."
-    return f"{endpoint} refuses {repo}{said}; change what it names and run the same command again."
+        return f"{endpoint} cannot take {repo} now{detail}; run the same command again later."
+    return f"{endpoint} refuses {repo}{detail}; change what it names and run the same command again."
 
 
-def _no_answer(causes: list[Exception], endpoint: str) -> str:
+def _explain_failure(causes: list[Exception], endpoint: str) -> str:
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
         return "HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it."
-    # Such as what the Hub finds wrong with the card.
+    # huggingface_hub raises ValueError for what the Hub finds wrong with the card.
     if isinstance(causes[0], ValueError):
         return f"{endpoint} does not take this: {causes[0]}"
     reason = str(causes[-1]) or type(causes[-1]).__name__
     return f"{endpoint} cannot be reached ({reason}); check the network and run the same command again."
 
 
-def _without_secrets(message: str, token: str | None) -> str:
+def _redact(message: str, token: str | None) -> str:
     if token:
         message = message.replace(token, "***")
     message = re.sub(r"\bhf_\w{6,}", "***", message)
-    # Addresses for uploads are signed.
+    # The query of an upload's address is its signature, which lets anyone upload.
     return " ".join(re.sub(r"(https?://[^\s?]+)\?[^\s)]+", r"\1", message).split())

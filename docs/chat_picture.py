@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mmmamba.chat_cli import DEMO, DEMO_CONVERSATION, Chat
+from mmmamba.cli.arguments import HYBRID
+from mmmamba.cli.chat import DEMO_CONVERSATION, Chat
 from mmmamba.examples.shapes.world import conversation
 
 
@@ -18,8 +19,8 @@ WIDTH, HEIGHT, MARGIN, LINE = 1200, 430, 40, 32
 def main() -> None:
     pictures, turns = conversation("test", 0, DEMO_CONVERSATION)
     picture = pictures[0].draw()
-    chat = Chat(DEMO, "cpu", 64)
-    chat.look_at([picture])
+    chat = Chat(HYBRID, "cpu", 64)
+    chat.start([picture])
 
     page = Image.new("RGB", (WIDTH, HEIGHT), GROUND)
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=22)

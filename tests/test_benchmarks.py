@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmmamba.benchmarks import distillation, models, proof
-from mmmamba.cli import main
+from mmmamba.cli.main import main
 from mmmamba.conversion.distillation.recipe import load_recipe
 
 

@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 from golden_checkpoints import checkpoint
 
 import mmmamba
-from mmmamba.cli import COMMANDS, main
+from mmmamba.cli.arguments import seed as add_seed_arguments
+from mmmamba.cli.main import COMMANDS, main
 from mmmamba.conversation_mmmamba import ConversationState
+from mmmamba.conversion.seeding import STRATEGIES
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 
@@ -27,12 +30,32 @@ def failed(capsys, *argv):
     return code, message
 
 
-def test_help_names_every_command_without_importing_torch():
-    program = (
-        "import sys; from mmmamba.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
-    )
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert all(name in shown for name in COMMANDS)
+HELP_OF_EVERY_COMMAND = """
+import sys
+from mmmamba.cli.main import COMMANDS, main
+for command in ([], *([name] for name in COMMANDS)):
+    try:
+        main([*command, "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+
+
+def test_help_of_every_command_needs_no_import_of_torch():
+    command = [sys.executable, "-c", HELP_OF_EVERY_COMMAND]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name in COMMANDS:
+        assert f"\n    {name} " in shown and f"usage: mmmamba {name}" in shown
+    assert "--num-attention" in shown and "--dry-run" in shown
+
+
+def test_the_command_offers_every_strategy():
+    """Its arguments are declared without importing seeding, and torch with it."""
+    parser = ArgumentParser()
+    add_seed_arguments(parser)
+    (strategy,) = (action for action in parser._actions if action.dest == "strategy")
+    assert strategy.choices == STRATEGIES
 
 
 def test_python_dash_m_runs_the_same_command():
@@ -120,13 +143,13 @@ def test_a_conversation_goes_on_in_another_process(tmp_path, capsys):
     ask = ["chat", "--model", str(TEACHER), "--state", str(state)]
     assert main([*ask, "--text", str(text), "--image", str(PICTURE), "How many objects are there?"]) == 0
     first = capsys.readouterr().out
-    assert f"kept in {state}: " in first and " tokens in " in first
+    assert f"saved to {state}: " in first and " tokens in " in first
     assert main([*ask, "How many objects are there?"]) == 0
     tokens = [int(out.split(": ")[-1].split()[0].replace(",", "")) for out in (first, capsys.readouterr().out)]
     assert tokens[1] > tokens[0] > 40
 
 
-def test_a_kept_conversation_includes_pictures_nobody_has_asked_about(tmp_path, capsys):
+def test_a_saved_conversation_includes_pictures_nobody_has_asked_about(tmp_path, capsys):
     state = tmp_path / "state.safetensors"
     chat = ["chat", "--model", str(TEACHER), "--state", str(state)]
     question = "How many objects are there?"
@@ -137,7 +160,7 @@ def test_a_kept_conversation_includes_pictures_nobody_has_asked_about(tmp_path, 
     assert capsys.readouterr().out.splitlines()[-1] == answer != ""
 
 
-def test_a_talk_that_is_kept_adds_pictures_and_outlives_ctrl_c(tmp_path, capsys, monkeypatch):
+def test_a_saved_chat_adds_pictures_and_survives_ctrl_c(tmp_path, capsys, monkeypatch):
     state = tmp_path / "state.safetensors"
     lines = iter(["Hello", f"/image {PICTURE}", "stop", "How many objects are there?", ""])
     monkeypatch.setattr(sys, "stdin", type("Keyboard", (), {"isatty": lambda self: True})())
@@ -152,10 +175,10 @@ def test_a_talk_that_is_kept_adds_pictures_and_outlives_ctrl_c(tmp_path, capsys,
     monkeypatch.setattr(ConversationState, "ask", interrupted)
     assert main(["chat", "--model", str(TEACHER), "--state", str(state)]) == 0
     printed = capsys.readouterr().out
-    assert "adds a picture" in printed and "the answer was stopped" in printed
+    assert "adds a picture" in printed and "interrupted" in printed
     model, tokenizer = (auto.from_pretrained(TEACHER) for auto in (MmMambaForConditionalGeneration, MmMambaTokenizer))
-    kept = ConversationState.load(state, model, tokenizer)
-    assert kept.turns == 2 and model.config.image_token_id in kept.ids
+    saved = ConversationState.load(state, model, tokenizer)
+    assert saved.turns == 2 and model.config.image_token_id in saved.ids
 
 
 def test_what_chat_cannot_use_is_named(tmp_path, capsys):
@@ -169,8 +192,8 @@ def test_what_chat_cannot_use_is_named(tmp_path, capsys):
         (["chat", "--model", tmp_path / "llama", "Why?"], "model_type='llama'"),
         (["evaluate", "--model", tmp_path / "llama"], "model_type='llama'"),
         ([*ask, "--image", tmp_path / "none.png", "Why?"], "none.png does not exist"),
-        ([*ask, "--image", tmp_path / "cut.png", "Why?"], "cut.png cannot be read"),
-        ([*ask, "--image", tmp_path / "text.png", "Why?"], "text.png cannot be read"),
+        ([*ask, "--image", tmp_path / "cut.png", "Why?"], "cut.png cannot be read as an image"),
+        ([*ask, "--image", tmp_path / "text.png", "Why?"], "text.png cannot be read as an image"),
         ([*ask, "--image", PICTURE, " "], "question is empty"),
         ([*ask, "--image", PICTURE, "<image> and <image>"], "2 <image> placeholders"),
         ([*ask, "--device", "tpu", "Why?"], "--device tpu cannot be used"),

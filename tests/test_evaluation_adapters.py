@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_folders import modules_cache, self_contained_copy
 from PIL import Image
 
 import mmmamba
@@ -72,9 +73,7 @@ def stand_in(name: str, path: Path | None = None, **contents) -> types.ModuleTyp
 def clean_modules(tmp_path_factory):
     """Removes what was imported and put in its place, and keeps remote code out of the user's cache."""
     modules, path = dict(sys.modules), list(sys.path)
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+    with modules_cache(tmp_path_factory.mktemp("modules")):
         yield
     for name in set(sys.modules) - set(modules):
         if name.split(".")[0] in {
@@ -85,7 +84,6 @@ def clean_modules(tmp_path_factory):
             "pytz",
             "sty",
             "validators",
-            "transformers_modules",
         }:
             del sys.modules[name]
     sys.path[:] = path
@@ -123,6 +121,12 @@ def right(answers) -> int:
     return sum(answer == one.answer for answer, one in zip(answers, ASKED, strict=True))
 
 
+@pytest.fixture(scope="module")
+def hub_folder(tmp_path_factory):
+    """The hybrid as a folder that holds its code, as models on the Hub do."""
+    return self_contained_copy("hybrid", tmp_path_factory.mktemp("hub") / "hybrid")
+
+
 # --- VLMEvalKit ----------------------------------------------------------------------------------------------------
 
 
@@ -153,8 +157,8 @@ def vlm(vlmevalkit):
     return vlmevalkit.MmMamba(str(HYBRID), device="cpu", max_new_tokens=48)
 
 
-def test_vlmevalkit_knows_the_model_by_name(vlmevalkit):
-    vlmevalkit.register("mmMamba-shapes", model_path=str(HYBRID), device="cpu")
+def test_vlmevalkit_knows_the_model_by_name(vlmevalkit, hub_folder):
+    vlmevalkit.register("mmMamba-shapes", model_path=str(hub_folder), device="cpu")
     config = importlib.import_module("vlmeval.config")
     assert Path(config.__file__).parent.name == "vlmeval" and len(config.supported_VLM) > 100
     model = config.supported_VLM["mmMamba-shapes"]()
@@ -260,12 +264,12 @@ def tasks(lmms_eval):
 
 
 @pytest.fixture(scope="module")
-def lmm(lmms_eval):
+def lmm(lmms_eval, hub_folder):
     """The model as lmms-eval's evaluator makes it from the command line."""
     cls = lmms_eval.get_model("mmmamba")
     assert cls is importlib.import_module("lmms_eval.api.registry").get_model("mmmamba")
     more = {"batch_size": "5", "max_batch_size": None, "device": "cpu"}
-    model = cls.create_from_arg_string(f"pretrained={HYBRID},max_new_tokens=48", more)
+    model = cls.create_from_arg_string(f"pretrained={hub_folder},max_new_tokens=48", more)
     assert isinstance(model, importlib.import_module("lmms_eval.api.model").lmms)
     assert type(model.model).__module__.startswith("transformers_modules.")
     model.task_dict = {"shapes": {"test": ASKED}}

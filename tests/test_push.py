@@ -1,40 +1,34 @@
 """`mmmamba push` uploads a checked folder, says what went wrong in one sentence, and shows the token to nobody.
 
-The Hub is a server here that answers as the real one does; commands run in processes of their own, since
-huggingface_hub reads its settings when it is imported.
+The Hub is a server here that answers as the real one does.
 """
 
 import base64
 import hashlib
 import json
 import os
-import shutil
+import pickle
 import subprocess
 import sys
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import socket
 from threading import Thread
 from urllib.parse import unquote
 
 import pytest
+import torch
+from huggingface_hub import close_session, constants
+from model_folders import self_contained_copy
 from safetensors.torch import load_file, save_file
 
 import mmmamba
+from mmmamba.cli.main import main
 
 
 HYBRID = Path(mmmamba.__file__).parent / "examples" / "shapes" / "hybrid"
 TOKEN = "hf_secretsecretsecretsecretsecret"
-PROGRAM = """
-import json, sys
-from mmmamba.cli import main
-for arguments in json.loads(sys.argv[1]):
-    try:
-        code = main(["push", *arguments])
-    except SystemExit as stop:
-        code = stop.code
-    for stream in (sys.stdout, sys.stderr):
-        print(f"<exit {code}>", file=stream, flush=True)
-"""
 
 
 class Hub(ThreadingHTTPServer):
@@ -50,8 +44,11 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answers)
-        self.repos, self.store, self.requests, self.failures, self.created = {}, {}, [], {}, []
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
+        self.reset()
+
+    def reset(self):
+        self.repos, self.store, self.requests, self.failures = {}, {}, [], {}
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -131,7 +128,6 @@ class Answers(BaseHTTPRequestHandler):
 
     def create(self, values):
         hub, name = self.server, f"{values['organization']}/{values['name']}"
-        hub.created.append(values)
         url = {"url": f"{hub.address}/{name}"}
         if name in hub.repos:
             return self.answer(409, {"error": "You already created this model repo", **url})
@@ -163,8 +159,8 @@ class Answers(BaseHTTPRequestHandler):
         return self.answer(200, {"commitUrl": url, "commitOid": "1" * 40, "pullRequestUrl": None})
 
 
-@pytest.fixture
-def hub():
+@pytest.fixture(scope="module")
+def server():
     server = Hub()
     Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -173,24 +169,44 @@ def hub():
 
 
 @pytest.fixture
-def push(hub, tmp_path):
+def hub(server, monkeypatch, tmp_path):
+    """The Hub with nothing on it, as huggingface_hub finds it in this process."""
+    server.reset()
+    for name in settings_of_the_hub():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for name, value in {
+        "ENDPOINT": server.address,
+        "HF_HUB_OFFLINE": False,
+        "HF_TOKEN_PATH": str(tmp_path / "no-token"),
+        "HF_STORED_TOKENS_PATH": str(tmp_path / "no-tokens"),
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    close_session()  # a client that an earlier test made has its settings
+    return server
+
+
+def settings_of_the_hub():
+    return [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]
+
+
+@pytest.fixture
+def push(hub, capfd):
     """Runs commands, each a list of arguments; returns (exit code, stdout, stderr) of each."""
 
-    def run(*commands, **settings):
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-        environment |= {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
-        environment |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1", **settings}
-        argument = json.dumps([[str(word) for word in command] for command in commands])
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, argument], env=environment, capture_output=True, text=True, cwd=tmp_path
-        )
-        assert done.returncode == 0, done.stderr
-        assert TOKEN not in done.stdout + done.stderr and "Signature" not in done.stdout + done.stderr
-        results, texts = [], [stream.split("<exit ")[: len(commands) + 1] for stream in (done.stdout, done.stderr)]
-        for number in range(len(commands)):
-            code = int(texts[0][number + 1].split(">")[0])
-            shown = [text[number].split(">\n", 1)[-1] if number else text[number] for text in texts]
-            results.append((code, *shown))
+    def run(*commands):
+        results = []
+        capfd.readouterr()
+        for command in commands:
+            try:
+                code = main(["push", *map(str, command)])
+            except SystemExit as stop:
+                code = stop.code
+            out, error = capfd.readouterr()
+            assert TOKEN not in out + error and "Signature" not in out + error
+            results.append((code, out, error))
         return results
 
     return run
@@ -208,8 +224,8 @@ def errors(results):
 
 
 def copied(folder, change=None):
-    """A folder of files, as a student that was written elsewhere is."""
-    shutil.copytree(HYBRID, folder)
+    """A model folder that holds its code, as a student that was written elsewhere does."""
+    self_contained_copy("hybrid", folder)
     if change is not None:
         change(folder)
     return folder
@@ -234,21 +250,20 @@ def test_every_file_arrives_in_a_private_repository(hub, push, tmp_path):
     sharded = copied(tmp_path / "sharded", shard)
     (sharded / "docs [1]").mkdir()
     (sharded / "docs [1]" / "page*.md").write_text("a name full of wildcards")
-    linked, other, again = push(
-        [HYBRID, "me/linked"],
+    first, other, again = push(
+        [HYBRID, "me/shipped"],
         [sharded, "me/other", "--public", "--message", "First\nof many"],
         [sharded, "me/other", "--public", "--revision", "later/one"],
     )
-    for code, out, error in (linked, other, again):
+    for code, out, error in (first, other, again):
         assert code == 0, error
         assert "note" not in out
-    assert linked[1].splitlines()[-1] == f"{hub.address}/me/linked"
+    assert first[1].splitlines()[-1] == f"{hub.address}/me/shipped"
     assert again[1].splitlines()[-1] == f"{hub.address}/me/other/tree/later/one"
 
-    repo, main = hub.repos["me/linked"], hub.repos["me/linked"]["branches"]["main"]
-    assert repo["private"] is True and repo["messages"] == ["Upload linked with mmmamba"]
-    assert {path: main[path] for path in main if path != ".gitattributes"} == contents(HYBRID)
-    assert main["modeling_mmmamba.py"].startswith(b'"""') and (HYBRID / "modeling_mmmamba.py").is_symlink()
+    repo, main = hub.repos["me/shipped"], hub.repos["me/shipped"]["branches"]["main"]
+    assert repo["private"] is True and repo["messages"] == ["Upload shipped with mmmamba"]
+    assert {path: main[path] for path in main if path != ".gitattributes"} == contents(copied(tmp_path / "complete"))
     assert len(hub.store) == 4  # one file of weights, two shards, and the tokenizer of both
 
     repo = hub.repos["me/other"]
@@ -258,14 +273,16 @@ def test_every_file_arrives_in_a_private_repository(hub, push, tmp_path):
         assert {path: files[path] for path in files if path != ".gitattributes"} == contents(sharded)
 
 
-def test_a_dry_run_sends_nothing(hub, push):
-    ((code, out, _),) = push([HYBRID, "me/model", "--dry-run", "--revision", "try"], HF_TOKEN="")
+def test_a_dry_run_sends_nothing(hub, push, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    ((code, out, _),) = push([HYBRID, "me/model", "--dry-run", "--revision", "try"])
     assert code == 0 and hub.requests == []
     assert "me/model, branch try, private" in out and "nothing was sent" in out
     assert "pipeline_tag: image-text-to-text" in out
     lines = {line.split()[2]: line.split()[:2] for line in out.splitlines() if "mmmamba.py" in line or ".saf" in line}
     assert lines["model.safetensors"] == ["2.8", "MB"] and "modeling_mmmamba.py" in lines
-    assert all(name in out for name in contents(HYBRID))
+    assert all(name in out for name in contents(HYBRID) if name != "mmmamba_code.py")
+    assert "mmmamba_code.py" not in out
 
 
 def test_the_visibility_of_what_exists_stays(hub, push):
@@ -341,9 +358,34 @@ REFUSED = {
     "stray weights": (lambda x: save_file({}, x / "old.safetensors"), ["old.safetensors", "no index"]),
     "pickle": (lambda x: (x / "training_args.bin").write_bytes(b""), ["training_args.bin", "pickle"]),
     "nested pickle": (nested, ["checkpoint-1/Optimizer.PT", "pickle"]),
+    "old pickle": (
+        lambda x: (x / "a.txt").write_bytes(pickle.dumps(Path("a"), 0)),
+        ["a.txt", "pickle by its content"],
+    ),
+    "disguised pickle": (lambda x: (x / "a.json").write_bytes(pickle.dumps([1])), ["a.json", "pickle by its content"]),
+    "cut pickle": (lambda x: (x / "a").write_bytes(pickle.dumps(["abc"])[:-3]), ["a in", "pickle by its content"]),
+    "disguised weights": (lambda x: torch.save([1], x / "notes.md"), ["notes.md", "pickle by its content"]),
+    "token in a text": (
+        lambda x: (x / "run.sh").write_text(f"HF_TOKEN={TOKEN} ./go"),
+        ["run.sh", "contains an access token"],
+    ),
+    "token in the card": (replace("README.md", "# shapes", f"# {TOKEN}"), ["README.md", "contains an access token"]),
+    "key in a text": (
+        lambda x: (x / "notes.txt").write_text("-----BEGIN RSA PRIVATE KEY-----"),
+        ["notes.txt", "private key"],
+    ),
+    **{
+        f"secret called {name}": (lambda x, name=name: (x / name).write_text("?"), [name, "secret by its name"])
+        for name in ("token", "server.PEM", "id_rsa", "prod.env")
+    },
+    "pipe": (lambda x: os.mkfifo(x / "pipe"), ["pipe", "not a regular file"]),
+    "link to elsewhere": (
+        lambda x: (x / "notes.md").symlink_to(HYBRID / "README.md"),
+        ["notes.md", "outside of the folder"],
+    ),
     "hidden file": (lambda x: (x / ".env").write_text(f"HF_TOKEN={TOKEN}"), [".env", "hidden"]),
     "unfinished file": (lambda x: (x / "model.safetensors.incomplete").write_bytes(b""), ["unfinished"]),
-    "dangling link": (lambda x: (x / "notes.md").symlink_to("nowhere"), ["notes.md", "not there"]),
+    "dangling link": (lambda x: (x / "notes.md").symlink_to("nowhere"), ["notes.md", "does not exist"]),
     "linked folder": (link_folder, ["more", "links to a folder"]),
     "missing code": (lambda x: (x / "processing_mmmamba.py").unlink(), ["has no processing_mmmamba.py"]),
     "missing import": (lambda x: (x / "ssm_mmmamba.py").unlink(), ["has no ssm_mmmamba.py"]),
@@ -357,8 +399,8 @@ REFUSED = {
 
 def test_what_must_not_be_published_is_refused_before_any_request(hub, push, tmp_path):
     folders = {name: copied(tmp_path / name, change) for name, (change, _) in REFUSED.items()}
-    left = copied(tmp_path / ".model.unfinished-7")
-    sentences = errors(push(*([folder, "me/model"] for folder in folders.values()), [left, "me/model"]))
+    unfinished = copied(tmp_path / ".model.unfinished-7")
+    sentences = errors(push(*([folder, "me/model"] for folder in folders.values()), [unfinished, "me/model"]))
     for sentence, (name, (_, words)) in zip(sentences, REFUSED.items(), strict=False):
         assert all(word in sentence for word in words), (name, sentence)
     assert "interrupted" in sentences[-1]
@@ -367,13 +409,29 @@ def test_what_must_not_be_published_is_refused_before_any_request(hub, push, tmp
 
 def test_what_tools_keep_beside_a_model_stays_here(hub, push, tmp_path):
     folder = copied(tmp_path / "model")
+    before = {*contents(folder), ".gitattributes"}
     for name in (".git/config", ".cache/huggingface/x.lock", "__pycache__/x.pyc"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("private")
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs")
     ((code, *_),) = push([folder, "me/model"])
     assert code == 0
-    assert set(hub.repos["me/model"]["branches"]["main"]) == {*contents(HYBRID), ".gitattributes"}
+    assert set(hub.repos["me/model"]["branches"]["main"]) == before
+
+
+def test_harmless_files_and_links_within_the_folder_are_uploaded(hub, push, tmp_path):
+    folder = copied(tmp_path / "model")
+    (folder / "empty.txt").write_text("")
+    (folder / "notes.txt").write_text("ab\nc.\n")
+    (folder / "tokens.md").write_text("A token such as hf_... or hf_api_token is a secret.")
+    with zipfile.ZipFile(folder / "pictures.zip", "w") as archive:
+        archive.writestr("picture.txt", "red")
+    (folder / "same.txt").symlink_to("notes.txt")
+    ((code, _, error),) = push([folder, "me/model"])
+    assert code == 0, error
+    main_branch = hub.repos["me/model"]["branches"]["main"]
+    assert set(main_branch) == {*contents(folder), ".gitattributes"}
+    assert main_branch["same.txt"] == b"ab\nc.\n"
 
 
 def test_names_that_the_hub_cannot_take(hub, push):
@@ -389,31 +447,54 @@ def test_refusals_of_the_hub_are_one_sentence_with_the_remedy(hub, push, tmp_pat
         hub.failures = {path: (status, message)}
         return errors(push([folder, "me/model"]))[0]
 
-    said = sentence("/api/repos/create", 401, f"Invalid token {TOKEN}")
-    assert "(401: Invalid token ***)" in said and "hf auth login" in said and "HF_TOKEN" in said
-    said = sentence("/api/repos/create", 403, "You don't have the rights to create a model")
-    assert "may not write to me/model (403: " in said and "hf auth login" in said
-    said = sentence("/api/repos/create", 500, f"Internal error\nfor {TOKEN}")
-    assert "(500: " in said and "later" in said
-    said = sentence("/api/models/me/model/commit", 403, "Read-only token")
-    assert "may not write to me/model (403: " in said
+    message = sentence("/api/repos/create", 401, f"Invalid token {TOKEN}")
+    assert "(401: Invalid token ***)" in message and "hf auth login" in message and "HF_TOKEN" in message
+    message = sentence("/api/repos/create", 403, "You don't have the rights to create a model")
+    assert "may not write to me/model (403: " in message and "hf auth login" in message
+    message = sentence("/api/repos/create", 500, f"Internal error\nfor {TOKEN}")
+    assert "(500: " in message and "later" in message
+    message = sentence("/api/models/me/model/commit", 403, "Read-only token")
+    assert "may not write to me/model (403: " in message
     assert "model.safetensors" not in hub.repos["me/model"]["branches"]["main"]
     hub.store.clear()
-    said = sentence("/lfs/", 403, "Request has expired")
-    assert "403" in said and "may not write" in said
+    message = sentence("/lfs/", 403, "Request has expired")
+    assert "403" in message and "may not write" in message
     bad = copied(tmp_path / "bad", replace("README.md", "license: mit", "license: forbidden"))
     assert '"license" must be one of the known' in sentence("/nothing", 500, "", bad)
 
 
-def test_without_a_valid_token_or_a_network(hub, push):
-    (said,) = errors(push([HYBRID, "me/model"], HF_TOKEN=""))
-    assert "not logged in" in said and "hf auth login" in said and "HF_TOKEN" in said
+def test_without_a_valid_token_or_a_network(hub, push, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    (message,) = errors(push([HYBRID, "me/model"]))
+    assert "not logged in" in message and "hf auth login" in message and "HF_TOKEN" in message
     assert hub.requests == []
-    (said,) = errors(push([HYBRID, "me/model"], HF_TOKEN="hf_anotheranotheranother"))
-    assert "does not accept the token" in said and "hf_another" not in said and hub.repos == {}
-    (said,) = errors(push([HYBRID, "me/model"], HF_HUB_OFFLINE="1"))
-    assert "HF_HUB_OFFLINE is set" in said and "unset it" in said
-    hub.shutdown()
-    hub.server_close()
-    (said,) = errors(push([HYBRID, "me/model"]))
-    assert f"{hub.address} cannot be reached" in said and "check the network" in said
+    monkeypatch.setenv("HF_TOKEN", "hf_anotheranotheranother")
+    (message,) = errors(push([HYBRID, "me/model"]))
+    assert "does not accept the token" in message and "hf_another" not in message and hub.repos == {}
+    with socket() as closed:  # bound to a port that it does not listen on
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        (message,) = errors(push([HYBRID, "me/model"]))
+    assert f"{constants.ENDPOINT} cannot be reached" in message and "check the network" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "words"),
+    [
+        ({}, 0, []),
+        ({"HF_HUB_OFFLINE": "1"}, 1, ["HF_HUB_OFFLINE is set", "unset it"]),
+    ],
+    ids=["uploads", "offline"],
+)
+def test_the_command_line_obeys_the_settings_of_huggingface_hub(server, tmp_path, settings, code, words):
+    """In a process of its own, since huggingface_hub reads them when it is imported."""
+    server.reset()
+    environment = {name: value for name, value in os.environ.items() if name not in settings_of_the_hub()}
+    environment |= {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path), **settings}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mmmamba", "push", str(HYBRID), "me/model"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    assert "model.safetensors" in server.repos["me/model"]["branches"]["main"] if code == 0 else server.repos == {}
+    assert all(word in done.stderr for word in words) and "Traceback" not in done.stderr

@@ -10,7 +10,7 @@ import torch
 from mmmamba.examples.shapes import evaluate, tokenizer, world
 from mmmamba.examples.shapes.data import Conversations
 from mmmamba.examples.shapes.folder import make_processor
-from mmmamba.examples.shapes.recall import WORDS, RecallConversations, names_of, recall
+from mmmamba.examples.shapes.recall import WORDS, RecallConversations, recall, single_token_names
 from mmmamba.examples.shapes.world import (
     CELL,
     COLORS,
@@ -89,7 +89,7 @@ def seen(picture: Picture) -> list[str]:
             for y in (0, CELL):
                 for x in (0, CELL):
                     cell = pixels[top + y : top + y + CELL, left + x : left + x + CELL].reshape(-1, 3)
-                    strong = cell[cell.max(1) - cell.min(1) > 90]  # the ground and the digits are grey
+                    strong = cell[cell.max(1) - cell.min(1) > 90]  # the background and the digits are grey
                     nearest = np.abs(strong[:, None] - colors).sum(2)
                     close = nearest.argmin(1)[nearest.min(1) < 60]
                     found.append(list(COLORS)[np.bincount(close).argmax()] if len(close) > 20 else "")
@@ -181,12 +181,12 @@ def test_labels_hold_every_answer_of_the_conversation(processor):
     rows = Conversations(processor, "train", 0)
     for index in range(10):
         row, (_, turns) = rows.row(index), conversation("train", 0, index, **world.TRAINING)
-        kept = row["labels"][row["labels"] != -100].tolist()
-        assert kept == row["input_ids"][row["labels"] != -100].tolist()
+        answers = row["labels"][row["labels"] != -100].tolist()
+        assert answers == row["input_ids"][row["labels"] != -100].tolist()
         end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        assert kept.count(end) == len(turns)
+        assert answers.count(end) == len(turns)
         pieces, current = [], []
-        for token in kept:
+        for token in answers:
             if token == end:
                 pieces.append(processor.tokenizer.decode(current).strip())
                 current = []
@@ -208,20 +208,20 @@ def test_batches_hold_every_conversation_once_and_conversations_of_like_length(p
     assert torch.equal(Conversations(processor, "train", 0, 4)[size + 5]["input_ids"], rows[size + 5]["input_ids"])
 
 
-def test_what_is_asked_for_was_told(processor):
-    names = names_of(processor.tokenizer)
+def test_what_is_asked_for_was_listed(processor):
+    names = single_token_names(processor.tokenizer)
     assert len(names) == len(set(names)) >= 256
     for items in (4, 256):
         one = recall(names, 0, 7, items, asked=20)
-        told = one.told.split("\n")
-        assert len(told) == len({line.rsplit(" ", 1)[0] for line in told}) == items
+        listed = one.listing.split("\n")
+        assert len(listed) == len({line.rsplit(" ", 1)[0] for line in listed}) == items
         assert len({question for question, _ in one.turns}) == len(one.turns) == min(20, items)
         for question, answer in one.turns:
-            assert answer in told and answer.rsplit(" ", 1)[0] == question.removesuffix("?")
+            assert answer in listed and answer.rsplit(" ", 1)[0] == question.removesuffix("?")
     rows = RecallConversations(processor, 0, batch_size=2)
     lengths = [len(rows[i]["input_ids"]) for i in range(16)]
     assert max(lengths) < 2048 and max(lengths) > 4 * min(lengths)
-    few = RecallConversations(processor, 0, most=8, known=10)
+    few = RecallConversations(processor, 0, max_items=8, num_names=10)
     texts = [processor.tokenizer.decode(few.row(i)["input_ids"]) for i in range(16)]
     assert all(line[0].isdigit() for text in texts for line in text.split("\n")[2:] if line[1:2] in " ?")
     assert any("9 " in text for text in texts)

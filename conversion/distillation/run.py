@@ -46,16 +46,6 @@ def distill(recipe: Recipe, only: str | None = None) -> Path:
     return run.folder.path
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `mmmamba distill`."""
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a recipe of the package, e.g. shapes-linear")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as stage_3.steps=100 output=runs/mine")
-    parser.add_argument(
-        "--cost", type=int, metavar="TOKENS", help="only compute the cost, for conversations of so many tokens"
-    )
-    parser.add_argument("--only", choices=STEPS, help="run this step alone")
-
-
 def run(args: argparse.Namespace) -> None:
     """Runs `mmmamba distill`."""
     disable_progress_bar()  # of loading weights; training has its own

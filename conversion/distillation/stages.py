@@ -74,9 +74,9 @@ class Run:
         for number in recipe.stages:
             gradient_accumulation_steps(recipe, number)
         if recipe.evaluate:
-            from mmmamba.examples.shapes.evaluate import check_of_shapes
+            from mmmamba.examples.shapes.evaluate import check_is_shapes_model
 
-            check_of_shapes(self.teacher_folder)
+            check_is_shapes_model(self.teacher_folder)
         self.data = TrainingData(recipe, self.teacher_folder)
 
     @cached_property

@@ -3,8 +3,8 @@
     rows = Conversations(make_processor(), "train", seed=0)  # endless
     batch = pad([rows[0], rows[1]], pad_token_id=2)          # input_ids, attention_mask, labels, pixel_values
 
-A row asks several questions about the same pictures, which shares the work of seeing them. Its ids are those that
-`chat()` makes, answers included.
+A row asks several questions about the same pictures, so that these are encoded once. Its token ids are those of
+`chat()`, answers included.
 """
 
 from abc import ABC, abstractmethod
@@ -19,31 +19,32 @@ from .tokenizer import SYSTEM_MESSAGE
 from .world import TRAINING, conversation
 
 
-class InOrder(Dataset, ABC):
-    """An endless, deterministic series of rows, in batches of like length so that little of one is padding.
+class EndlessDataset(Dataset, ABC):
+    """Generated rows without end, the same for the same seed, in batches of similar length to avoid padding.
 
-    A subclass makes row number `index` in `row(index)`.
+    A subclass generates row number `index` in `row(index)`. Rows must be read in sequence, as sorting them by length
+    needs the neighbours of each.
 
     Args:
         seed: Of the order of batches.
-        batch_size: Rows that go together.
+        batch_size: Rows of similar length that follow each other.
     """
 
-    ordered = True  # to be read from front to back
+    ordered = True  # makes the distillation's trainer read sequentially
     pool = 8  # batches that are sorted by length together
 
     def __init__(self, seed: int = 0, batch_size: int = 1):
         self.seed, self.batch_size = seed, batch_size
-        self._drawn: tuple[int, list] = (-1, [])  # the pool read last
+        self._last_pool: tuple[int, list] = (-1, [])  # its number and rows
 
     def __len__(self) -> int:
-        return 10**7  # it never ends; samplers want a number
+        return 10**7  # samplers need a number
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        number, place = divmod(index, self.pool * self.batch_size)
-        if self._drawn[0] != number:
-            self._drawn = number, self._pool(number)
-        return self._drawn[1][place]
+        number, position = divmod(index, self.pool * self.batch_size)
+        if self._last_pool[0] != number:
+            self._last_pool = number, self._pool(number)
+        return self._last_pool[1][position]
 
     def _pool(self, number: int) -> list[dict[str, torch.Tensor]]:
         size = self.pool * self.batch_size
@@ -59,14 +60,14 @@ class InOrder(Dataset, ABC):
         """Row number `index`; see `ConversationEncoder`."""
 
 
-class Conversations(InOrder):
+class Conversations(EndlessDataset):
     """Conversations about the picture world.
 
     Args:
         processor: Of the picture world.
         split: "train" or "test"; no picture occurs in both.
-        seed: Which series.
-        batch_size: Conversations that go together.
+        seed: Of the series.
+        batch_size: Conversations of similar length that follow each other.
     """
 
     def __init__(self, processor: MmMambaProcessor, split: str = "train", seed: int = 0, batch_size: int = 1):
@@ -77,9 +78,9 @@ class Conversations(InOrder):
         """Conversation number `index`; see `ConversationEncoder`."""
         pictures, turns = conversation(self.split, self.seed, index, **TRAINING)
         messages = [{"role": "system", "content": SYSTEM_MESSAGE}]
-        places = "<image>" * len(pictures) + "\n"
+        placeholders = "<image>" * len(pictures) + "\n"
         for question, answer in turns:
-            messages.append({"role": "user", "content": places + question})
+            messages.append({"role": "user", "content": placeholders + question})
             messages.append({"role": "assistant", "content": answer})
-            places = ""
+            placeholders = ""
         return self.encoder({"messages": messages, "images": [picture.draw() for picture in pictures]})

@@ -2,8 +2,8 @@
 
     mmmamba evaluate --model examples/shapes/hybrid
 
-Besides the score it prints the share of each kind's most frequent answer, which is what guessing gets, and the score
-with pictures shuffled among the questions of a kind, which should be no better.
+Besides the score it prints the share of each kind's most frequent answer, which is the score of guessing, and the
+score with pictures shuffled among the questions of a kind, which should be no better.
 """
 
 import argparse
@@ -22,28 +22,28 @@ from .folder import TOKENS_PER_TILE, make_processor
 from .world import KINDS, TILE, Example, example
 
 
-def check_of_shapes(folder: str | Path) -> None:
-    """Raises ValueError if a model folder was not made for the picture world: its answers would mean nothing."""
+def check_is_shapes_model(folder: str | Path) -> None:
+    """Raises ValueError if a model folder has another vocabulary or other tiles than the picture world's models."""
     check_model_folder(folder)
     config, tokenizer = MmMambaConfig.from_pretrained(folder), make_processor().tokenizer
     vision = config.vision_config
     found = (config.text_config.vocab_size, vision.image_size, vision.tokens_per_tile)
-    wanted = (len(tokenizer), TILE, TOKENS_PER_TILE)
-    if found != wanted:
+    expected = (len(tokenizer), TILE, TOKENS_PER_TILE)
+    if found != expected:
         raise ValueError(
             f"{folder} was not made for the picture world: it has {found[0]} tokens and tiles of {found[1]} pixels in "
-            f"{found[2]} tokens, not {wanted[0]}, {wanted[1]} and {wanted[2]}; give a model that was seeded from the "
-            "picture world's teacher (evaluate=0 leaves it out of a recipe)."
+            f"{found[2]} tokens, not {expected[0]}, {expected[1]} and {expected[2]}; give a model seeded from "
+            "the picture world's teacher (evaluate=0 leaves it out of a recipe)."
         )
 
 
 def answers(
     model: MmMambaForConditionalGeneration, examples: list[Example], batch_size: int = 100, title: str = ""
 ) -> list[str]:
-    """Greedy answers, each question a conversation of its own."""
+    """Greedy answers to the examples, in their order; `title` labels the progress bar."""
     processor = make_processor()
-    given = [""] * len(examples)
-    # Batches of like length: by number of pictures, then by their tiles.
+    replies = [""] * len(examples)
+    # Batches of similar length: sorted by number of pictures, then by their tiles.
     order = sorted(range(len(examples)), key=lambda i: [p.grid for p in examples[i].pictures])
     for start in tqdm(range(0, len(order), batch_size), desc=title, leave=False):
         rows = order[start : start + batch_size]
@@ -54,10 +54,10 @@ def answers(
             counts.append(vision["num_patches"].tolist())
         questions = ["<image>" * len(examples[i].pictures) + "\n" + examples[i].question for i in rows]
         options = {"max_new_tokens": 48, "do_sample": False}
-        replies = model.batch_chat(processor.tokenizer, torch.cat(tiles), questions, options, num_patches_list=counts)
-        for i, reply in zip(rows, replies, strict=True):
-            given[i] = reply
-    return given
+        batch = model.batch_chat(processor.tokenizer, torch.cat(tiles), questions, options, num_patches_list=counts)
+        for i, reply in zip(rows, batch, strict=True):
+            replies[i] = reply
+    return replies
 
 
 def shuffled(examples: list[Example]) -> list[Example]:
@@ -77,8 +77,8 @@ def evaluate(folder: str | Path, num_questions: int = 2000, seed: int = 0, batch
 
     Args:
         folder: Model folder.
-        num_questions: How many held-out questions, all kinds alike.
-        seed: Which stream of them.
+        num_questions: How many held-out questions, equally many of each kind.
+        seed: Of the questions.
         batch_size: Questions answered at once.
 
     Returns:
@@ -88,24 +88,24 @@ def evaluate(folder: str | Path, num_questions: int = 2000, seed: int = 0, batch
     Raises:
         ValueError: if the folder is no model of the picture world.
     """
-    check_of_shapes(folder)
+    check_is_shapes_model(folder)
     dtype = torch.float32 if not torch.cuda.is_available() else torch.bfloat16
     model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
     if torch.cuda.is_available():
         model.cuda()
     examples = [example("test", seed, index) for index in range(num_questions)]
-    right = {
+    replies = {
         "exact": answers(model, examples, batch_size, "answering"),
         "shuffled": answers(model, shuffled(examples), batch_size, "answering without the right picture"),
     }
 
     def row(indices: list[int]) -> dict[str, float]:
         count = len(indices)
-        scores = {name: sum(given[i] == examples[i].answer for i in indices) / count for name, given in right.items()}
-        common = defaultdict(Counter)
+        scores = {name: sum(r[i] == examples[i].answer for i in indices) / count for name, r in replies.items()}
+        by_kind = defaultdict(Counter)
         for i in indices:
-            common[examples[i].kind][examples[i].answer] += 1
-        majority = sum(counter.most_common(1)[0][1] for counter in common.values()) / count
+            by_kind[examples[i].kind][examples[i].answer] += 1
+        majority = sum(counter.most_common(1)[0][1] for counter in by_kind.values()) / count
         return {"share": count / len(examples), **scores, "majority": majority}
 
     kinds = {kind: [i for i, one in enumerate(examples) if one.kind == kind] for kind in KINDS}
@@ -116,16 +116,8 @@ def evaluate(folder: str | Path, num_questions: int = 2000, seed: int = 0, batch
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `mmmamba evaluate`."""
-    parser.add_argument("--model", type=Path, default=Path(__file__).with_name("hybrid"), help="model folder")
-    parser.add_argument("--questions", type=int, default=2000, help="how many (default: 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="which held-out questions (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
 def run(args: argparse.Namespace) -> None:
-    """Runs `mmmamba evaluate`. Raises ValueError for what is no model folder."""
+    """Runs `mmmamba evaluate`. Raises ValueError for a folder that is not a model of the picture world."""
     if args.questions < 1:
         raise ValueError(f"--questions {args.questions} is no number of questions; give 1 or more.")
     result = evaluate(args.model, args.questions, args.seed)
@@ -135,5 +127,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{result['questions']} held-out questions, exact match of generated answers, in percent\n")
     print(f"{'kind':10} {'share':>6} {'exact':>6} {'shuffled pictures':>18} {'commonest answer':>17}")
     for kind, values in [*result["kinds"].items(), ("all", result["total"])]:
-        share, exact, blind, majority = (100 * values[name] for name in ("share", "exact", "shuffled", "majority"))
-        print(f"{kind:10} {share:6.1f} {exact:6.1f} {blind:18.1f} {majority:17.1f}")
+        percent = {name: 100 * value for name, value in values.items()}
+        print(
+            f"{kind:10} {percent['share']:6.1f} {percent['exact']:6.1f} {percent['shuffled']:18.1f} "
+            f"{percent['majority']:17.1f}"
+        )

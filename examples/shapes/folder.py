@@ -1,11 +1,11 @@
 """Model folders of the picture world: its tokenizer, tiles of 48 pixels, and the weights in bf16."""
 
-import os
 from pathlib import Path
 
 import torch
 
-from mmmamba.conversion.publish import PACKAGE, whole_folder, write_model_folder
+from mmmamba.conversion.package_code import PACKAGE, import_from_package
+from mmmamba.conversion.publish import whole_folder, write_model_folder
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.processing_mmmamba import MmMambaProcessor
@@ -15,6 +15,7 @@ from .tokenizer import MODEL_FILE, SYSTEM_MESSAGE
 from .world import MAX_TILES, TILE
 
 
+SHIPPED = Path(__file__).resolve().parent  # models in this folder are part of the package
 TOKENS_PER_TILE = 4
 
 
@@ -44,8 +45,5 @@ def save(model: MmMambaForConditionalGeneration, folder: Path, name: str, origin
     with whole_folder(folder) as unfinished:
         model.to(torch.bfloat16).save_pretrained(unfinished)
         write_model_folder(unfinished, model.config, name, make_processor(), origin=origin)
-        if PACKAGE in folder.resolve().parents:
-            # Inside the package the code is at hand: links instead of copies that could fall behind.
-            for module in unfinished.glob("*_mmmamba.py"):
-                module.unlink()
-                module.symlink_to(os.path.relpath(PACKAGE / module.name, unfinished))
+        if folder.resolve().parent == SHIPPED:
+            import_from_package(unfinished)

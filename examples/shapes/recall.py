@@ -1,8 +1,8 @@
-"""Recall: what was said of one of many names? What an attention layer looks up, a state must have kept.
+"""Associative recall: attention looks a pair up, a state of constant size must have stored it.
 
 A conversation lists n names with a word each (`K red`, one to a line) and then asks for some of them (`K?`). The
-answer says the name again, as the list does (`K red`). Words and names are single tokens of the picture world's
-tokenizer, so that nothing is measured but how much is kept. `benchmarks/recall.py` trains and scores models on it.
+answer repeats the line (`K red`). Words and names are single tokens of the picture world's tokenizer, so that only
+memory is measured. `benchmarks/recall.py` trains and scores models on it.
 """
 
 import math
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from mmmamba.conversion.distillation.data import ConversationEncoder
 from mmmamba.processing_mmmamba import MmMambaProcessor
 
-from .data import InOrder
+from .data import EndlessDataset
 from .tokenizer import SYSTEM_MESSAGE
 from .world import COLORS, SHAPES
 
@@ -27,20 +27,20 @@ WORDS = (*COLORS, *SHAPES)
 class RecallExample(NamedTuple):
     """A list of names with words, and questions about it with their answers."""
 
-    told: str
+    listing: str
     turns: tuple[tuple[str, str], ...]
 
 
 @lru_cache
-def names_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """What is one token at a line's beginning, before a word and before a question mark: digits, letters, the rest."""
+def single_token_names(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The names that are one token at the start of a line, whatever follows: digits, then letters, then others."""
 
     def tokens(text: str) -> list[str]:
         return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     names = []
     for token in set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-        name = token.replace("▁", " ")  # some are read as one token only after a space
+        name = token.replace("▁", " ")  # some are one token only after a space
         if name.strip() and name.strip() not in WORDS:
             lines = tokens(f"x\n{name} red\n{name}?")
             if lines[2:4] == [token, "▁red"] and lines[-2:] == [token, "?"] and len(lines) == 7:
@@ -53,11 +53,11 @@ def recall(names: tuple[str, ...], seed: int, index: int, items: int, asked: int
     """Example number `index`.
 
     Args:
-        names: To choose from; see `names_of`.
-        seed: Which series.
-        index: In it.
+        names: To choose from; see `single_token_names`.
+        seed: Of the series.
+        index: In the series.
         items: Names that are listed.
-        asked: How many of them are asked for, each once.
+        asked: How many of these are asked for, each once.
     """
     rng = np.random.default_rng((seed, index, items))
     words = rng.integers(len(WORDS), size=items)
@@ -67,15 +67,15 @@ def recall(names: tuple[str, ...], seed: int, index: int, items: int, asked: int
     return RecallExample("\n".join(lines), tuple((f"{names[chosen[i]]}?", lines[i]) for i in order))
 
 
-class RecallConversations(InOrder):
-    """An endless series of recall conversations with 4 to `most` names, few as often as many (by their logarithm).
+class RecallConversations(EndlessDataset):
+    """Recall conversations without end; the number of names is log-uniform between 4 and `max_items`.
 
     Args:
         processor: Of the picture world.
-        seed: Which series.
-        batch_size: Conversations that go together.
-        most: Largest number of names in a list.
-        known: Names to choose from, the first of `names_of`; all if not given.
+        seed: Of the series.
+        batch_size: Conversations of similar length that follow each other.
+        max_items: Largest number of names in a list.
+        num_names: How many of `single_token_names` to choose from, the first ones; all if not given.
     """
 
     def __init__(
@@ -83,21 +83,21 @@ class RecallConversations(InOrder):
         processor: MmMambaProcessor,
         seed: int = 0,
         batch_size: int = 1,
-        most: int = 256,
-        known: int | None = None,
+        max_items: int = 256,
+        num_names: int | None = None,
     ):
         super().__init__(seed, batch_size)
-        self.encoder, self.most = ConversationEncoder(processor), most
-        self.names = names_of(processor.tokenizer)[:known]
+        self.encoder, self.max_items = ConversationEncoder(processor), max_items
+        self.names = single_token_names(processor.tokenizer)[:num_names]
 
     def row(self, index: int) -> dict[str, torch.Tensor]:
         """Conversation number `index`; see `ConversationEncoder`."""
         rng = np.random.default_rng((self.seed, index))
-        items = round(math.exp(rng.uniform(math.log(4), math.log(self.most))))
-        one = recall(self.names, self.seed, index, items, asked=16)
+        items = round(math.exp(rng.uniform(math.log(4), math.log(self.max_items))))
+        example = recall(self.names, self.seed, index, items, asked=16)
         messages = [{"role": "system", "content": SYSTEM_MESSAGE}]
-        told = one.told + "\n"
-        for question, answer in one.turns:
-            messages += [{"role": "user", "content": told + question}, {"role": "assistant", "content": answer}]
-            told = ""
+        listing = example.listing + "\n"  # in front of the first question
+        for question, answer in example.turns:
+            messages += [{"role": "user", "content": listing + question}, {"role": "assistant", "content": answer}]
+            listing = ""
         return self.encoder({"messages": messages})

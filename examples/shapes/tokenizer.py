@@ -1,7 +1,7 @@
 """Trains the tokenizer of the picture world: SentencePiece BPE with byte fallback, small enough to read.
 
 The corpus is the text of the world's own conversations, so that each word of a question is one token; anything else
-that a user may type falls apart into letters and bytes.
+that a user may type is split into letters and bytes.
 
     python -m mmmamba.examples.shapes.tokenizer        # writes tokenizer.model beside this file
 """
@@ -21,7 +21,7 @@ VOCAB_SIZE = 640
 
 
 def corpus() -> list[str]:
-    """The pieces of text that stand between special tokens, which are encoded one by one."""
+    """The texts between special tokens, as they are encoded one by one."""
     pieces = []
     for index in range(4000):
         _, turns = conversation("train", 1, index)

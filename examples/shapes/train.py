@@ -61,7 +61,7 @@ def fit(
 
     Args:
         model: Changed in place.
-        rows: An `InOrder`; its `batch_size` is a step's.
+        rows: An `EndlessDataset`; its `batch_size` is a step's.
         checkpoints: Folder of the Trainer's checkpoints, to resume from if it exists.
         steps: Optimiser steps.
         learning_rate: At the top.

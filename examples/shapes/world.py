@@ -1,9 +1,10 @@
-"""The picture world: coloured shapes and numbered cards on a light ground, and questions about them.
+"""The picture world: coloured shapes and numbered cards on a light background, and questions about them.
 
-Everything follows from integers: `example(split, seed, index)` always gives the same pictures, question and answer,
-and there is no last index. A picture is `cols x rows` tiles of 48 pixels, so that the model's dynamic tiling cuts it
-into exactly its tiles, and shows one to six things, each in a cell of 24 x 24 pixels. Whether a picture belongs to
-training or is held out depends on what it shows, so no held-out picture can turn up in training, whatever the seeds.
+Everything is generated from integers: `example(split, seed, index)` always gives the same pictures, question and
+answer, and any index is allowed. A picture is `cols x rows` tiles of 48 pixels, so that the model's dynamic tiling
+cuts it into exactly its tiles, and shows one to six things, each in a cell of 24 x 24 pixels. Whether a picture
+belongs to training or is held out depends on what it shows, so no held-out picture can occur in training, whatever
+the seeds.
 
     pictures, question, answer = example("test", seed=0, index=7)[1:]
     pictures[0].draw().resize((480, 480)).show()
@@ -64,15 +65,15 @@ class Thing(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A scene: its grid of tiles (columns, rows), the colour of its ground, and its things in tile order."""
+    """A scene: its grid of tiles (columns, rows), the colour of its background, and its things in tile order."""
 
     grid: tuple[int, int]
-    ground: tuple[int, int, int]
+    background: tuple[int, int, int]
     things: tuple[Thing, ...]
 
     def draw(self) -> Image.Image:
         """The picture as RGB, `48 * columns` by `48 * rows` pixels."""
-        image = Image.new("RGB", (self.grid[0] * TILE, self.grid[1] * TILE), self.ground)
+        image = Image.new("RGB", (self.grid[0] * TILE, self.grid[1] * TILE), self.background)
         for thing in self.things:
             sprite = _sprite(thing.color, thing.shape, thing.number, thing.size)
             corner = tuple(
@@ -109,22 +110,22 @@ def _sprite(color: str, shape: str, number: int | None, size: int) -> Image.Imag
     outline = tuple(channel * 3 // 4 for channel in fill)
     line = side // 14
     sprite = Image.new("RGBA", (side, side), (*fill, 0))
-    pen = ImageDraw.Draw(sprite)
+    draw = ImageDraw.Draw(sprite)
     if shape == "circle":
-        pen.ellipse((0, 0, edge, edge), fill, outline, line)
+        draw.ellipse((0, 0, edge, edge), fill, outline, line)
     elif shape == "square":
-        pen.rounded_rectangle(
+        draw.rounded_rectangle(
             (side // 16, side // 16, edge - side // 16, edge - side // 16), side // 12, fill, outline, line
         )
     elif shape == "card":
-        paper = tuple((255 + channel) // 2 for channel in fill)  # light enough to read on, tinted enough to tell
-        pen.rounded_rectangle((0, 0, edge, edge), side // 8, paper, fill, side // 9)
+        paper = tuple((255 + channel) // 2 for channel in fill)  # light enough to read on, tinted enough to recognise
+        draw.rounded_rectangle((0, 0, edge, edge), side // 8, paper, fill, side // 9)
         font = ImageFont.load_default(size=side * 0.62)
-        pen.text((side / 2, side / 2), str(number), (25, 25, 35), font, "mm", stroke_width=side / 60)
+        draw.text((side / 2, side / 2), str(number), (25, 25, 35), font, "mm", stroke_width=side / 60)
     else:
         points = [(x * edge, y * edge) for x, y in _OUTLINES[shape]]
-        pen.polygon(points, fill)
-        pen.line([*points, points[0], points[1]], outline, line, joint="curve")
+        draw.polygon(points, fill)
+        draw.line([*points, points[0], points[1]], outline, line, joint="curve")
     return sprite.resize((size, size), Image.Resampling.LANCZOS)
 
 
@@ -172,9 +173,9 @@ def _any_scene(rng: np.random.Generator, small: bool) -> Picture:
     weights = (0.5, 0.25, 0.1, 0.15, 0, 0) if small else GRID_WEIGHTS
     grid = GRIDS[int(rng.choice(len(GRIDS), p=weights))]
     columns, rows = 2 * grid[0], 2 * grid[1]
-    most = 3 if small else min(6, columns * rows)
-    count = int(rng.integers(1, most + 1))
-    # A narrow choice of colours and shapes makes things alike, which counting and comparing need.
+    max_things = 3 if small else min(6, columns * rows)
+    count = int(rng.integers(1, max_things + 1))
+    # Counting and comparing need things that are alike: choose from fewer colours and shapes half of the time.
     colors, shapes = list(COLORS), list(SHAPES)
     if _chance(rng, 0.5):
         colors = [str(c) for c in rng.choice(colors, 3, replace=False)]
@@ -183,27 +184,27 @@ def _any_scene(rng: np.random.Generator, small: bool) -> Picture:
     corners = [(0, 0), (columns - 1, 0), (0, rows - 1), (columns - 1, rows - 1)]
     cells = [(x, y) for x in range(columns) for y in range(rows)]
     cells = [cells[i] for i in rng.permutation(len(cells))[:count]]
-    if _chance(rng, 0.5):  # or corners would be empty in most of the large pictures
+    if _chance(rng, 0.5):  # otherwise corners would be empty in most of the large pictures
         corner = _pick(rng, corners)
         if corner not in cells:
             cells[0] = corner
     things = []
     for cell in sorted(cells, key=_tile_order(grid)):
         shape = "card" if _chance(rng, 0.25) else _pick(rng, shapes)
-        card = shape == "card"
+        is_card = shape == "card"
         things.append(
             Thing(
                 color=_pick(rng, colors),
                 shape=shape,
-                number=_number(rng) if card else None,
+                number=_number(rng) if is_card else None,
                 cell=cell,
-                # Cards stand exactly in their cells: digits of seven pixels are small enough to read as it is.
-                size=20 if card else int(rng.integers(18, 21)),
-                offset=(0, 0) if card else (int(rng.integers(-1, 2)), int(rng.integers(-1, 2))),
+                # Cards are neither shrunk nor shifted: their digits are seven pixels high, hard enough to read.
+                size=20 if is_card else int(rng.integers(18, 21)),
+                offset=(0, 0) if is_card else (int(rng.integers(-1, 2)), int(rng.integers(-1, 2))),
             )
         )
-    ground = tuple(int(v) for v in rng.integers(238, 256, 3))
-    return Picture(grid, ground, tuple(things))
+    background = tuple(int(v) for v in rng.integers(238, 256, 3))
+    return Picture(grid, background, tuple(things))
 
 
 def _number(rng: np.random.Generator) -> int:
@@ -215,7 +216,7 @@ def _tile_order(grid: tuple[int, int]) -> Callable[[tuple[int, int]], tuple[int,
     return lambda cell: (cell[1] // 2, cell[0] // 2, cell[1] % 2, cell[0] % 2)
 
 
-# --- questions: each takes (rng, pictures) and gives (question, answer), or None where the pictures do not allow it --
+# --- questions: each function returns (question, answer), or None if it cannot be asked about these pictures ---------
 
 
 def _tally(things) -> Counter:
@@ -260,23 +261,23 @@ def _ask_tally(rng, pictures):
     by_count: dict[int, list[str]] = {}
     for attribute in (*COLORS, *SHAPES):
         by_count.setdefault(min(counts[attribute], 3), []).append(attribute)
-    # Large counts are rare in scenes and zero is always there, so the answers are balanced by weight.
+    # In scenes large counts are rare and zero always occurs, so weights balance the answers.
     weights = np.array([{0: 1.0, 1: 1.3, 2: 3.0, 3: 6.0}[n] for n in by_count])
     attribute = _pick(rng, list(by_count.values())[int(rng.choice(len(weights), p=weights / weights.sum()))])
     return f"How many {_plural(attribute)} are there?", COUNT_WORDS[counts[attribute]]
 
 
 def _absent_name(rng, pictures) -> str | None:
-    """A name that no picture shows, though mostly its colour and its shape occur in them apart."""
+    """A name that no picture shows; mostly its colour and its shape occur, in different things."""
     things = [t for p in pictures for t in p.things]
     present = {t.name for t in things}
-    near = sorted({f"{a.color} {b.shape}" for a in things for b in things} - present)
-    if near and _chance(rng, 0.6):
-        return _pick(rng, near)
+    recombined = sorted({f"{a.color} {b.shape}" for a in things for b in things} - present)
+    if recombined and _chance(rng, 0.6):
+        return _pick(rng, recombined)
     absent = [n for n in (f"{c} {s}" for c in COLORS for s in SHAPES) if n not in present]
     thing = _pick(rng, things)
-    half = [n for n in absent if thing.color in n.split() or thing.shape in n.split()]
-    return _pick(rng, half or absent)
+    half_present = [n for n in absent if thing.color in n.split() or thing.shape in n.split()]
+    return _pick(rng, half_present or absent)
 
 
 def _ask_exist(rng, pictures):
@@ -300,29 +301,33 @@ def _ask_number(rng, pictures):
 def _ask_corner(rng, pictures):
     picture = pictures[0]
     columns, rows = 2 * picture.grid[0], 2 * picture.grid[1]
-    at = {t.cell: t.name for t in picture.things}
+    name_at = {t.cell: t.name for t in picture.things}
     corners = {
         "top left": (0, 0),
         "top right": (columns - 1, 0),
         "bottom left": (0, rows - 1),
         "bottom right": (columns - 1, rows - 1),
     }
-    filled = [name for name, cell in corners.items() if cell in at]
-    empty = [name for name, cell in corners.items() if cell not in at]
+    filled = [name for name, cell in corners.items() if cell in name_at]
+    empty = [name for name, cell in corners.items() if cell not in name_at]
     if filled and (not empty or _chance(rng, 0.85)):
         name = _pick(rng, filled)
     elif filled:
         name = _pick(rng, empty)
     else:
         return None
-    return f"What is in the {name} corner?", at.get(corners[name], "nothing")
+    return f"What is in the {name} corner?", name_at.get(corners[name], "nothing")
 
 
 def _ask_where(rng, pictures):
     picture = pictures[0]
     names = Counter(t.name for t in picture.things)
     things = [t for t in picture.things if names[t.name] == 1]
-    if not things or picture.grid not in ((1, 1), (2, 1), (2, 2)):  # in wider pictures quarters cut tiles
+    if not things or picture.grid not in (
+        (1, 1),
+        (2, 1),
+        (2, 2),
+    ):  # in wider ones a quarter ends inside a tile
         return None
     thing = _pick(rng, things)
     return f"Where is the {thing.name}?", quadrant(picture, thing)
@@ -339,7 +344,7 @@ def _ask_compare(rng, pictures):
     attributes = list(COLORS) if _chance(rng, 0.5) else list(SHAPES)
     present = [a for a in attributes if counts[a]]
     yes = _chance(rng, 0.5)
-    # Mostly both sides of the comparison are there, so that seeing one of them does not give the answer away.
+    # Mostly both sides of the comparison occur, so that seeing one of them does not give the answer away.
     others = present if len(present) > 1 and _chance(rng, 0.75) else attributes
     pairs = [(a, b) for a in present for b in others if a != b]
     unequal = [(a, b) if (counts[a] > counts[b]) == yes else (b, a) for a, b in pairs if counts[a] != counts[b]]
@@ -366,14 +371,14 @@ def _ask_pick(rng, pictures):
     index = int(rng.integers(len(pictures)))
     things = pictures[index].things
     counts = _tally(things)
-    form = int(rng.integers(3))
-    if form == 0:
+    wording = int(rng.integers(3))
+    if wording == 0:
         return f"How many objects are in the {ORDINALS[index]} picture?", COUNT_WORDS[len(things)]
-    unique = [t for t in things if counts[t.shape] == 1 and (t.shape == "card") == (form == 1)]
+    unique = [t for t in things if counts[t.shape] == 1 and (t.shape == "card") == (wording == 1)]
     if not unique:
         return None
     thing = _pick(rng, unique)
-    if form == 1:
+    if wording == 1:
         return f"What number is on the card in the {ORDINALS[index]} picture?", str(thing.number)
     return f"What color is the {thing.shape} in the {ORDINALS[index]} picture?", thing.color
 
@@ -391,8 +396,8 @@ ONE_PICTURE = {
 }
 SEVERAL_PICTURES = {"which": _ask_which, "pick": _ask_pick}
 KINDS = (*ONE_PICTURE, *SEVERAL_PICTURES)
-# How `conversation` asks for training: what is hard to learn more often. Its defaults ask for all kinds much alike.
-TRAINING = {"turns": 10, "several_pictures": 0.3, "times": {"corner": 2, "where": 3, "which": 6, "pick": 3}}
+# Arguments of `conversation` for training: kinds that are hard to learn are asked more often than by default.
+TRAINING = {"turns": 10, "several_pictures": 0.3, "repeats": {"corner": 2, "where": 3, "which": 6, "pick": 3}}
 
 
 # --- examples and conversations --------------------------------------------------------------------------------------
@@ -433,29 +438,29 @@ def conversation(
     index: int,
     turns: int = 8,
     several_pictures: float = 0.22,
-    times: Mapping[str, int] = MappingProxyType({"which": 3, "pick": 3}),
+    repeats: Mapping[str, int] = MappingProxyType({"which": 3, "pick": 3}),
 ) -> tuple[tuple[Picture, ...], list[tuple[str, str]]]:
     """Conversation number `index` of a stream: pictures and up to `turns` (question, answer) pairs about them.
 
     Several questions share the work of seeing the pictures, which makes training cheaper.
 
     Args:
-        split, seed, index: Which one.
-        turns: Most questions.
+        split, seed, index: As in `example`.
+        turns: Largest number of questions.
         several_pictures: Share of conversations about several pictures.
-        times: How often a kind may be asked; once if it is not named.
+        repeats: Kind to how often it may be asked; once if it is not named.
     """
     rng = _generator(split, seed, index)
     several = _chance(rng, several_pictures)
     kinds = SEVERAL_PICTURES if several else ONE_PICTURE
     while True:
         pictures = _pictures(rng, split, several)
-        order = [kind for kind in kinds for _ in range(times.get(kind, 1))]
+        order = [kind for kind in kinds for _ in range(repeats.get(kind, 1))]
         asked: dict[str, str] = {}
         for i in rng.permutation(len(order)):
             if len(asked) < turns and (pair := kinds[order[i]](rng, pictures)):
                 asked[pair[0]] = pair[1]
-        if asked:  # several pictures may be too alike to ask anything
+        if asked:  # there may be no question that tells the pictures apart
             return pictures, list(asked.items())
 
 
@@ -464,18 +469,18 @@ def sheet(seed: int = 0, count: int = 24, zoom: int = 4) -> Image.Image:
     font = ImageFont.load_default(size=18)
     columns, width, height = 3, 540, 480
     page = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
-    pen = ImageDraw.Draw(page)
+    draw = ImageDraw.Draw(page)
     for index in range(count):
-        one = example("test", seed, index)
+        shown = example("test", seed, index)
         left, top = index % columns * width + 10, index // columns * height + 10
         x = left
-        for picture in one.pictures:
+        for picture in shown.pictures:
             image = picture.draw()
-            scale = min(zoom, 520 / len(one.pictures) / image.width - 0.05)
+            scale = min(zoom, 520 / len(shown.pictures) / image.width - 0.05)
             image = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.BICUBIC)
             page.paste(image, (x, top))
             x += image.width + 8
-        pen.text((left, top + 400), f"{one.question}\n{one.answer}", "black", font)
+        draw.text((left, top + 400), f"{shown.question}\n{shown.answer}", "black", font)
     return page
 
 

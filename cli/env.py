@@ -1,4 +1,4 @@
-"""`mmmamba env`: what was found here, what a model will use, and why."""
+"""`mmmamba env`: the packages and devices here, and what a model will use."""
 
 import argparse
 import os
@@ -8,23 +8,20 @@ from importlib.util import find_spec
 
 import torch
 
-from .ssm_mmmamba import BACKENDS, ENVIRONMENT, backend, why_not
+from mmmamba.backends_mmmamba import BACKENDS, ENVIRONMENT, backend, unavailable_reason
 
 
 PACKAGES = ("torch", "torchvision", "transformers", "triton", "mamba-ssm", "causal-conv1d", "flash-attn", "accelerate")
 
 
-def usable_device(name: str) -> torch.device:
-    """The device that `--device` names. Raises ValueError if it is not there."""
+def usable_device(name: str | None) -> torch.device:
+    """The device that `--device` names; if it is not given, the GPU or else the CPU. Raises ValueError if missing."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's ways to say so
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used here ({reason}); try --device cpu.") from None
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`mmmamba env` has no arguments."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
                 used = f"nothing ({error})"
             print(f"  {str(dtype).removeprefix('torch.'):9} Mamba-2 layers use {used}")
         for candidate in BACKENDS:
-            reason = why_not(candidate, device.type, torch.bfloat16)
+            reason = unavailable_reason(candidate, device.type, torch.bfloat16)
             print(f"    {candidate:7} {'can run' if reason is None else reason}")
         recorded = device.type == "cuda" and torch.version.cuda is not None
         print(f"  decoding steps are {'recorded as CUDA graphs' if recorded else 'run one by one'}")

@@ -1,0 +1,86 @@
+"""The arguments of each command, declared without importing torch so that `--help` answers at once."""
+
+import argparse
+from pathlib import Path
+
+
+SHAPES = Path(__file__).parent.parent / "examples" / "shapes"
+HYBRID = SHAPES / "hybrid"
+
+
+def chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("question", nargs="?", help="ask this and stop; without it, ask as long as you like")
+    parser.add_argument("--model", type=Path, default=HYBRID, help="model folder (default: the small hybrid)")
+    parser.add_argument("--image", type=Path, action="append", default=[], help="image file; may be repeated")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        action="append",
+        default=[],
+        help="text file of any length to read first; may be repeated",
+    )
+    parser.add_argument("--state", type=Path, help="conversation file: continued if it exists, saved at the end")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (default: 256)")
+    device(parser)
+
+
+def device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if available)")
+
+
+def evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, default=HYBRID, help="model folder (default: the small hybrid)")
+    parser.add_argument("--questions", type=int, default=2000, help="how many (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="which held-out questions (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="SRC", help="folder with config.json, safetensors and, if any, the tokenizer"
+    )
+    parser.add_argument("destination", metavar="DST", help="model folder to make; must not exist")
+
+
+def seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", metavar="TEACHER", help="model folder whose layers are all attention")
+    parser.add_argument("destination", metavar="DST", help="model folder to make; must not exist")
+    layers = parser.add_mutually_exclusive_group(required=True)
+    layers.add_argument("--linear", action="store_true", help="make every layer Mamba-2")
+    layers.add_argument("--attention-layers", type=_layer_list, metavar="0,4,…", help="layers that stay attention")
+    layers.add_argument("--num-attention", type=int, metavar="N", help="how many layers stay attention")
+    parser.add_argument(
+        "--strategy",
+        choices=("head-interleaved", "tail-interleaved", "head-stacked", "tail-stacked"),
+        help="where the N attention layers stand (default: head-interleaved)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the new parameters (default: 0)")
+
+
+def _layer_list(text: str) -> list[int]:
+    try:
+        return sorted({int(item) for item in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 0,4,8") from None
+
+
+def distill(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a recipe of the package, e.g. shapes-linear")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as stage_3.steps=100 output=runs/mine")
+    parser.add_argument(
+        "--cost", type=int, metavar="TOKENS", help="only compute the cost, for conversations of so many tokens"
+    )
+    parser.add_argument("--only", choices=("seed", "1", "2", "3", "export"), help="run this step alone")
+
+
+def push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", type=Path, help="model folder")
+    parser.add_argument("repo", metavar="REPO", help="its name on the Hub: user/name")
+    parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to upload to; made if it is not there")
+    parser.add_argument("--message", metavar="TEXT", help="message of the commit")
+    parser.add_argument("--dry-run", action="store_true", help="check the folder, list what would go, send nothing")
+
+
+def env(parser: argparse.ArgumentParser) -> None:
+    """`mmmamba env` has no arguments."""

@@ -1,0 +1,17 @@
+"""`mmmamba convert`: a published checkpoint into a model folder of this package."""
+
+import argparse
+
+from mmmamba.conversion.convert import convert
+from mmmamba.conversion.shards import listed
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs `mmmamba convert` and lists the tensors that have no place in the new layout."""
+    report = convert(args.source, args.destination, progress=True)
+    for reason in dict.fromkeys(report.left_out.values()):
+        names = [name for name in report.left_out if report.left_out[name] == reason]
+        print(f"left out: {listed(names, most=3)} ({reason})")
+    for note in report.notes:
+        print(f"note: {note}")
+    print(f"{report.tensors} tensors written to {args.destination}")

@@ -1,0 +1,97 @@
+"""The command `mmmamba`. A command's code, and torch with it, is imported only when the command runs."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from mmmamba.benchmarks import bench
+
+from . import arguments
+
+
+# Name to help, declaration of the arguments, and the module whose run(args) runs the command.
+COMMANDS = {
+    "chat": ("talk to a model about a picture", arguments.chat, "mmmamba.cli.chat"),
+    "evaluate": ("score a model on the picture world", arguments.evaluate, "mmmamba.examples.shapes.evaluate"),
+    "convert": (
+        "convert a HoVLE or released mmMamba checkpoint into a model folder",
+        arguments.convert,
+        "mmmamba.cli.convert",
+    ),
+    "seed": ("make a student with Mamba-2 layers from a teacher", arguments.seed, "mmmamba.cli.seed"),
+    "distill": (
+        "seed a student and train it in three stages",
+        arguments.distill,
+        "mmmamba.conversion.distillation.run",
+    ),
+    "env": ("show packages and devices, which implementations are used and why", arguments.env, "mmmamba.cli.env"),
+    "bench": ("measure speed and memory beside peers", bench.add_arguments, "mmmamba.benchmarks.bench"),
+    "push": ("upload a model folder to the Hugging Face Hub", arguments.push, "mmmamba.conversion.push"),
+}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Declares its arguments when its command is the one given, and reports a wrong command line in one sentence.
+
+    Args:
+        declare: Adds the arguments to the parser.
+    """
+
+    def __init__(self, *args, declare: Callable[[argparse.ArgumentParser], None] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._declare = declare
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self._declare is not None:
+            self._declare(self)
+            self._declare = None
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; see `{self.prog} --help`.\n")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="mmmamba", description="mmMamba: convert, seed, score and talk to models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (summary, declare, module) in COMMANDS.items():
+        description = f"{summary[0].upper()}{summary[1:]}."
+        command = commands.add_parser(name, help=summary, description=description, declare=declare)
+        command.set_defaults(module=module)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The command line without the program's name; that of the process if not given.
+
+    Returns:
+        The exit code: 0 when all went well, 1 when not (after one sentence on stderr), 130 when interrupted. A wrong
+        command line exits with 2.
+    """
+    try:
+        parser = _parser()
+        args, more = parser.parse_known_args(argv)
+        # argparse takes KEY=VALUE before options only.
+        if more and hasattr(args, "overrides") and all("=" in text and text[0] != "-" for text in more):
+            args.overrides += more
+        elif more:
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        return import_module(args.module).run(args) or 0
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        # A strict config wraps the sentence that says what is wrong.
+        cause = error.__cause__ if type(error).__name__.startswith("StrictDataclass") else error
+        if not isinstance(cause, ValueError | TypeError | OSError | ImportError):
+            raise
+        print(f"error: {cause}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-../../../capture_mmmamba.py

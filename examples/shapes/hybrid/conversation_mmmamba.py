@@ -1,1 +1,0 @@
-../../../conversation_mmmamba.py

@@ -1,1 +1,0 @@
-../../../attention_mmmamba.py

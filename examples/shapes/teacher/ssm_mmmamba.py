@@ -1,1 +1,0 @@
-../../../ssm_mmmamba.py

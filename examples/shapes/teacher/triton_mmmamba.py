@@ -1,1 +1,0 @@
-../../../triton_mmmamba.py
