@@ -1,9 +1,9 @@
 """Generation: `generate` of Transformers around this package's own way to read a prompt.
 
 A prompt of any kind (token ids or embeddings, padded or not, with pictures, continuing a cache) is read here and only
-here, in pieces, before Transformers' loop begins; the loop's first step gets the last token. So neither peak memory
-nor a version's own idea of chunked prefill depends on the prompt. Of Transformers only public hooks are touched:
-`generate`, `prepare_inputs_for_generation` and `forward`.
+here, in pieces, before Transformers' loop begins; the loop's first step reads the last piece. So peak memory does not
+depend on the prompt, nor does an answer on a version's own way to prefill. Of Transformers only public hooks are
+touched: `generate`, `prepare_inputs_for_generation` and `forward`.
 """
 
 import copy
@@ -111,7 +111,7 @@ class _Call:
         model: Whose call it is: an assistant's may run inside.
         offset: Tokens of the sequence that the loop's `input_ids` lack at their beginning.
         images: Of the prompt, None if there are none or all were read.
-        images_begin: Where in the sequence `images` begins.
+        begin: Where in the sequence the tokens that `generate` was given begin, and so `images`.
         steps: How many tokens may follow.
         step: What was recorded.
         may_record: Whether steps may be recorded.
@@ -120,7 +120,7 @@ class _Call:
     model: object
     offset: int = 0
     images: PromptImages | None = None
-    images_begin: int = 0
+    begin: int = 0
     steps: int = 0
     step: RecordedStep | None = None
     may_record: bool = False
@@ -159,7 +159,7 @@ class MmMambaGenerationMixin(GenerationMixin):
         total = length if mask is None else mask.shape[1]
         new_tokens = option("max_new_tokens") or (option("max_length") or length + 20) - length
         call = _Call(self, offset=total - (0 if ids is None else ids.shape[1]), steps=new_tokens)
-        call.images_begin = total - length
+        call.begin = total - length
 
         cache = caches[0] if caches else None
         if option("use_cache") is not False:
@@ -182,7 +182,12 @@ class MmMambaGenerationMixin(GenerationMixin):
                 places = self.model.image_places(ids if embeds is None else None, embeds)
                 rows = None if encoded is None else encoded.pooler_output
                 call.images = PromptImages(self, places, pixel_values, rows)
+            repeats = max(option("num_beams") or 1, option("num_return_sequences") or 1)
             if cache is not None and not any(option(name) for name in WHOLE_PROMPT):
+                size = chunk_size or self.default_chunk_size(len(given), total, given.device)
+                begin = cache.get_seq_length() - call.begin
+                # The loop's first step reads the last piece; but one token of it where it reads several copies.
+                last = begin + (length - 1 - begin) // size * size if repeats == 1 else length - 1
                 self.read_prompt(
                     cache,
                     input_ids=ids if embeds is None else None,
@@ -190,10 +195,9 @@ class MmMambaGenerationMixin(GenerationMixin):
                     attention_mask=mask,
                     position_ids=kwargs.get("position_ids"),
                     images=call.images,
-                    stop=length - 1,
-                    chunk_size=chunk_size,
+                    stop=last,
+                    chunk_size=size,
                 )
-            repeats = max(option("num_beams") or 1, option("num_return_sequences") or 1)
             if cache is not None:
                 wrapped = MmMambaCache.wrapping(cache, self.config.text_config)
                 wrapped.repeat_rows(repeats)
@@ -350,7 +354,7 @@ class MmMambaGenerationMixin(GenerationMixin):
         if kwargs.get("position_ids") is not None:
             inputs["position_ids"] = kwargs["position_ids"][..., -unread:]
         if call.images is not None:
-            start = read - call.images_begin
+            start = read - call.begin
             repeats = rows // call.images.batch_size
             inputs["mm_encoder_outputs"] = call.images.within(start, start + unread, repeats)
         elif not in_generate and (first or cache is None):  # a loop of somebody's own

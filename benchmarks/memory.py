@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from mmmamba.cache_mmmamba import CACHE
+
 from .models import add_arguments as add_models
 from .models import bytes_of_cache, make
 from .plot import lines
@@ -85,7 +87,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     output = answer(length)
     seconds = time.perf_counter() - start
     peak = most(device) - before
-    kept = sum(bytes_of_cache(output.past_key_values))
+    kept = sum(bytes_of_cache(output[CACHE]))
     return {"peak MiB": peak / 2**20, "kept MiB": kept / 2**20, "seconds": seconds, "tokens/s": length / seconds}
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmmamba.capture_mmmamba import Step
+from mmmamba.cache_mmmamba import CACHE
+from mmmamba.capture_mmmamba import RecordedStep
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
@@ -77,14 +78,14 @@ def read(model, length: int, batch: int = 1):
     """
     start = 16
     ids = torch.randint(4, model.config.get_text_config().vocab_size, (batch, start), device=model.device)
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True)[CACHE]
     for layer in cache.layers:
         if getattr(layer, "keys", None) is not None:
             shape = (*layer.keys.shape[:2], length - start, layer.keys.shape[3])
             more = torch.randn(shape, device=model.device, dtype=layer.keys.dtype)
             layer.keys, layer.values = torch.cat([layer.keys, more], 2), torch.cat([layer.values, more], 2)
-    if hasattr(cache, "seen_tokens"):
-        cache.seen_tokens = length
+    if hasattr(cache, "advance"):
+        cache.advance(length - cache.get_seq_length())
     return cache
 
 
@@ -93,7 +94,7 @@ def stepper(model, cache, batch: int, recorded: bool, steps: int):
     ids = torch.full((batch, 1), 5, device=model.device)
     if recorded:
         with torch.no_grad():
-            step = Step(model, cache, None, batch, int(cache.get_seq_length()) + steps)
+            step = RecordedStep(model, cache, None, batch, int(cache.get_seq_length()) + steps)
         return lambda: step(ids)
     lengths = {"position": int(cache.get_seq_length())}
 
@@ -101,7 +102,7 @@ def stepper(model, cache, batch: int, recorded: bool, steps: int):
     def run():
         positions = torch.full((batch, 1), lengths["position"], device=model.device)
         lengths["position"] += 1
-        return model(ids, past_key_values=cache, use_cache=True, position_ids=positions).logits
+        return model(ids, **{CACHE: cache}, use_cache=True, position_ids=positions).logits
 
     return run
 
