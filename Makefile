@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: chat test install lock
+.PHONY: chat test test-versions install lock
 
 chat: $(VENV)/installed
 	$(VENV)/bin/mmmamba chat
@@ -13,6 +13,10 @@ test: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest tests
+
+# The tests that touch Transformers, on its oldest supported and its newest released version.
+test-versions: $(VENV)/installed-test
+	$(VENV)/bin/python tests/versions.py
 
 install: $(VENV)/installed
 

@@ -85,8 +85,6 @@ class MmMambaCache(Cache):
         Raises:
             ValueError: if it is no cache, or one of another kind of model.
         """
-        if hasattr(cache, "advance"):
-            return cache
         layers = getattr(cache, "layers", None)
         if not isinstance(layers, list):
             raise ValueError(
@@ -102,6 +100,8 @@ class MmMambaCache(Cache):
                 f"{kinds.count('linear_attention')} state layers in another order or number than this model's "
                 f"{len(config.layer_types)} layers; pass model.new_cache(), or DynamicCache(config=model.config)."
             )
+        if hasattr(cache, "advance"):
+            return cache
         wrapper = cls.__new__(cls)
         wrapper.__dict__.update(cache.__dict__)
         wrapper._read = int(cache.get_seq_length()) if wrapper.attention_layers else 0
@@ -125,6 +125,12 @@ class MmMambaCache(Cache):
             if isinstance(layer, DynamicLayer):  # others may have cropped it
                 return layer.get_seq_length()
         return self._read
+
+    @property
+    def fixed_capacity(self) -> int | None:
+        """Tokens that keys and values of fixed length have room for; None if they grow, or there are none."""
+        lengths = (layer.max_cache_len for layer in self.layers if isinstance(layer, StaticLayer))
+        return next(lengths, None)
 
     def advance(self, tokens: int) -> None:
         """Says that all layers have read so many tokens more."""

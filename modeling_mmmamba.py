@@ -595,14 +595,18 @@ class MmMambaModel(MmMambaPreTrainedModel):
         """What each type of layer needs of a (B, past + L) mask; a dict of these is returned as it is."""
         if isinstance(attention_mask, dict):
             return attention_mask
-        masks = {}
+        masks, (rows, length) = {}, inputs_embeds.shape[:2]
         if "full_attention" in self.config.text_config.layer_types:
+            padding = attention_mask
+            if padding is None and cache is not None and (capacity := cache.fixed_capacity) is not None:
+                filled = torch.arange(capacity, device=inputs_embeds.device) < cache.get_seq_length() + length
+                padding = filled.expand(rows, -1)
             # By position: the cache's argument has another name in every second version of Transformers.
             masks["full_attention"] = create_causal_mask(
-                self.config.text_config, inputs_embeds, attention_mask, cache, position_ids
+                self.config.text_config, inputs_embeds, padding, cache, position_ids
             )
         if attention_mask is not None and attention_mask.ndim == 2:
-            masks["linear_attention"] = Sequences.from_mask(attention_mask[:, -inputs_embeds.shape[1] :])
+            masks["linear_attention"] = Sequences.from_mask(attention_mask[:, -length:])
         return masks
 
     def rotary(self, attention_mask, inputs_embeds: Tensor, cache: MmMambaCache | None, position_ids) -> dict:

@@ -50,8 +50,9 @@ logging.getLogger("transformers").addHandler(_deprecations)
 
 
 @pytest.fixture(autouse=True)
-def nothing_deprecated_is_used():
+def nothing_deprecated_is_used(request):
     """Our code calls what every supported version of Transformers will go on to have."""
     _deprecations.messages.clear()
     yield
-    assert not _deprecations.messages
+    if request.node.get_closest_marker("deprecations") is None:
+        assert not _deprecations.messages

@@ -1,6 +1,7 @@
 """chat() and batch_chat(): what a user of the published card does."""
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,7 @@ def test_the_published_quick_start_runs_from_a_saved_folder(talker, tokenizer, t
     talker.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     environment = {"HF_HOME": str(tmp_path / "home"), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    environment |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
     done = subprocess.run(
         [sys.executable, "-c", QUICK_START, str(tmp_path / "model")],
         cwd=tmp_path,

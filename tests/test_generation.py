@@ -1,14 +1,11 @@
 """`generate` gives each row of a batch what it gives alone, whatever the strategy, the cache and the prefill."""
 
-import copy
-
 import pytest
 import torch
-from tiny_models import tiny_model, token_ids
+from tiny_models import LAYER_TYPES, tiny_model, token_ids
 from transformers import GenerationConfig
-from transformers.cache_utils import DynamicLayer
 
-from mmmamba.cache_mmmamba import CACHE, MmMambaCache, MmMambaKeyValueLayer
+from mmmamba.cache_mmmamba import CACHE, MmMambaCache
 
 
 STEPS = 6
@@ -103,10 +100,12 @@ def test_prefill_in_pieces(model, size):
 
 
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 3}, {"num_beams": 2}])
-def test_static_cache(model, options):
-    expected_tokens, expected, _ = generate(model, batch(), **options)
-    tokens, logits, output = generate(model, batch(), cache_implementation="static", disable_compile=True, **options)
-    capacity = batch()["input_ids"].shape[1] + STEPS
+@pytest.mark.parametrize("padded", [True, False])
+def test_static_cache(model, options, padded):
+    inputs = batch() if padded else next(iter(rows_alone()))
+    expected_tokens, expected, _ = generate(model, inputs, **options)
+    tokens, logits, output = generate(model, inputs, cache_implementation="static", **options)
+    capacity = inputs["input_ids"].shape[1] + STEPS
     assert all(output[CACHE].keys(i).shape[2] == capacity for i in output[CACHE].attention_layers)
     assert tokens.tolist() == expected_tokens.tolist()
     close(logits, expected)
@@ -185,33 +184,80 @@ def test_too_few_pictures_are_refused_in_words(model, beams):
         generate(model, inputs, num_beams=beams)
 
 
-@torch.no_grad()
-def test_keys_and_values_grow_in_place_whatever_others_do_to_them():
-    """As Transformers' own layer over random updates, with cropping, reordering and a copy in between."""
-    torch.manual_seed(0)
-    layers, copies, places = [MmMambaKeyValueLayer(), DynamicLayer()], [], set()
-    for step in range(60):
-        new = torch.randn(2, 2, 3, 1 + 40 * (step % 7 == 0), 4)
-        (keys, values), (expected_keys, expected_values) = (layer.update(*new) for layer in layers)
-        assert torch.equal(keys, expected_keys) and torch.equal(values, expected_values)
-        places.add(keys.data_ptr())
-        if step == 20:
-            copies = [copy.deepcopy(layer) for layer in layers]
-        for layer in layers:
-            if step == 30:
-                layer.keys, layer.values = layer.keys[:, :, :-9], layer.values[:, :, :-9]
-            if step == 40:
-                layer.reorder_cache(torch.tensor([1, 0]))
-    assert len(places) < 12
-    assert all(torch.equal(*pair) for pair in zip(*(layer.update(*new) for layer in copies), strict=True))
-
-
-def test_training_may_fill_a_cache(model):
-    """Keys and values even twice; the states of Mamba-2 layers are overwritten, as in Transformers' own models."""
-    ids = prompt(6, seed=3)
-    model = copy.deepcopy(model).requires_grad_()
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        ((5, 0, 9), "read 0 tokens, but with 5 tokens given and a sequence of 9 .* should have read 4 to 8"),
+        ((5, 8, None), "read 8 tokens, but with 5 tokens given and a sequence of 5 .* should have read 0 to 4"),
+        ((5, 5, 5), "read 5 tokens, but with 5 tokens given"),
+    ],
+)
+@pytest.mark.parametrize("size", [None, 3])
+def test_tokens_mask_and_cache_that_contradict_each_other_are_refused_in_words(model, lengths, words, size):
+    new, read, mask = lengths
     cache = model.new_cache()
-    if True:
-        model(ids, **{CACHE: cache})
-    model(ids, **{CACHE: cache}).logits.sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.model.layers.parameters())
+    if read:
+        model(prompt(read, seed=1), **{CACHE: cache})
+    inputs = {} if mask is None else {"attention_mask": torch.ones(1, mask, dtype=torch.long)}
+    with pytest.raises(ValueError, match=words):
+        model.generate(prompt(new, seed=2), **inputs, **{CACHE: cache}, prefill_chunk_size=size, max_new_tokens=3)
+    with pytest.raises(ValueError, match="holds 1 rows and the prompt has 2"):
+        model(prompt(4, seed=3), **{CACHE: (filled := model.new_cache())})
+        model.generate(prompt(9, seed=3).expand(2, -1), **{CACHE: filled})
+
+
+def test_caches_that_there_are_not_are_refused_in_words(model):
+    row = next(iter(rows_alone()))
+    with pytest.raises(ValueError, match=r"'quantized' is not among this model's caches: 'dynamic'"):
+        generate(model, row, cache_implementation="quantized")
+    with pytest.raises(ValueError, match="makes a cache, and one was given"):
+        generate(model, row, cache_implementation="static", **{CACHE: model.new_cache()})
+
+
+def test_a_default_cache_of_the_models_own_generation_config(model):
+    row = next(iter(rows_alone()))
+    expected, _, _ = generate(model, row)
+    model.generation_config.cache_implementation = "static"
+    try:
+        tokens, _, output = generate(model, row)
+    finally:
+        model.generation_config.cache_implementation = None
+    assert tokens.tolist() == expected.tolist()
+    assert all(output[CACHE].keys(i).shape[2] > 20 for i in output[CACHE].attention_layers)
+
+
+@pytest.mark.deprecations("Transformers' own assistant passes options beside a generation config")
+def test_a_teacher_may_be_assisted_and_states_say_that_they_cannot():
+    for kind in LAYER_TYPES:
+        model, row = tiny_model(kind), {"input_ids": prompt(9, seed=4)}
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+        if kind == "teacher":
+            expected = model.generate(**row, **options)
+            assert torch.equal(model.generate(**row, **options, prompt_lookup_num_tokens=2), expected)
+            assert torch.equal(model.generate(**row, **options, assistant_model=tiny_model("teacher")), expected)
+        else:
+            with pytest.raises(ValueError, match="stateful"):
+                model.generate(**row, **options, prompt_lookup_num_tokens=2)
+
+
+OFFLOADED = {
+    "embeddings": ["model.embed_tokens", "model.vision_embeddings"],
+    "a Mamba-2 layer": ["model.layers.0"],
+    "an attention layer": ["model.layers.1"],
+    "norms and head": ["model.norm", "lm_head"],
+}
+
+
+@pytest.mark.parametrize("modules", list(OFFLOADED.values()), ids=list(OFFLOADED))
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+def test_offloaded_modules_give_the_same_tokens(tmp_path, modules, place):
+    model = tiny_model("hybrid").float()
+    model.save_pretrained(tmp_path / "model")
+    names = ["vision_embeddings", "embed_tokens", "norm", "embedding_rotary_emb", "rotary_emb"]
+    names += [f"layers.{i}" for i in range(4)]
+    places = dict.fromkeys([*(f"model.{name}" for name in names), "lm_head"], "cpu") | dict.fromkeys(modules, place)
+    again = type(model).from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload")
+    if place == "disk":
+        assert any(parameter.is_meta for parameter in again.parameters())
+    inputs = batch() | {"pixel_values": batch()["pixel_values"].float()}
+    assert generate(again, inputs)[0].tolist() == generate(model, inputs)[0].tolist()
