@@ -565,6 +565,10 @@ class MmMambaModel(MmMambaPreTrainedModel):
         )
         rotary = self.rotary(attention_mask, inputs_embeds, layer_cache, position_ids)
         hidden_states, collected = inputs_embeds, []
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         if output_attentions:
             kwargs["attention_weights"] = []
         for index, layer in enumerate(self.layers):
@@ -579,9 +583,9 @@ class MmMambaModel(MmMambaPreTrainedModel):
             layer_cache.advance(inputs_embeds.shape[1])
         hidden_states = self.norm(hidden_states)
         if output_attentions and any(weights is None for weights in kwargs["attention_weights"]):
-            raise ValueError(
-                f"output_attentions needs attention weights, which {config._attn_implementation} attention does not "
-                "give; load the model with attn_implementation='eager'."
+            logger.warning_once(
+                f"{config._attn_implementation} attention does not give its weights, so `attentions` holds None; load "
+                "the model with attn_implementation='eager' to see them."
             )
         return MmMambaModelOutput(
             last_hidden_state=hidden_states,

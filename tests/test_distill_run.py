@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_config
 
 import mmmamba
+from mmmamba.cli import arguments
 from mmmamba.configuration_mmmamba import MmMambaVisionConfig
 from mmmamba.conversion.distillation import run as command
 from mmmamba.conversion.distillation import stages, trainer
@@ -128,7 +129,7 @@ def finished(teacher, tmp_path_factory):
     """An uninterrupted run by the command, and what it printed."""
     folder = tmp_path_factory.mktemp("run") / "run"
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    arguments.distill(parser)
     overrides = [*SMALL, *ACCUMULATION, f"teacher={teacher}", f"output={folder}"]
     with (
         redirect_stdout(io.StringIO()) as printed,

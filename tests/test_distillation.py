@@ -8,7 +8,7 @@ import torch.distributed as dist
 from forked import run_ranks
 from golden_checkpoints import GOLDEN, checkpoint, training_layers
 from safetensors.torch import load_file
-from tiny_models import tiny_model
+from tiny_models import enable_checkpointing, tiny_model
 from torch.distributed.fsdp import fully_shard
 
 from mmmamba.conversion.convert import convert
@@ -347,7 +347,7 @@ def compare_sharded_gradients(stage):
 
     sharded = distiller_of(stage)
     if stage == 3:  # one unit per decoder layer, as `_no_split_modules` says
-        sharded.student.gradient_checkpointing_enable()
+        enable_checkpointing(sharded.student)
         for layer in sharded.student.model.layers:
             fully_shard(layer)
     fully_shard(sharded)
