@@ -83,23 +83,19 @@ class MmMambaVisionEmbeddings(nn.Module):
 class MmMambaRMSNorm(nn.Module):
     """Root mean square norm (arXiv 1910.07467), which can add to the residual stream on the way."""
 
-    def __init__(self, hidden_size: int, eps: float, ssm_implementation: str = "auto"):
+    def __init__(self, config: MmMambaTextConfig, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-        self.ssm_implementation = ssm_implementation
+        self.config, self.eps = config, eps
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Args: (B, L, D) each. Returns the norm; with a residual the norm of the sum, and the sum."""
         if residual is not None:
-            ops = backend(hidden_states.device, hidden_states.dtype, self.ssm_implementation)
+            ops = backend(hidden_states.device, hidden_states.dtype, self.config.ssm_implementation)
             return ops.add_rmsnorm(hidden_states, residual, self.weight, self.eps)
         wide = hidden_states.to(state_dtype(hidden_states.dtype))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(hidden_states.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
 class MmMambaMLP(nn.Module):
@@ -153,13 +149,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Softmax attention in plain torch, in the form of Transformers' attention functions.
 
-    Args:
-        query: (B, H, L, P).
-        key, value: (B, K, past + L, P).
-        attention_mask: (B or 1, 1, L, past + L), added to the scores; or None.
-
-    Returns:
-        (B, L, H, P), and the weights (B, H, L, past + L).
+    Args: query (B, H, L, P); key, value (B, K, past + L, P); attention_mask (B or 1, 1, L, past + L), added to scores.
+    Returns: (B, L, H, P), and the weights (B, H, L, past + L).
     """
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
@@ -198,21 +189,12 @@ class MmMambaAttention(nn.Module):
         attention_weights: list | None = None,
         **kwargs,
     ) -> Tensor:
-        """One layer's attention.
-
-        Args:
-            hidden_states: (B, L, D).
-            position_embeddings: Two of (B or 1, L, P).
-            attention_mask: As the attention function needs it; (B or 1, 1, L, past + L) for most.
-            attention_function: Instead of the config's.
-            attention_weights: A list to append the weights to, or None where the function does not give them.
-
-        Returns:
-            (B, L, D).
-        """
+        """Args: hidden_states (B, L, D); position_embeddings, cosines and sines (B or 1, L, P); attention_mask as the
+        attention function needs it; attention_function instead of the config's; attention_weights, a list to append
+        the weights to, or None where the function does not give them. Returns (B, L, D)."""
         q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, L, P)
         k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, P)
-        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, P)
         q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
@@ -229,30 +211,29 @@ class MmMambaAttention(nn.Module):
 class MmMambaConv(nn.Conv1d):
     """Depthwise causal convolution and SiLU, from and to a state; the last tap meets the current step."""
 
-    def __init__(self, channels: int, taps: int, ssm_implementation: str):
-        super().__init__(channels, channels, taps, groups=channels)
-        self.ssm_implementation = ssm_implementation
+    def __init__(self, config: MmMambaTextConfig, channels: int):
+        super().__init__(channels, channels, config.conv_kernel, groups=channels)
+        self.config = config
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, sequences: Sequences | None = None
     ) -> tuple[Tensor, Tensor]:
         """Args: x (B, L, channels); state (B, channels, taps - 1). Returns these two shapes, see `ssm_mmmamba`."""
-        ops = backend(x.device, x.dtype, self.ssm_implementation)
+        ops = backend(x.device, x.dtype, self.config.ssm_implementation)
         return ops.causal_conv(x, self.weight.squeeze(1), self.bias, state, sequences)
 
 
 class MmMambaGatedRMSNorm(nn.Module):
     """RMSNorm over the head size with one weight for all heads, then the SiLU gate."""
 
-    def __init__(self, head_dim: int, eps: float, ssm_implementation: str):
+    def __init__(self, config: MmMambaTextConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(head_dim))
-        self.eps = eps
-        self.ssm_implementation = ssm_implementation
+        self.config, self.eps = config, config.ssm_norm_eps
+        self.weight = nn.Parameter(torch.ones(config.head_dim))
 
     def forward(self, y: Tensor, gate: Tensor) -> Tensor:
         """Args: (B, L, H, P) each. Returns the same shape in the gate's dtype."""
-        ops = backend(gate.device, gate.dtype, self.ssm_implementation)
+        ops = backend(gate.device, gate.dtype, self.config.ssm_implementation)
         return ops.gated_rmsnorm(y, gate, self.weight, self.eps)
 
 
@@ -267,10 +248,10 @@ class MmMambaMixer(nn.Module):
         inner, self.shared = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.splits = [2 * self.shared + inner, inner, config.num_attention_heads]  # v|k|q, gate, dt
         self.in_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=False)
-        self.conv1d = MmMambaConv(self.splits[0], config.conv_kernel, config.ssm_implementation)
+        self.conv1d = MmMambaConv(config, self.splits[0])
         self.A_log = nn.Parameter(torch.ones(config.num_attention_heads))
         self.dt_bias = nn.Parameter(torch.ones(config.num_attention_heads))
-        self.norm = MmMambaGatedRMSNorm(self.head_dim, config.ssm_norm_eps, config.ssm_implementation)
+        self.norm = MmMambaGatedRMSNorm(config)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def heads(
@@ -281,9 +262,13 @@ class MmMambaMixer(nn.Module):
         conv_state = state = None
         if cache is not None:
             conv_state, state = cache.conv_state(self.layer_idx), cache.recurrent_state(self.layer_idx)
+        ops = backend(projected.device, projected.dtype, self.config.ssm_implementation)
         one_step = state is not None and projected.shape[1] == 1 and sequences is None and not torch.is_grad_enabled()
-        if one_step and (fused := self._fused_step(projected)) is not None:
-            return fused(projected[:, 0], conv_state=conv_state, state=state)[:, None]
+        weights = (self.conv1d.weight, self.conv1d.bias, self.A_log, self.dt_bias, self.norm.weight)
+        at_hand = all(weight.device == projected.device for weight in weights)  # else their modules bring them
+        if one_step and at_hand and ops.decode_step is not None:
+            y = ops.decode_step(projected[:, 0], weights[0].squeeze(1), *weights[1:], self.norm.eps, conv_state, state)
+            return y[:, None]
 
         vkq, gate, dt = projected.split(self.splits, dim=-1)
         acc = state_dtype(dt.dtype)
@@ -300,27 +285,12 @@ class MmMambaMixer(nn.Module):
             y = ssd_step(v[:, 0], k[:, 0], q[:, 0], dt[:, 0], A, state)[:, None]  # changes `state` in place
             conv_state.copy_(new_conv_state)
         else:
-            ops = backend(projected.device, projected.dtype, self.config.ssm_implementation)
             y, state = ops.ssd_scan(v, k, q, dt, A, state, self.config.ssm_chunk_size, sequences)
             if cache is not None:
                 cache.update_states(self.layer_idx, new_conv_state, state)
         if sequences is not None:
             y = sequences.unpack(y)
         return self.norm(y, gate.unflatten(-1, (-1, self.head_dim)))
-
-    def _fused_step(self, projected: Tensor):
-        """One kernel for a step between the two projections, if there is one and it may read the modules' weights."""
-        ops = backend(projected.device, projected.dtype, self.config.ssm_implementation)
-        weights = (self.conv1d.weight, self.conv1d.bias, self.norm.weight)
-        if ops.decode_step is None or any(weight.device != projected.device for weight in weights):
-            return None  # weights that are elsewhere come when their module is called
-
-        def step(row: Tensor, conv_state: Tensor, state: Tensor) -> Tensor:
-            conv = (self.conv1d.weight.squeeze(1), self.conv1d.bias)
-            scales = (self.A_log, self.dt_bias, self.norm.weight, self.norm.eps)
-            return ops.decode_step(row, *conv, *scales, conv_state, state)
-
-        return step
 
     def forward(
         self, hidden_states: Tensor, sequences: Sequences | None = None, cache: MmMambaCache | None = None
@@ -341,8 +311,8 @@ class MmMambaDecoderLayer(GradientCheckpointingLayer):
             self.mamba = MmMambaMixer(config, layer_idx)
         self.mlp = MmMambaMLP(config)
         eps = config.embedding_rms_norm_eps if layer_idx < config.num_embedding_layers else config.rms_norm_eps
-        self.input_layernorm = MmMambaRMSNorm(config.hidden_size, eps, config.ssm_implementation)
-        self.post_attention_layernorm = MmMambaRMSNorm(config.hidden_size, eps, config.ssm_implementation)
+        self.input_layernorm = MmMambaRMSNorm(config, eps)
+        self.post_attention_layernorm = MmMambaRMSNorm(config, eps)
 
     def forward(
         self,
@@ -432,7 +402,7 @@ class MmMambaModel(MmMambaPreTrainedModel):
         self.vision_embeddings = MmMambaVisionEmbeddings(config.vision_config, text.hidden_size)
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList([MmMambaDecoderLayer(text, i) for i in range(text.num_hidden_layers)])
-        self.norm = MmMambaRMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.norm = MmMambaRMSNorm(text, text.rms_norm_eps)
         embedding = copy.deepcopy(text)
         embedding.rope_parameters = text.embedding_rope_parameters
         self.embedding_rotary_emb = MmMambaRotaryEmbedding(embedding)
@@ -444,11 +414,8 @@ class MmMambaModel(MmMambaPreTrainedModel):
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Rows that stand for pictures in the decoder's input.
 
-        Args:
-            pixel_values: (tiles, channels, height, width), normalised.
-
-        Returns:
-            An output whose `pooler_output` is (tiles, rows per tile, D).
+        Args: pixel_values (tiles, channels, height, width), normalised.
+        Returns: An output whose `pooler_output` is (tiles, rows per tile, D).
         """
         if pixel_values.ndim != 4:
             raise ValueError(
@@ -469,13 +436,8 @@ class MmMambaModel(MmMambaPreTrainedModel):
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_rows: Tensor | None) -> Tensor:
         """Token rows with picture rows in the places of `<IMG_CONTEXT>`, in order over the flattened batch.
 
-        Args:
-            input_ids: (B, L), or None.
-            inputs_embeds: (B, L, D) instead; its places are the rows that embed `<IMG_CONTEXT>`.
-            image_rows: (..., D), or None.
-
-        Raises:
-            ValueError: if the places and the rows differ in number.
+        Args: input_ids (B, L), or inputs_embeds (B, L, D) instead; image_rows (..., D), or None.
+        Raises: ValueError, if places and rows differ in number.
         """
         rows = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if image_rows is None:
@@ -491,36 +453,26 @@ class MmMambaModel(MmMambaPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | dict | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        mm_encoder_outputs: dict | None = None,
-        cache: Cache | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        **kwargs,
-    ) -> MmMambaModelOutput:
+        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None, position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
+        mm_encoder_outputs: dict | None = None, cache: Cache | None = None,
+        output_hidden_states: bool | None = None, output_attentions: bool | None = None, **kwargs,
+    ) -> MmMambaModelOutput:  # fmt: skip
         """Runs the stack.
 
         Args:
             input_ids: (B, L).
             pixel_values: (tiles, channels, height, width), for the image tokens among `input_ids` in order.
             attention_mask: (B, past + L), 1 for valid tokens; padding may stand anywhere. Or what `masks` returns.
-            position_ids: (B, L); counted over valid tokens if not given. Where they restart inside a row and there is
-                no attention_mask, the row is packed: each restart begins a sequence that sees nothing of the others,
-                as from Transformers' `DataCollatorWithFlattening`.
+            position_ids: (B, L). Where they restart inside a row and there is no attention_mask, the row is packed:
+                each restart begins a sequence that sees nothing of the others (`DataCollatorWithFlattening`).
             past_key_values: The name of `cache` before Transformers 5.24.
             inputs_embeds: (B, L, D) instead of `input_ids`.
-            use_cache: Whether to make and return a cache; the config's choice if not given, False in training.
+            use_cache: Whether to make and return a cache; by the config if not given, but not in training.
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
             cache: What was read before; continued in place.
-            output_hidden_states: Whether to return what enters each layer, and the result.
-            output_attentions: Whether to return the weights of attention layers; needs eager attention.
+            output_hidden_states, output_attentions: By the config if not given; the latter needs eager attention.
 
         Raises:
             ValueError: if inputs contradict each other, or a packed row comes with a cache.
@@ -614,25 +566,21 @@ class MmMambaModel(MmMambaPreTrainedModel):
         return masks
 
     def rotary(self, attention_mask, inputs_embeds: Tensor, cache: MmMambaCache | None, position_ids) -> dict:
-        """Rotary positions of the embedding layers (True) and of the language layers (False)."""
+        """Rotary positions of the embedding layers (True) and of the language layers (False).
+
+        Positions count valid tokens if they are not given; padding gets position 1, as in upstream.
+        """
         if "full_attention" not in self.config.text_config.layer_types:  # no other layer sees positions
             return {True: None, False: None}
-        if position_ids is None:
-            position_ids = self.positions(attention_mask, inputs_embeds, cache)
-        position_ids = position_ids.to(inputs_embeds.device)
-        return {
-            True: self.embedding_rotary_emb(inputs_embeds, position_ids),
-            False: self.rotary_emb(inputs_embeds, position_ids),
-        }
-
-    def positions(self, attention_mask, inputs_embeds: Tensor, cache: MmMambaCache | None) -> Tensor:
-        """Positions counted over valid tokens, (B or 1, L); padding gets position 1, as in upstream."""
         length = inputs_embeds.shape[1]
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            counted = attention_mask.long().cumsum(1) - 1
-            return counted.masked_fill(attention_mask == 0, 1)[:, -length:]
-        past = 0 if cache is None else cache.get_seq_length()
-        return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
+        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            position_ids = (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 1)[:, -length:]
+        elif position_ids is None:
+            past = 0 if cache is None else cache.get_seq_length()
+            position_ids = torch.arange(past, past + length)[None]
+        position_ids = position_ids.to(inputs_embeds.device)
+        rotary = {True: self.embedding_rotary_emb, False: self.rotary_emb}
+        return {in_embedding: emb(inputs_embeds, position_ids) for in_embedding, emb in rotary.items()}
 
 
 class MmMambaForConditionalGeneration(ConversationMixin, MmMambaGenerationMixin, MmMambaPreTrainedModel):
@@ -652,27 +600,17 @@ class MmMambaForConditionalGeneration(ConversationMixin, MmMambaGenerationMixin,
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | dict | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        mm_encoder_outputs: dict | None = None,
-        cache: Cache | None = None,
-        recorded_step=None,
-        **kwargs,
-    ) -> MmMambaCausalLMOutput:
+        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None, position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, mm_encoder_outputs: dict | None = None,
+        cache: Cache | None = None, recorded_step=None, **kwargs,
+    ) -> MmMambaCausalLMOutput:  # fmt: skip
         """Next-token logits, and the loss when `labels` are given.
 
         Args:
             labels: (B, L), -100 where no loss is wanted; shifted here. In a packed row the first label of each
-                sequence must be -100, or the last token before it learns to predict it; Transformers'
-                `DataCollatorWithFlattening` sees to that.
+                sequence must be -100, as `DataCollatorWithFlattening` sees to.
             logits_to_keep: Compute logits of the last so many positions (0: all), or of these positions.
             recorded_step: Gives the logits of `input_ids` (B, 1) in the network's place, see `capture_mmmamba`.
 
@@ -682,16 +620,9 @@ class MmMambaForConditionalGeneration(ConversationMixin, MmMambaGenerationMixin,
         if recorded_step is not None:
             return MmMambaCausalLMOutput(logits=recorded_step(input_ids), **{CACHE: cache})
         outputs = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            mm_encoder_outputs=mm_encoder_outputs,
+            input_ids, pixel_values, attention_mask, position_ids, cache, inputs_embeds, use_cache, mm_encoder_outputs,
             **kwargs,
-        )
+        )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
