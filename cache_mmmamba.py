@@ -126,11 +126,17 @@ class MmMambaCache(Cache):
                 return layer.get_seq_length()
         return self._read
 
-    @property
-    def fixed_capacity(self) -> int | None:
-        """Tokens that keys and values of fixed length have room for; None if they grow, or there are none."""
-        lengths = (layer.max_cache_len for layer in self.layers if isinstance(layer, StaticLayer))
-        return next(lengths, None)
+    def filled(self, rows: int, tokens: int, device: torch.device) -> Tensor | None:
+        """What of keys and values of fixed length will be filled when so many tokens more are read.
+
+        Returns:
+            (rows, capacity), bool; None if they grow, or there are none.
+        """
+        for layer in self.layers:
+            if isinstance(layer, StaticLayer):
+                filled = torch.arange(layer.max_cache_len, device=device) < self.get_seq_length() + tokens
+                return filled.expand(rows, -1)
+        return None
 
     def advance(self, tokens: int) -> None:
         """Says that all layers have read so many tokens more."""

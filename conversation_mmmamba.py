@@ -8,7 +8,6 @@ What was read always ends where tokens end whatever follows: at a control token 
 or before a space. The prompt of an answer is rendered otherwise once the answer is there, so it is read on a copy.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -25,13 +24,14 @@ from transformers import GenerationConfig
 
 from .cache_mmmamba import CACHE
 from .fingerprint_mmmamba import pictures_digest, weights_checksum, weights_sample, weights_signature
-from .generation_mmmamba import PromptImages, generation_option
+from .generation_mmmamba import PromptImages, answer_options, generation_option
 from .processing_mmmamba import (
     PLACEHOLDER,
     TemplateError,
     answers_show_pictures,
     as_text,
     check_tiles,
+    decode_answer,
     encode_conversation,
     expand_placeholders,
     template_parts,
@@ -584,40 +584,6 @@ class ConversationMixin:
             **options,
         )
         return [decode_answer(tokenizer, row, ends) for row in output[:, longest:].tolist()]
-
-
-def answer_options(
-    model, tokenizer, generation_config: dict | GenerationConfig, streamer=None
-) -> tuple[dict, list[int]]:
-    """Arguments of `generate` for an answer, and ids that end it: `<|im_end|>` whatever the generation config knows.
-
-    Args:
-        generation_config: Arguments of `generate`, with a GenerationConfig among them if you like; or one alone.
-        streamer: Unless there is one among them.
-    """
-    as_object = isinstance(generation_config, GenerationConfig)
-    options = {"generation_config": generation_config} if as_object else dict(generation_config)
-    options.setdefault("streamer", streamer)
-    ends = generation_option(model, options, "eos_token_id")
-    ends = set(ends if isinstance(ends, (list, tuple)) else [ends]) | {tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    ends = sorted(ends - {None, tokenizer.unk_token_id})
-    new = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
-    config = options.pop("generation_config", None)
-    if options.get("max_length", getattr(config, "max_length", None)) is not None:
-        new["max_new_tokens"] = options.get("max_new_tokens")  # the model's own would win over max_length
-    else:
-        new["max_new_tokens"] = generation_option(model, {**options, "generation_config": config}, "max_new_tokens")
-        new["max_new_tokens"] = new["max_new_tokens"] or 1024
-    if config is None:
-        return options | new, ends
-    config = copy.deepcopy(config)  # a GenerationConfig beside options of its own is deprecated
-    return config.update(**options | new) | {"generation_config": config}, ends
-
-
-def decode_answer(tokenizer, ids: list[int], ends: list[int]) -> str:
-    """The answer in generated ids, up to the first of `ends`."""
-    end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
 
 __all__ = ["ConversationMixin", "ConversationState", "History"]

@@ -103,6 +103,34 @@ def generation_option(model, kwargs: dict, name: str):
     return next((value for value in chosen if value is not None), None)
 
 
+def answer_options(
+    model, tokenizer, generation_config: dict | GenerationConfig, streamer=None
+) -> tuple[dict, list[int]]:
+    """Arguments of `generate` for an answer, and ids that end it: `<|im_end|>` whatever the generation config knows.
+
+    Args:
+        generation_config: Arguments of `generate`, with a GenerationConfig among them if you like; or one alone.
+        streamer: Unless there is one among them.
+    """
+    as_object = isinstance(generation_config, GenerationConfig)
+    options = {"generation_config": generation_config} if as_object else dict(generation_config)
+    options.setdefault("streamer", streamer)
+    ends = generation_option(model, options, "eos_token_id")
+    ends = set(ends if isinstance(ends, (list, tuple)) else [ends]) | {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    ends = sorted(ends - {None, tokenizer.unk_token_id})
+    new = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    config = options.pop("generation_config", None)
+    if options.get("max_length", getattr(config, "max_length", None)) is not None:
+        new["max_new_tokens"] = options.get("max_new_tokens")  # the model's own would win over max_length
+    else:
+        new["max_new_tokens"] = generation_option(model, {**options, "generation_config": config}, "max_new_tokens")
+        new["max_new_tokens"] = new["max_new_tokens"] or 1024
+    if config is None:
+        return options | new, ends
+    config = copy.deepcopy(config)  # a GenerationConfig beside options of its own is deprecated
+    return config.update(**options | new) | {"generation_config": config}, ends
+
+
 @dataclass
 class _Call:
     """A call of `generate` under way.

@@ -29,55 +29,14 @@ from transformers.utils import can_return_tuple, logging
 
 from .backends_mmmamba import backend
 from .cache_mmmamba import CACHE, MmMambaCache
-from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
+from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig
 from .conversation_mmmamba import ConversationMixin
 from .generation_mmmamba import MmMambaGenerationMixin
 from .ssm_mmmamba import Sequences, ssd_step, state_dtype
+from .vision_mmmamba import MmMambaVisionEmbeddings
 
 
 logger = logging.get_logger(__name__)
-
-
-class MmMambaVisionEmbeddings(nn.Module):
-    """Tiles to decoder rows: a strided convolution, a position table, optionally a 2x2 pixel shuffle with an MLP."""
-
-    def __init__(self, config: MmMambaVisionConfig, hidden_size: int):
-        super().__init__()
-        self.config = config
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels, hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
-        self.position_embedding = nn.Parameter(torch.zeros(1, config.patches_per_side**2, hidden_size))
-        if config.use_pixel_shuffle:
-            self.projector = nn.Sequential(
-                nn.Linear(4 * hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
-            )
-
-    def positions(self, rows: int, columns: int) -> Tensor:
-        """The position table for a grid of patches, (1, D, rows, columns); resized if the grid is unusual."""
-        side = self.config.patches_per_side
-        table = self.position_embedding.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        if (rows, columns) == (side, side):
-            return table
-        resized = F.interpolate(table.float(), size=(rows, columns), mode="bicubic", align_corners=False)
-        return resized.to(table.dtype)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Args: pixel_values (tiles, channels, height, width). Returns (tiles, rows per tile, D)."""
-        pixel_values = pixel_values.to(self.position_embedding.device, self.position_embedding.dtype)
-        patches = self.patch_embedding(pixel_values)  # (tiles, D, rows, columns)
-        patches = patches + self.positions(*patches.shape[2:])
-        if not self.config.use_pixel_shuffle:
-            return patches.flatten(2).transpose(1, 2)
-        rows, columns = patches.shape[2:]
-        if rows % 2 or columns % 2:
-            raise ValueError(
-                f"A tile of {rows} x {columns} patches cannot be shuffled 2x2; give pixel_values whose height and "
-                f"width are multiples of {2 * self.config.patch_size} pixels."
-            )
-        blocks = patches.unflatten(3, (columns // 2, 2)).unflatten(2, (rows // 2, 2))
-        blocks = blocks.permute(0, 2, 4, 3, 5, 1)  # (tiles, rows/2, columns/2, 2, 2, D)
-        return self.projector(blocks.flatten(3).flatten(1, 2))
 
 
 class MmMambaRMSNorm(nn.Module):
@@ -334,10 +293,7 @@ class MmMambaDecoderLayer(GradientCheckpointingLayer):
 
 @dataclass
 class MmMambaModelOutput(BaseModelOutputWithPast):
-    """`last_hidden_state` (B, L, D), the cache, and the picture rows that were read.
-
-    The cache is called `cache` since Transformers 5.24, `past_key_values` before.
-    """
+    """`last_hidden_state` (B, L, D), the cache under the version's name (`CACHE`), and the picture rows that were read."""
 
     image_outputs: BaseModelOutputWithPooling | None = None
 
@@ -485,18 +441,13 @@ class MmMambaModel(MmMambaPreTrainedModel):
                 raise ValueError("Give either pixel_values or mm_encoder_outputs, which hold the same pictures.")
             mm_encoder_outputs = {"image": self.get_image_features(pixel_values)}
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        inputs_embeds = self.embed(
-            input_ids, inputs_embeds, None if image_outputs is None else image_outputs.pooler_output
-        )
+        image_rows = None if image_outputs is None else image_outputs.pooler_output
+        inputs_embeds = self.embed(input_ids, inputs_embeds, image_rows)
 
         cache = past_key_values if cache is None else cache
-        if (
-            self.gradient_checkpointing
-            and self.training
-            and torch.is_grad_enabled()
-            and (cache is not None or use_cache)
-        ):
-            logger.warning_once("Gradient checkpointing runs layers twice, so nothing is cached.")
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if cache is not None or use_cache:
+                logger.warning_once("Gradient checkpointing runs layers twice, so nothing is cached.")
             cache, use_cache = None, False
         packed = attention_mask is None and position_ids is not None and inputs_embeds.shape[1] > 1
         sequences = Sequences.from_position_ids(position_ids.expand(len(inputs_embeds), -1)) if packed else None
@@ -516,13 +467,11 @@ class MmMambaModel(MmMambaPreTrainedModel):
             attention_mask, inputs_embeds, layer_cache, position_ids
         )
         rotary = self.rotary(attention_mask, inputs_embeds, layer_cache, position_ids)
-        hidden_states, collected = inputs_embeds, []
+        hidden_states, collected, weights_by_layer = inputs_embeds, [], None
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if output_attentions:
-            kwargs["attention_weights"] = []
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            kwargs["attention_weights"] = weights_by_layer = []
         for index, layer in enumerate(self.layers):
             collected.append(hidden_states if output_hidden_states else None)
             in_embedding = index < config.num_embedding_layers
@@ -534,15 +483,14 @@ class MmMambaModel(MmMambaPreTrainedModel):
         if layer_cache is not None:
             layer_cache.advance(inputs_embeds.shape[1])
         hidden_states = self.norm(hidden_states)
-        if output_attentions and any(weights is None for weights in kwargs["attention_weights"]):
+        if any(weights is None for weights in weights_by_layer or ()):
             logger.warning_once(
-                f"{config._attn_implementation} attention does not give its weights, so `attentions` holds None; load "
-                "the model with attn_implementation='eager' to see them."
+                "`attentions` holds None: load the model with attn_implementation='eager' to see them."
             )
         return MmMambaModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=(*collected, hidden_states) if output_hidden_states else None,
-            attentions=tuple(kwargs["attention_weights"]) if output_attentions else None,
+            attentions=None if weights_by_layer is None else tuple(weights_by_layer),
             image_outputs=image_outputs,
             **{CACHE: cache},
         )
@@ -554,9 +502,8 @@ class MmMambaModel(MmMambaPreTrainedModel):
         masks, (rows, length) = {}, inputs_embeds.shape[:2]
         if "full_attention" in self.config.text_config.layer_types:
             padding = attention_mask
-            if padding is None and cache is not None and (capacity := cache.fixed_capacity) is not None:
-                filled = torch.arange(capacity, device=inputs_embeds.device) < cache.get_seq_length() + length
-                padding = filled.expand(rows, -1)
+            if padding is None and cache is not None:
+                padding = cache.filled(rows, length, inputs_embeds.device)
             # By position: the cache's argument has another name in every second version of Transformers.
             masks["full_attention"] = create_causal_mask(
                 self.config.text_config, inputs_embeds, padding, cache, position_ids

@@ -107,6 +107,12 @@ def check_tiles(num_patches_list: list[int], pixel_values: Tensor | None) -> Non
         )
 
 
+def decode_answer(tokenizer, ids: list[int], ends: list[int]) -> str:
+    """The answer in generated ids, up to the first of `ends`."""
+    end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+
+
 class TemplateError(ValueError):
     """A chat template whose turns cannot be rendered one by one."""
 
