@@ -293,7 +293,7 @@ class MmMambaDecoderLayer(GradientCheckpointingLayer):
 
 @dataclass
 class MmMambaModelOutput(BaseModelOutputWithPast):
-    """`last_hidden_state` (B, L, D), the cache under the version's name (`CACHE`), and the picture rows that were read."""
+    """`last_hidden_state` (B, L, D), the cache by the version's name (`CACHE`), and the picture rows it read."""
 
     image_outputs: BaseModelOutputWithPooling | None = None
 
@@ -567,7 +567,8 @@ class MmMambaForConditionalGeneration(ConversationMixin, MmMambaGenerationMixin,
         if recorded_step is not None:
             return MmMambaCausalLMOutput(logits=recorded_step(input_ids), **{CACHE: cache})
         outputs = self.model(
-            input_ids, pixel_values, attention_mask, position_ids, cache, inputs_embeds, use_cache, mm_encoder_outputs,
+            input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, position_ids=position_ids,
+            cache=cache, inputs_embeds=inputs_embeds, use_cache=use_cache, mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -1,8 +1,11 @@
 """A conversation goes on from what was read, and says what it would say had everything been read again."""
 
 import copy
+import itertools
 import json
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -153,6 +156,109 @@ def test_a_model_that_has_changed_reads_again(tokenizer):
             assert state.ask("Why?", OPTIONS) == model.chat(tokenizer, tiles(1), whole, OPTIONS)
         expected = model.chat(tokenizer, None, "Why?", OPTIONS, list(history))
         assert model.chat(tokenizer, None, "Why?", OPTIONS, history) == expected
+
+
+class Adapter(torch.nn.Module):
+    """A linear layer with a LoRA beside it, which speaks of itself as PEFT's layers do."""
+
+    active_adapters, merged_adapters, disable_adapters = ("default",), (), True
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.scaling = base, {"default": 1.0}
+        self.delta = torch.nn.Linear(base.in_features, base.out_features, bias=False, dtype=base.weight.dtype)
+
+    def forward(self, x):
+        return self.base(x) if self.disable_adapters else self.base(x) + self.scaling["default"] * self.delta(x)
+
+
+def train_one_step(model):
+    model.model.layers[0].mamba.in_proj.weight.requires_grad_(True)
+    optimizer = torch.optim.SGD([model.model.layers[0].mamba.in_proj.weight], lr=1.0)
+    model(torch.arange(5, 30)[None], labels=torch.arange(5, 30)[None]).loss.backward()
+    optimizer.step()
+
+
+def switch_on(model):
+    model.model.layers[0].mamba.in_proj.disable_adapters = False
+
+
+def strengthen(model):
+    model.model.layers[0].mamba.in_proj.scaling["default"] = 3.0
+
+
+def change_behind_autograds_back(model):
+    model.model.layers[2].mlp.up_proj.weight.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [train_one_step, switch_on, strengthen, change_behind_autograds_back])
+def test_nothing_is_answered_by_other_weights_than_read_it(tokenizer, tmp_path, change):
+    model = make_talker("linear", tokenizer)
+    if change in (switch_on, strengthen):
+        torch.manual_seed(0)
+        model.model.layers[0].mamba.in_proj = Adapter(model.model.layers[0].mamba.in_proj)
+        model.model.layers[0].mamba.in_proj.disable_adapters = change is switch_on
+    _, history = model.chat(tokenizer, None, "What is this?", OPTIONS, return_history=True)
+    state = model.conversation(tokenizer).extend("What is this? ")
+    state.save(tmp_path / "state.safetensors")
+    before = model.chat(tokenizer, None, "Why?", {"max_new_tokens": 30, "do_sample": False}, list(history))
+    change(model)
+    options = {"max_new_tokens": 30, "do_sample": False}
+    expected = model.chat(tokenizer, None, "Why?", options, list(history))
+    assert expected != before
+    assert model.chat(tokenizer, None, "Why?", options, history) == expected
+    for use in (lambda: state.ask("Why?", OPTIONS), lambda: state.save(tmp_path / "other.safetensors")):
+        with pytest.raises(ValueError, match="weights or active adapters are not those that read"):
+            use()
+    with pytest.raises(ValueError, match=r"another model's conversation.*weights"):
+        ConversationState.load(tmp_path / "state.safetensors", model, tokenizer)
+    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_a_checkpoint_in_another_dtype_is_the_same_model(tokenizer, tmp_path):
+    """bf16 weights read as fp32 are the same numbers, so what was read with them may go on."""
+    model = make_talker("hybrid", tokenizer).to(torch.bfloat16)
+    model.conversation(tokenizer).extend("What is this? And that?").save(tmp_path / "state.safetensors")
+    state = ConversationState.load(tmp_path / "state.safetensors", model.float(), tokenizer)
+    assert state.cache.keys(1).dtype == torch.float32
+    state.ask("Why?", OPTIONS)
+
+
+def in_threads(function, arguments):
+    """Results of the function in as many threads at once, errors included."""
+    barrier = threading.Barrier(len(arguments))
+
+    def run(argument):
+        barrier.wait()
+        return function(argument)
+
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        return list(pool.map(run, arguments))
+
+
+def test_threads_that_go_on_from_one_history_do_not_disturb_each_other(talker, tokenizer):
+    questions = ["Why?", "And then?", "Who wrote it?", "Where was that?"]
+    for _ in range(3):
+        _, history = talker.chat(tokenizer, tiles(1), "What is this?", OPTIONS, return_history=True)
+        expected = [
+            talker.chat(tokenizer, tiles(1), question, OPTIONS, list(history), num_patches_list=[1])
+            for question in questions
+        ]
+
+        def ask(question, history=history):
+            return talker.chat(tokenizer, tiles(1), question, OPTIONS, history, num_patches_list=[1])
+
+        assert in_threads(ask, questions) == expected
+
+
+def test_threads_take_turns_with_one_state(talker, tokenizer):
+    state = talker.conversation(tokenizer).extend("What is this? " * 3)
+    start, questions = state.fork(), ["Why?", "And then?", "Who wrote it?"]
+    asked = list(zip(questions, in_threads(lambda question: state.ask(question, OPTIONS), questions), strict=True))
+    # In some order, each was answered after the ones before it.
+    orders = ([*order] for order in itertools.permutations(asked))
+    assert any(all(replay.ask(q, OPTIONS) == a for q, a in order) for order in orders for replay in [start.fork()])
+    assert state.turns == 3
 
 
 def test_a_failed_turn_keeps_what_was_read(talker, tokenizer, read):
