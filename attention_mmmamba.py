@@ -16,7 +16,7 @@ try:
 except ImportError:
     raise
 
-from .triton_mmmamba import _dot, _power, _precision
+from .triton_mmmamba import block_size, dot, dot_precision
 
 
 SPLITS = 32
@@ -46,12 +46,12 @@ def _part_kernel(
         places = (row_head * capacity + j)[:, None] * P + p[None, :]
         k_j = tl.load(k + places, mask=inside[:, None] & (p < P)[None, :], other=0.0)
         v_j = tl.load(v + places, mask=inside[:, None] & (p < P)[None, :], other=0.0)
-        scores = tl.where(inside[None, :], _dot(q_g, tl.trans(k_j), PRECISION) * scaling, -1e30)
+        scores = tl.where(inside[None, :], dot(q_g, tl.trans(k_j), PRECISION) * scaling, -1e30)
         new = tl.maximum(best, tl.max(scores, 1))
         powers = tl.where(inside[None, :], tl.exp(scores - new[:, None]), 0.0)
         fade = tl.exp(best - new)
         weight = weight * fade + tl.sum(powers, 1)
-        values = values * fade[:, None] + _dot(powers.to(v_j.dtype), v_j, PRECISION)
+        values = values * fade[:, None] + dot(powers.to(v_j.dtype), v_j, PRECISION)
         best = new
     place = (row_head * SPLITS + part) * GROUP + g
     tl.store(sums + place[:, None] * P + p[None, :], values, mask=heads)
@@ -89,15 +89,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, length: Tensor,
         (B, H, P); 0 where a row sees no position.
     """
     (batch, heads, head_dim), (kv_heads, capacity) = q.shape, k.shape[1:3]
-    group, block = heads // kv_heads, _power(head_dim)
+    group, block = heads // kv_heads, block_size(head_dim)
     out = torch.empty_like(q)
     sums = torch.empty(batch * kv_heads, SPLITS, group, head_dim, device=q.device)
     scales = torch.empty(batch * kv_heads, SPLITS, group, 2, device=q.device)
     _part_kernel[batch * kv_heads, SPLITS](
         q, k, v, length if mask is None else mask.view(torch.uint8), length, sums, scales, capacity, scaling,
         0 if mask is None else mask.stride(0), GROUP=group, P=head_dim, SPLITS=SPLITS, KV_HEADS=kv_heads,
-        BLOCK_G=_power(group), BLOCK_P=block, BLOCK=64 if block <= 128 else 32, MASKED=mask is not None,
-        PRECISION=_precision(), num_stages=2 if block <= 128 else 1,
+        BLOCK_G=block_size(group), BLOCK_P=block, BLOCK=64 if block <= 128 else 32, MASKED=mask is not None,
+        PRECISION=dot_precision(), num_stages=2 if block <= 128 else 1,
     )  # fmt: skip
     _whole_kernel[batch * kv_heads, group](sums, scales, out, GROUP=group, P=head_dim, SPLITS=SPLITS, BLOCK_P=block)
     return out

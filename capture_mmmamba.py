@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer, 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .ssm_mmmamba import find
+from .backends_mmmamba import find
 
 
 logger = logging.get_logger(__name__)

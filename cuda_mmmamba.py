@@ -7,7 +7,8 @@ idle steps behind their ends, as in the reference. What they have no kernel for,
 import torch
 from torch import Tensor
 
-from .ssm_mmmamba import TORCH, Backend, Sequences
+from .ssm_mmmamba import CHUNK_SIZE, TORCH, Backend, Sequences
+from .ssm_mmmamba import decode_step as reference_decode_step
 
 
 try:  # Transformers wants every import outside of `try` installed before it loads a model.
@@ -46,16 +47,18 @@ def ssd_scan(
     dt: Tensor,
     A: Tensor,
     state: Tensor | None,
-    chunk_size: int = 128,
+    chunk_size: int = CHUNK_SIZE,
     sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ssm_mmmamba.ssd_scan`; y is in `v`'s dtype."""
-    if sequences is not None and len(sequences.of_like_length) > 1:
-        return sequences.by_groups(
-            lambda v, k, q, dt, state, group: ssd_scan(v, k, q, dt, A, state, chunk_size, group), (v, k, q, dt), state
+    if sequences is not None and len(sequences.length_buckets) > 1:
+        return sequences.run_in_buckets(
+            lambda v, k, q, dt, state, bucket: ssd_scan(v, k, q, dt, A, state, chunk_size, bucket),
+            (v, k, q, dt),
+            state,
         )
     if sequences is not None:
-        v, k, q, dt = (sequences.to_rows(x) for x in (v, k, q, dt))
+        v, k, q, dt = (sequences.to_padded(x) for x in (v, k, q, dt))
     if v.shape[1] == 0:
         y, state = TORCH.ssd_scan(v, k, q, dt, A, state)
     else:
@@ -64,7 +67,7 @@ def ssd_scan(
         y, state = mamba_chunk_scan_combined(
             v, dt, A, k, q, chunk_size, initial_states=state, return_final_states=True
         )  # (B, L, H, P), (B, H, P, N)
-    return y if sequences is None else sequences.from_rows(y), state.float()
+    return y if sequences is None else sequences.from_padded(y), state.float()
 
 
 def decode_step(
@@ -82,7 +85,7 @@ def decode_step(
     heads, head_dim, state_size = state.shape[1:]
     inner = heads * head_dim
     if not _convolvable(*conv_weight.shape):
-        return TORCH.decode_step(
+        return reference_decode_step(
             projected, conv_weight, conv_bias, A_log, dt_bias, norm_weight, eps, conv_state, state
         )
     vkq, gate, dt = projected.split([len(conv_weight), inner, heads], dim=-1)
@@ -111,4 +114,4 @@ def gated_rmsnorm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor
     return out.to(gate.dtype)
 
 
-CUDA = Backend("cuda", causal_conv, ssd_scan, decode_step, gated_rmsnorm, TORCH.add_rmsnorm)
+CUDA = Backend("cuda", causal_conv, ssd_scan, gated_rmsnorm, TORCH.add_rmsnorm, decode_step)

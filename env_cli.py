@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from .ssm_mmmamba import BACKENDS, ENVIRONMENT, backend, why_not
+from .backends_mmmamba import BACKENDS, ENVIRONMENT, backend, unavailable_reason
 
 
 PACKAGES = ("torch", "torchvision", "transformers", "triton", "mamba-ssm", "causal-conv1d", "flash-attn", "accelerate")
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
                 used = f"nothing ({error})"
             print(f"  {str(dtype).removeprefix('torch.'):9} Mamba-2 layers use {used}")
         for candidate in BACKENDS:
-            reason = why_not(candidate, device.type, torch.bfloat16)
+            reason = unavailable_reason(candidate, device.type, torch.bfloat16)
             print(f"    {candidate:7} {'can run' if reason is None else reason}")
         recorded = device.type == "cuda" and torch.version.cuda is not None
         print(f"  decoding steps are {'recorded as CUDA graphs' if recorded else 'run one by one'}")

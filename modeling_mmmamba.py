@@ -32,6 +32,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .backends_mmmamba import backend
 from .capture_mmmamba import FEWEST_STEPS, OUTPUTS, decoder, recording_wanted, recordings, steps_follow
 from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
 from .conversation_mmmamba import (
@@ -45,7 +46,7 @@ from .conversation_mmmamba import (
     resume,
 )
 from .processing_mmmamba import answers_show_pictures, encode_conversation
-from .ssm_mmmamba import Sequences, backend, linear, state_dtype
+from .ssm_mmmamba import Sequences, decode_step, state_dtype
 
 
 logger = logging.get_logger(__name__)
@@ -151,10 +152,10 @@ class MmMambaVisionEmbeddings(nn.Module):
 
 
 class MmMambaLinear(nn.Linear):
-    """A linear layer without bias that is quick at single rows on a CPU, see `ssm_mmmamba.linear`."""
+    """A linear layer without bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return F.linear(x, self.weight)
 
 
 class MmMambaRMSNorm(LlamaRMSNorm):
@@ -207,13 +208,13 @@ class MmMambaMixer(nn.Module):
             state = cache.layers[self.layer_idx].recurrent_states[0]
             if hidden_states.shape[1] == 1 and sequences is None and not torch.is_grad_enabled():
                 scales = (self.A_log, self.dt_bias, self.norm.weight, self.norm_eps)
-                return ops.decode_step(projected[:, 0], *conv, *scales, conv_state, state)[:, None]
+                return (ops.decode_step or decode_step)(projected[:, 0], *conv, *scales, conv_state, state)[:, None]
 
         vkq, gate, dt = projected.split(self.splits, dim=-1)
         acc = state_dtype(dt.dtype)
         dt = F.softplus(dt.to(acc) + self.dt_bias.to(acc))
         if sequences is not None:
-            vkq, dt = sequences.take(vkq), sequences.take(dt)
+            vkq, dt = sequences.pack(vkq), sequences.pack(dt)
         vkq, conv_state = ops.causal_conv(vkq, *conv, conv_state, sequences)
         shared = self.num_key_value_heads * self.head_dim
         v, k, q = (x.unflatten(-1, (-1, self.head_dim)) for x in vkq.split([shared, shared, self.splits[1]], dim=-1))
@@ -222,7 +223,7 @@ class MmMambaMixer(nn.Module):
             cache.update_conv_state(conv_state, self.layer_idx)
             cache.update_recurrent_state(state, self.layer_idx)
         if sequences is not None:
-            y = sequences.put(y)
+            y = sequences.unpack(y)
         return ops.gated_rmsnorm(y, gate.unflatten(-1, (-1, self.head_dim)), self.norm.weight, self.norm_eps)
 
     def forward(self, hidden_states: Tensor, sequences: Sequences | None = None, cache: Cache | None = None) -> Tensor:
@@ -482,9 +483,9 @@ class MmMambaModel(MmMambaPreTrainedModel):
             )
         sequences = None
         if masks["linear_attention"] is not None:
-            sequences = Sequences.of_mask(masks["linear_attention"])
+            sequences = Sequences.from_mask(masks["linear_attention"])
         elif attention_mask is None and position_ids is not None and length > 1:
-            sequences = Sequences.of_positions(position_ids.expand(batch, -1))
+            sequences = Sequences.from_position_ids(position_ids.expand(batch, -1))
             if sequences is not None:
                 if past_key_values is not None:
                     raise ValueError(

@@ -1,17 +1,15 @@
-"""The state-space maths of the Mamba-2 mixer: its reference in plain torch, and the choice of what runs it.
+"""The state-space maths of the Mamba-2 mixer in plain torch: what the other backends are tested against.
 
 Letters: B batch, L length, H query heads, K key/value heads, G = H / K heads per group, P head size, N state size,
-C channels, W convolution taps, S sequences. Query head h uses key/value head h // G.
+C channels, W convolution taps, S sequences, T their valid steps. Query head h uses key/value head h // G.
 
     S_t = exp(A dt_t) S_{t-1} + dt_t v_t k_t^T        y_t = S_t q_t        (arXiv 2502.13145, eq. 2)
 
-Matrix products run in the inputs' dtype; decays, states and norms in at least fp32 (`state_dtype`). The functions
-below are the `torch` backend. `triton` (our kernels) and `cuda` (mamba_ssm's and causal_conv1d's) have the same five.
+Matrix products run in the inputs' dtype; decays, states and norms in at least fp32 (`state_dtype`).
 """
 
-import os
 from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -19,50 +17,60 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-BACKENDS = ("torch", "triton", "cuda")
-CHUNK = 128  # steps between two states that are in memory
+CHUNK_SIZE = 128  # steps whose products are matrix products, between two states in memory
 
 
 class Backend(NamedTuple):
-    """One implementation of the mixer's operations; see the functions of the same names in this file."""
+    """One implementation of the mixer's operations; the functions of the same names in this file say what they do."""
 
     name: str
     causal_conv: Callable
     ssd_scan: Callable
-    decode_step: Callable
     gated_rmsnorm: Callable
     add_rmsnorm: Callable
+    decode_step: Callable | None  # a whole step of the mixer in few launches; None where nothing is fused
+
+
+# --- padded and packed batches ---------------------------------------------------------------------------------------
 
 
 class Sequences:
-    """Which steps of a batch belong to which sequence, where that is not simply one whole row each.
+    """Which steps of a batch belong to which sequence, if it is padded or packed.
 
-    Valid steps are taken out of the batch and laid end to end, so that a state starts at its sequence's first step,
-    sees no padding and no neighbour, and ends at its last valid step.
+    Backends get all valid steps in one row, sequence after sequence, as flash attention's `varlen` functions do: a
+    state starts at its sequence's first step, sees no padding and no neighbour, and ends at the last valid step.
 
     Args:
-        offsets: (S + 1,), where each sequence begins among the steps, and their number T. A sequence may be empty.
-        steps: (T,), the place of each step in the flattened batch; None if the batch is these steps.
-        shape: (batch, length).
+        cu_seqlens: (S + 1,), int64, cumulative lengths: sequence s is steps cu_seqlens[s] to cu_seqlens[s + 1] of the
+            packed row. A sequence may be empty.
+        indices: (T,), int64, where each packed step stands in the flattened batch; None if they are the same.
+        shape: (batch, length) of the batch.
     """
 
-    def __init__(self, offsets: Tensor, steps: Tensor | None, shape: tuple[int, int]):
-        self.offsets = offsets
-        self.steps = steps
+    def __init__(self, cu_seqlens: Tensor, indices: Tensor | None, shape: tuple[int, int]):
+        self.cu_seqlens = cu_seqlens
+        self.indices = indices
         self.shape = shape
-        self.kept = {}  # what a backend works out once for all layers
+        self.derived = {}  # what backends derive from the boundaries, once for all layers
 
     @classmethod
-    def of_mask(cls, mask: Tensor) -> "Sequences | None":
-        """The rows of a padded batch. Args: mask (batch, length), 1 where a step is valid. None if all are."""
+    def from_mask(cls, mask: Tensor) -> "Sequences | None":
+        """The rows of a padded batch. Waits for the device.
+
+        Args:
+            mask: (batch, length), 1 where a step is valid; padding may stand anywhere.
+
+        Returns:
+            None if every step is valid.
+        """
         mask = mask.bool()
         if mask.all():
             return None
         return cls(F.pad(mask.sum(1).cumsum(0), (1, 0)), mask.flatten().nonzero().squeeze(1), tuple(mask.shape))
 
     @classmethod
-    def of_positions(cls, position_ids: Tensor) -> "Sequences | None":
-        """The sequences of a packed batch, in order over the flattened batch.
+    def from_position_ids(cls, position_ids: Tensor) -> "Sequences | None":
+        """The sequences of a packed batch, in order over the flattened batch. Waits for the device.
 
         Args:
             position_ids: (batch, length). Wherever they do not go up by one, a sequence begins: the rule by which
@@ -72,153 +80,111 @@ class Sequences:
             None if every row is one sequence.
         """
         starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1
-        firsts = starts.flatten().nonzero().squeeze(1)  # (S,)
-        if len(firsts) == len(position_ids):
+        first_steps = starts.flatten().nonzero().squeeze(1)  # (S,)
+        if len(first_steps) == len(position_ids):
             return None
-        return cls(F.pad(firsts, (0, 1), value=starts.numel()), None, tuple(starts.shape))
+        return cls(F.pad(first_steps, (0, 1), value=starts.numel()), None, tuple(starts.shape))
 
-    def to(self, device, **kwargs) -> "Sequences":
-        """The same on another device: Accelerate moves what it hands to a layer that is elsewhere."""
+    def to(self, device: torch.device | str | int, **kwargs) -> "Sequences":
+        """The same on another device, copied once. Accelerate calls this as it would a tensor's `to`."""
         device = torch.device(device)
-        if device == self.offsets.device:
+        if device == self.cu_seqlens.device:
             return self
-        if device not in self.kept:
-            steps = None if self.steps is None else self.steps.to(device)
-            self.kept[device] = Sequences(self.offsets.to(device), steps, self.shape)
-        return self.kept[device]
+        if device not in self.derived:
+            indices = None if self.indices is None else self.indices.to(device)
+            self.derived[device] = Sequences(self.cu_seqlens.to(device), indices, self.shape)
+        return self.derived[device]
 
     @cached_property
     def lengths(self) -> Tensor:
-        """(S,)"""
-        return self.offsets.diff()
+        """(S,), int64."""
+        return self.cu_seqlens.diff()
 
     @cached_property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         return int(self.lengths.max())
 
-    def take(self, x: Tensor) -> Tensor:
-        """Args: x (batch, length, ...). Returns (1, T, ...)."""
+    def pack(self, x: Tensor) -> Tensor:
+        """All valid steps in one row. Args: x (batch, length, ...). Returns (1, T, ...)."""
         x = x.flatten(0, 1)
-        return (x if self.steps is None else x.index_select(0, self.steps))[None]
+        return (x if self.indices is None else x.index_select(0, self.indices))[None]
 
-    def put(self, x: Tensor) -> Tensor:
-        """Args: x (1, T, ...). Returns (batch, length, ...), 0 where no step is valid; undoes `take`."""
+    def unpack(self, x: Tensor) -> Tensor:
+        """Undoes `pack`. Args: x (1, T, ...). Returns (batch, length, ...), 0 where a step is padding."""
         x = x[0]
-        if self.steps is not None:
-            x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, self.steps, x)
+        if self.indices is not None:
+            x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, self.indices, x)
         return x.unflatten(0, self.shape)
 
     @cached_property
-    def _places(self) -> Tensor:
-        """(T,), where each step goes if every sequence has a row of `longest` steps."""
-        steps = torch.arange(int(self.offsets[-1]), device=self.offsets.device)
-        sequence = torch.repeat_interleave(self.lengths)
-        return sequence * self.longest + steps - self.offsets[sequence]
+    def _padded_indices(self) -> Tensor:
+        """(T,), where each packed step stands in the flattened (S, max_length)."""
+        steps = torch.arange(int(self.cu_seqlens[-1]), device=self.cu_seqlens.device)
+        sequence_ids = torch.repeat_interleave(self.lengths)
+        return sequence_ids * self.max_length + steps - self.cu_seqlens[sequence_ids]
 
-    def to_rows(self, x: Tensor) -> Tensor:
-        """Args: x (1, T, ...). Returns (S, longest, ...), a row per sequence, 0 behind its end."""
-        rows = x.new_zeros(len(self.lengths) * self.longest, *x.shape[2:]).index_copy(0, self._places, x[0])
-        return rows.unflatten(0, (len(self.lengths), self.longest))
+    def to_padded(self, x: Tensor) -> Tensor:
+        """One row for each sequence. Args: x (1, T, ...). Returns (S, max_length, ...), 0 behind a sequence's end."""
+        padded = x.new_zeros(len(self.lengths) * self.max_length, *x.shape[2:])
+        return padded.index_copy(0, self._padded_indices, x[0]).unflatten(0, (len(self.lengths), self.max_length))
 
-    def from_rows(self, x: Tensor) -> Tensor:
-        """Args: x (S, longest, ...). Returns (1, T, ...); undoes `to_rows`."""
-        return x.flatten(0, 1).index_select(0, self._places)[None]
+    def from_padded(self, x: Tensor) -> Tensor:
+        """Undoes `to_padded`. Args: x (S, max_length, ...). Returns (1, T, ...)."""
+        return x.flatten(0, 1).index_select(0, self._padded_indices)[None]
 
     @cached_property
-    def of_like_length(self) -> list[tuple[Tensor, Tensor, "Sequences"]]:
-        """Groups whose lengths differ by less than a factor of two, so that little of `to_rows` is empty.
+    def length_buckets(self) -> list[tuple[Tensor, Tensor, "Sequences"]]:
+        """The sequences by length, which differs by less than a factor of two in a bucket: `to_padded` pads little.
 
-        For each: which sequences (S',), the places of their steps among all (T',), and what belongs together there.
+        For each bucket: the ids of its sequences (S',), the packed steps that are theirs (T',), and these alone as
+        `Sequences`.
         """
-        lengths, offsets = self.lengths.tolist(), self.offsets.tolist()
-        groups = {}
-        for sequence, length in enumerate(lengths):
-            groups.setdefault(length.bit_length(), []).append(sequence)
-        found, device = [], self.offsets.device
-        for which in groups.values():
-            places = torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in which])
-            ends = torch.tensor([0, *(lengths[i] for i in which)]).cumsum(0)
-            group = Sequences(ends.to(device), None, (1, len(places)))
-            found.append((torch.tensor(which, device=device), places.to(device), group))
-        return found
+        lengths, cu_seqlens = self.lengths.tolist(), self.cu_seqlens.tolist()
+        ids_by_size = {}
+        for sequence_id, length in enumerate(lengths):
+            ids_by_size.setdefault(length.bit_length(), []).append(sequence_id)
+        buckets, device = [], self.cu_seqlens.device
+        for ids in ids_by_size.values():
+            steps = torch.cat([torch.arange(cu_seqlens[i], cu_seqlens[i + 1]) for i in ids])
+            bucket_cu_seqlens = torch.tensor([0, *(lengths[i] for i in ids)]).cumsum(0)
+            bucket = Sequences(bucket_cu_seqlens.to(device), None, (1, len(steps)))
+            buckets.append((torch.tensor(ids, device=device), steps.to(device), bucket))
+        return buckets
 
-    def by_groups(self, run: Callable, tensors: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What `run(*tensors, state, sequences)` gives, computed for each group of `of_like_length`.
+    def run_in_buckets(
+        self, function: Callable, tensors: tuple[Tensor, ...], state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What `function(*tensors, state, self)` returns, computed bucket by bucket.
 
         Args:
-            run: Returns (1, T', ...) and states (S', ...).
+            function: Returns y (1, T', ...) and the last states (S', ...).
             tensors: (1, T, ...) each.
             state: (S, ...), or None.
         """
         outputs = []
-        for which, places, group in self.of_like_length:
-            part = [x.index_select(1, places) for x in tensors]
-            outputs.append(run(*part, None if state is None else state.index_select(0, which), group))
-        whiches, places, _ = zip(*self.of_like_length, strict=True)
+        for ids, steps, bucket in self.length_buckets:
+            inputs = [x.index_select(1, steps) for x in tensors]
+            outputs.append(function(*inputs, None if state is None else state.index_select(0, ids), bucket))
+        ids, steps, _ = zip(*self.length_buckets, strict=True)
         ys, states = zip(*outputs, strict=True)
-        y = torch.cat(ys, 1).index_select(1, torch.cat(places).argsort())
-        return y, torch.cat(states).index_select(0, torch.cat(whiches).argsort())
+        y = torch.cat(ys, 1).index_select(1, torch.cat(steps).argsort())
+        return y, torch.cat(states).index_select(0, torch.cat(ids).argsort())
 
     def attention_kwargs(self) -> dict[str, Tensor | int]:
-        """Boundaries of packed sequences as flash attention takes them.
+        """Boundaries of packed sequences under the names that Transformers' flash attention reads.
 
-        It would find them in `position_ids`, but once per layer and only in a batch of one row.
+        It would find them in `position_ids` itself, but once per layer and only in a batch of one row.
         """
-        ends = self.offsets.int()
+        cu_seqlens = self.cu_seqlens.int()
         return {
-            "cu_seq_lens_q": ends,
-            "cu_seq_lens_k": ends,
-            "max_length_q": self.longest,
-            "max_length_k": self.longest,
+            "cu_seq_lens_q": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens,
+            "max_length_q": self.max_length,
+            "max_length_k": self.max_length,
         }
 
 
-class Chunks(NamedTuple):
-    """How T flat tokens are cut into pieces of at most `CHUNK` steps of one sequence, as our kernels read them.
-
-    Attributes:
-        table: (chunks, 3), int32: first token, token after the last, sequence. Entries after the last are empty.
-        offsets: (S + 1,), int32: where each sequence begins, and T.
-        first: (S,), int32: the first chunk of each sequence.
-        count: (S,), int32: how many chunks it has.
-    """
-
-    table: Tensor
-    offsets: Tensor
-    first: Tensor
-    count: Tensor
-
-    @classmethod
-    def of_offsets(cls, offsets: Tensor, tokens: int) -> "Chunks":
-        """Args: offsets (S + 1,), ascending, from 0 to `tokens`. Does not wait for the device."""
-        lengths = offsets.diff()
-        count = (lengths + CHUNK - 1) // CHUNK
-        ends = count.cumsum(0)
-        index = torch.arange(tokens // CHUNK + len(lengths), device=offsets.device)
-        sequence = torch.searchsorted(ends, index, right=True).clamp(max=len(lengths) - 1)
-        start = offsets[sequence] + (index - (ends - count)[sequence]) * CHUNK
-        end = torch.minimum(start + CHUNK, offsets[sequence + 1])
-        start = torch.minimum(start, end)  # beyond the last chunk: empty
-        table = torch.stack([start, end, sequence], 1)
-        return cls(table.int(), offsets.int(), (ends - count).int(), count.int())
-
-    @classmethod
-    @lru_cache(maxsize=64)
-    def of_rows(cls, rows: int, length: int, device: torch.device) -> "Chunks":
-        """Rows of `length` valid steps each."""
-        return cls.of_offsets(torch.arange(rows + 1, device=device) * length, rows * length)
-
-    @classmethod
-    def of(cls, x: Tensor, sequences: Sequences | None) -> "Chunks":
-        """Those of x (B, L, ...), or of `sequences` whose steps it holds, (1, T, ...)."""
-        if sequences is None:
-            return cls.of_rows(*x.shape[:2], x.device)
-        if cls not in sequences.kept:
-            sequences.kept[cls] = cls.of_offsets(sequences.offsets, x.shape[1])
-        return sequences.kept[cls]
-
-
-# --- the reference ---------------------------------------------------------------------------------------------------
+# --- operations ------------------------------------------------------------------------------------------------------
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -241,10 +207,12 @@ def causal_conv(
     Returns:
         The shape of `x`, and the state after each row or sequence, (S, C, W - 1).
     """
-    if sequences is not None and len(sequences.of_like_length) > 1:
-        return sequences.by_groups(lambda x, state, group: causal_conv(x, weight, bias, state, group), (x,), state)
+    if sequences is not None and len(sequences.length_buckets) > 1:
+        return sequences.run_in_buckets(
+            lambda x, state, bucket: causal_conv(x, weight, bias, state, bucket), (x,), state
+        )
     if sequences is not None:
-        x = sequences.to_rows(x)
+        x = sequences.to_padded(x)
     length, taps = x.shape[1], weight.shape[1]
     if state is None:
         padded = F.pad(x, (0, 0, taps - 1, 0))  # (S, W - 1 + L, C)
@@ -256,7 +224,7 @@ def causal_conv(
         return out, padded[:, length:].transpose(1, 2)
     steps = sequences.lengths[:, None] + torch.arange(taps - 1, device=x.device)  # (S, W - 1)
     last = padded.gather(1, steps[..., None].expand(-1, -1, x.shape[2]))
-    return sequences.from_rows(out), last.transpose(1, 2)
+    return sequences.from_padded(out), last.transpose(1, 2)
 
 
 def ssd_scan(
@@ -266,7 +234,7 @@ def ssd_scan(
     dt: Tensor,
     A: Tensor,
     state: Tensor | None,
-    chunk_size: int = CHUNK,
+    chunk_size: int = CHUNK_SIZE,
     sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence over whole sequences, one chunk of matrix products at a time (arXiv 2405.21060, section 6).
@@ -284,12 +252,14 @@ def ssd_scan(
     Returns:
         y of shape (B, L, H, P), in `v`'s dtype or wider, and the last states (S, H, P, N) in `state_dtype`.
     """
-    if sequences is not None and len(sequences.of_like_length) > 1:
-        return sequences.by_groups(
-            lambda v, k, q, dt, state, group: ssd_scan(v, k, q, dt, A, state, chunk_size, group), (v, k, q, dt), state
+    if sequences is not None and len(sequences.length_buckets) > 1:
+        return sequences.run_in_buckets(
+            lambda v, k, q, dt, state, bucket: ssd_scan(v, k, q, dt, A, state, chunk_size, bucket),
+            (v, k, q, dt),
+            state,
         )
     if sequences is not None:
-        v, k, q, dt = (sequences.to_rows(x) for x in (v, k, q, dt))
+        v, k, q, dt = (sequences.to_padded(x) for x in (v, k, q, dt))
     if v.dtype == torch.float16:  # products and states may leave its range
         v, k, q = v.float(), k.float(), q.float()
     batch, length, kv_heads, head_dim = v.shape
@@ -335,7 +305,7 @@ def ssd_scan(
     else:
         y = torch.cat([state.new_empty(batch, kv_heads, group, 0, head_dim), *outputs], dim=3)
     y = y.flatten(1, 2).transpose(1, 2)
-    return y if sequences is None else sequences.from_rows(y), state.flatten(1, 2)
+    return y if sequences is None else sequences.from_padded(y), state.flatten(1, 2)
 
 
 def ssd_step(v: Tensor, k: Tensor, q: Tensor, dt: Tensor, A: Tensor, state: Tensor) -> Tensor:
@@ -431,79 +401,4 @@ def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tupl
     return weight * normed.to(total.dtype), total
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear` without bias. One row of fp32 on a CPU, a decoding step, uses all cores.
-
-    BLAS multiplies a single row on one core; the same product as a batch of slices of the weight is spread over them.
-
-    Args:
-        x: (..., width).
-        weight: (out, width).
-    """
-    one_row = x.numel() == x.shape[-1] and x.dtype == torch.float32 and x.device.type == "cpu"
-    if not one_row or len(weight) % 4 or torch.is_grad_enabled() or not weight.is_contiguous():
-        return F.linear(x, weight)
-    slices = weight.view(4, -1, weight.shape[1]).transpose(1, 2)  # (4, width, out / 4)
-    return torch.bmm(x.reshape(1, 1, -1).expand(4, 1, -1), slices).view(*x.shape[:-1], -1)
-
-
-TORCH = Backend("torch", causal_conv, ssd_scan, decode_step, gated_rmsnorm, add_rmsnorm)
-
-
-# --- which backend ---------------------------------------------------------------------------------------------------
-
-
-ENVIRONMENT = "MMMAMBA_SSM"
-
-
-@lru_cache
-def find(name: str) -> tuple[Backend | None, str]:
-    """A backend, or None and why it is not there."""
-    if name == "torch":
-        return TORCH, "part of the package"
-    try:
-        if name == "triton":
-            from .triton_mmmamba import TRITON as found
-        else:
-            from .cuda_mmmamba import CUDA as found
-    except Exception as error:  # a compiled package that does not fit raises whatever it likes
-        return None, f"cannot be imported: {error}"
-    return found, "can be imported"
-
-
-def backend(device: torch.device, dtype: torch.dtype = torch.float32, requested: str = "auto") -> Backend:
-    """What runs the mixer's operations.
-
-    Args:
-        device: Where the tensors are.
-        dtype: Theirs.
-        requested: `config.ssm_implementation`: "torch", "triton", "cuda", or "auto" for the fastest that can run. The
-            environment variable `MMMAMBA_SSM` wins over it.
-
-    Raises:
-        ValueError: if the name is unknown, or the backend asked for cannot run there.
-    """
-    return _backend(device.type, dtype, os.environ.get(ENVIRONMENT) or requested)
-
-
-@lru_cache
-def _backend(device: str, dtype: torch.dtype, requested: str) -> Backend:
-    if requested == "auto":
-        return next(find(name)[0] for name in ("triton", "cuda", "torch") if why_not(name, device, dtype) is None)
-    if requested not in BACKENDS:
-        raise ValueError(f"ssm_implementation={requested!r} is unknown; use auto, {', '.join(BACKENDS)}.")
-    interpreted = requested == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    reason = why_not(requested, "cuda" if interpreted else device, dtype)
-    if reason is not None:
-        raise ValueError(f"The {requested} backend {reason}; use ssm_implementation='auto'.")
-    return find(requested)[0]
-
-
-def why_not(name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run tensors of `dtype` on a device of this type; None if it can."""
-    if name != "torch" and device != "cuda":
-        return f"runs on CUDA devices, and the tensors are on {device}"
-    if name != "torch" and dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes fp32, bf16 and fp16, and the tensors are {dtype}"
-    found, reason = find(name)
-    return reason if found is None else None
+TORCH = Backend("torch", causal_conv, ssd_scan, gated_rmsnorm, add_rmsnorm, decode_step=None)

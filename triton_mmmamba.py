@@ -15,13 +15,14 @@ tries nothing out.
 
 import os
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .ssm_mmmamba import CHUNK, Backend, Chunks, Sequences
+from .ssm_mmmamba import CHUNK_SIZE, Backend, Sequences
 
 
 try:  # Transformers wants every import outside of `try` installed before it loads a model.
@@ -31,9 +32,55 @@ except ImportError:
     raise
 
 
+CHUNK = CHUNK_SIZE
 CONV_STEPS = 32  # steps of a chunk that one program convolves
 NORM_PROGRAMS = 512  # programs that share the rows of a norm's gradient
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+class Chunks(NamedTuple):
+    """How T flat tokens are cut into pieces of at most `CHUNK` steps of one sequence, as our kernels read them.
+
+    Attributes:
+        table: (chunks, 3), int32: first token, token after the last, sequence. Entries after the last are empty.
+        offsets: (S + 1,), int32: where each sequence begins, and T.
+        first: (S,), int32: the first chunk of each sequence.
+        count: (S,), int32: how many chunks it has.
+    """
+
+    table: Tensor
+    offsets: Tensor
+    first: Tensor
+    count: Tensor
+
+    @classmethod
+    def of_offsets(cls, offsets: Tensor, tokens: int) -> "Chunks":
+        """Args: offsets (S + 1,), ascending, from 0 to `tokens`. Does not wait for the device."""
+        lengths = offsets.diff()
+        count = (lengths + CHUNK - 1) // CHUNK
+        ends = count.cumsum(0)
+        index = torch.arange(tokens // CHUNK + len(lengths), device=offsets.device)
+        sequence = torch.searchsorted(ends, index, right=True).clamp(max=len(lengths) - 1)
+        start = offsets[sequence] + (index - (ends - count)[sequence]) * CHUNK
+        end = torch.minimum(start + CHUNK, offsets[sequence + 1])
+        start = torch.minimum(start, end)  # beyond the last chunk: empty
+        table = torch.stack([start, end, sequence], 1)
+        return cls(table.int(), offsets.int(), (ends - count).int(), count.int())
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def of_rows(cls, rows: int, length: int, device: torch.device) -> "Chunks":
+        """Rows of `length` valid steps each."""
+        return cls.of_offsets(torch.arange(rows + 1, device=device) * length, rows * length)
+
+    @classmethod
+    def of(cls, x: Tensor, sequences: Sequences | None) -> "Chunks":
+        """Those of x (B, L, ...), or of `sequences` whose steps it holds, (1, T, ...)."""
+        if sequences is None:
+            return cls.of_rows(*x.shape[:2], x.device)
+        if cls not in sequences.derived:
+            sequences.derived[cls] = cls.of_offsets(sequences.cu_seqlens, x.shape[1])
+        return sequences.derived[cls]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -46,12 +93,13 @@ def _rows(x: Tensor) -> Tensor:
     return x
 
 
-def _power(size: int, least: int = 16) -> int:
-    """The block that holds `size`: matrix products need powers of two of at least 16."""
-    return max(least, triton.next_power_of_2(size))
+def block_size(size: int, minimum: int = 16) -> int:
+    """The power of two that holds `size`; `tl.dot` needs at least 16."""
+    return max(minimum, triton.next_power_of_2(size))
 
 
-def _precision() -> str:
+def dot_precision() -> str:
+    """`input_precision` of fp32 products, by `torch.set_float32_matmul_precision`."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -66,7 +114,7 @@ def _tile(base, rows, stride, inside, columns, width):
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
+def dot(a, b, PRECISION: tl.constexpr):
     if INTERPRETED:  # its bf16 is a bare uint16; the products of two bf16 numbers are exact in fp32
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
@@ -77,9 +125,9 @@ def _dot(a, b, PRECISION: tl.constexpr):
 def _mixed_dot(a, b, PRECISION: tl.constexpr):
     """With b, which may be a state in fp32, in a's dtype; unless that is fp16, whose range a state may leave."""
     if a.dtype == tl.float16 and b.dtype == tl.float32:
-        return _dot(a.to(tl.float32), b, "tf32")
+        return dot(a.to(tl.float32), b, "tf32")
     else:
-        return _dot(a, b.to(a.dtype), PRECISION)
+        return dot(a, b.to(a.dtype), PRECISION)
 
 
 @triton.jit
@@ -128,7 +176,7 @@ def _chunk_outer_kernel(
         ours = _tile(left + (head // LEFT_GROUP) * P, t, left_stride, inside, p, P)
         theirs = _tile(right + (head // RIGHT_GROUP) * N, t, right_stride, inside, n, N)
         theirs = (theirs * weight[:, None]).to(theirs.dtype)
-        sums += _dot(tl.trans(ours), theirs, PRECISION)
+        sums += dot(tl.trans(ours), theirs, PRECISION)
     out += (chunk.to(tl.int64) * HEADS + head) * P * N
     tl.store(out + p[:, None] * N + n[None, :], sums, mask=(p < P)[:, None] & (n < N)[None, :])
 
@@ -215,7 +263,7 @@ def _output_kernel(
         weights = scores * tl.exp(s_i[:, None] - s_j[None, :]) * dt_j[None, :]
         weights = tl.where(i[:, None] >= j[None, :], weights, 0.0)  # the decay towards the past overflows
         v_j = _tile(v, j, v_stride, j < end, p, P)
-        sums += _dot(weights.to(v_j.dtype), v_j, PRECISION)
+        sums += dot(weights.to(v_j.dtype), v_j, PRECISION)
     out = y + (i * HEADS + head)[:, None] * P + p[None, :]
     tl.store(out, sums.to(y.dtype.element_ty), mask=(i < end)[:, None] & (p < P)[None, :])
 
@@ -248,7 +296,7 @@ def _query_gradient_kernel(
         gains = tl.where(i[:, None] >= j[None, :], gains, 0.0)
         read += tl.sum(gains * _against(q, i, q_stride, i < end, k, j, k_stride, j < end, N, INNER, PRECISION), 1)
         k_j = _tile(k, j, k_stride, j < end, n, N)
-        sums += _dot(gains.to(k_j.dtype), k_j, PRECISION)
+        sums += dot(gains.to(k_j.dtype), k_j, PRECISION)
     out = dq + (i * HEADS + head)[:, None] * N + n[None, :]
     tl.store(out, sums.to(dq.dtype.element_ty), mask=(i < end)[:, None] & (n < N)[None, :])
     tl.store(reads + head * tokens + i, read, mask=i < end)
@@ -293,7 +341,7 @@ def _key_gradient_kernel(
                 gains * _against(k, j, k_stride, j < end, q + head * N, i, q_stride, i < end, N, INNER, PRECISION), 1
             )
             q_i = _tile(q + head * N, i, q_stride, i < end, n, N)
-            sums += _dot((gains * dt_j[:, None]).to(q_i.dtype), q_i, PRECISION)
+            sums += dot((gains * dt_j[:, None]).to(q_i.dtype), q_i, PRECISION)
         tl.store(pairs + head * tokens + j, pair, mask=j < end)
     out = dk + (j * (HEADS // GROUP) + shared)[:, None] * N + n[None, :]
     tl.store(out, sums.to(dk.dtype.element_ty), mask=(j < end)[:, None] & (n < N)[None, :])
@@ -329,7 +377,7 @@ def _value_gradient_kernel(
             crosses = (i[None, :] >= j[:, None]) & (i < end)[None, :]
             scores = tl.where(crosses, scores * tl.exp(s_i[None, :] - s_j[:, None]) * dt_j[:, None], 0.0)
             dy_i = _tile(dy + head * P, i, HEADS * P, i < end, p, P)
-            sums += _dot(scores.to(dy_i.dtype), dy_i, PRECISION)
+            sums += dot(scores.to(dy_i.dtype), dy_i, PRECISION)
     out = dv + (j * (HEADS // GROUP) + shared)[:, None] * P + p[None, :]
     tl.store(out, sums.to(dv.dtype.element_ty), mask=(j < end)[:, None] & (p < P)[None, :])
 
@@ -374,7 +422,7 @@ class _Scan(torch.autograd.Function):
         small = v.dtype == torch.float32 or max(head_dim, state_size) > 128
         return {
             "HEADS": heads, "P": head_dim, "N": state_size, "BLOCK": 32 if small else 64,
-            "PRECISION": _precision(), "num_stages": 1, "num_warps": 4,
+            "PRECISION": dot_precision(), "num_stages": 1, "num_warps": 4,
         }  # fmt: skip
 
     @staticmethod
@@ -392,11 +440,11 @@ class _Scan(torch.autograd.Function):
     def outer(left, right, dt, since, chunks, sizes, **options) -> Tensor:
         """See `_chunk_outer_kernel`; (chunks, H, P, N)."""
         heads, head_dim, state_size = sizes["HEADS"], sizes["P"], sizes["N"]
-        block = min(64, _power(head_dim))
+        block = min(64, block_size(head_dim))
         out = torch.empty(len(chunks.table), heads, head_dim, state_size, device=dt.device)
         _chunk_outer_kernel[len(out), heads, triton.cdiv(head_dim, block)](
             left, right, dt, since, out, chunks.table, left.stride(0), right.stride(0), len(dt),
-            BLOCK_P=block, BLOCK_N=_power(state_size), **sizes | {"BLOCK": 32}, **options,
+            BLOCK_P=block, BLOCK_N=block_size(state_size), **sizes | {"BLOCK": 32}, **options,
         )  # fmt: skip
         return out
 
@@ -416,11 +464,11 @@ class _Scan(torch.autograd.Function):
         sizes, group = _Scan.sizes(v, k, q), q.shape[1] // v.shape[1]
         since, states, last = _Scan.states(v, k, q, dt, A, state, chunks, sizes)
         y = torch.empty(*q.shape[:2], v.shape[2], device=v.device, dtype=v.dtype)
-        out = min(64, _power(v.shape[2]))
+        out = min(64, block_size(v.shape[2]))
         blocks = CHUNK // sizes["BLOCK"] * triton.cdiv(v.shape[2], out)
         _output_kernel[len(states), q.shape[1], blocks](
             v, k, q, dt, since, states, y, chunks.table, v.stride(0), k.stride(0), q.stride(0), len(dt),
-            GROUP=group, OUT=out, INNER=min(64, _power(k.shape[2])), **sizes,
+            GROUP=group, OUT=out, INNER=min(64, block_size(k.shape[2])), **sizes,
         )  # fmt: skip
         ctx.save_for_backward(v, k, q, dt, A, state)
         ctx.chunks = chunks
@@ -440,7 +488,7 @@ class _Scan(torch.autograd.Function):
         reads, pairs, writes = torch.empty(3, *since.shape, device=dt.device)
         count, blocks = len(states), CHUNK // sizes["BLOCK"]
         strides = (v.stride(0), k.stride(0), q.stride(0), len(dt))
-        width = _power(k.shape[2])
+        width = block_size(k.shape[2])
         options = sizes | {"GROUP": heads // kv_heads, "INNER": min(64, width), "OUT": width}
         options["num_warps"] = 8 if width > 64 else 4
         _query_gradient_kernel[count, heads, blocks](
@@ -449,7 +497,7 @@ class _Scan(torch.autograd.Function):
         _key_gradient_kernel[count, kv_heads, blocks](
             v, k, q, dy, dt, since, dstates, dk, pairs, writes, chunks.table, *strides, **options
         )
-        options |= {"OUT": min(64, _power(v.shape[2])), "num_warps": 4}
+        options |= {"OUT": min(64, block_size(v.shape[2])), "num_warps": 4}
         _value_gradient_kernel[count, kv_heads, blocks * triton.cdiv(v.shape[2], options["OUT"])](
             k, q, dy, dt, since, dstates, dv, chunks.table, *strides[1:], **options
         )
@@ -610,7 +658,7 @@ class _Conv(torch.autograd.Function):
         _conv_gradient_kernel[len(chunks.table), blocks, parts](
             *arguments, **options, STEPS=CONV_STEPS, OF_STATE=False, num_warps=8
         )
-        _conv_gradient_kernel[len(state), blocks](*arguments, **options, STEPS=_power(taps - 1, 1), OF_STATE=True)
+        _conv_gradient_kernel[len(state), blocks](*arguments, **options, STEPS=block_size(taps - 1, 1), OF_STATE=True)
         return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype), dstate, None
 
 
@@ -674,11 +722,11 @@ class _GatedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, gate, weight, eps):
-        (tokens, heads, head_dim), rows = y.shape, max(1, 4096 // _power(y.shape[2]))
+        (tokens, heads, head_dim), rows = y.shape, max(1, 4096 // block_size(y.shape[2]))
         out = torch.empty(tokens, heads, head_dim, device=y.device, dtype=gate.dtype)
         _gated_norm_kernel[(triton.cdiv(tokens * heads, rows),)](
             y, gate, weight, out, gate.stride(0), tokens * heads, eps,
-            HEADS=heads, P=head_dim, BLOCK_P=_power(head_dim), ROWS=rows,
+            HEADS=heads, P=head_dim, BLOCK_P=block_size(head_dim), ROWS=rows,
         )  # fmt: skip
         ctx.save_for_backward(y, gate, weight)
         ctx.eps = eps
@@ -688,13 +736,13 @@ class _GatedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         y, gate, weight = ctx.saved_tensors
-        (tokens, heads, head_dim), rows = y.shape, max(1, 2048 // _power(y.shape[2]))
+        (tokens, heads, head_dim), rows = y.shape, max(1, 2048 // block_size(y.shape[2]))
         programs = min(NORM_PROGRAMS, triton.cdiv(tokens * heads, rows))
         dy, dgate = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (y, gate))
         dweight = torch.empty(programs, head_dim, device=y.device)
         _gated_norm_gradient_kernel[(programs,)](
             y, gate, weight, dout.contiguous(), dy, dgate, dweight, gate.stride(0), tokens * heads, ctx.eps,
-            HEADS=heads, P=head_dim, BLOCK_P=_power(head_dim), ROWS=rows,
+            HEADS=heads, P=head_dim, BLOCK_P=block_size(head_dim), ROWS=rows,
         )  # fmt: skip
         return dy, dgate, dweight.sum(0).to(weight.dtype), None
 
@@ -749,7 +797,7 @@ class _AddNorm(torch.autograd.Function):
         # The residual stream may be wider than what is added to it, as under autocast.
         total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
         normed = torch.empty_like(x, dtype=torch.promote_types(total.dtype, weight.dtype))
-        _norm_kernel[(rows,)](x, residual, weight, normed, total, width, eps, BLOCK=_power(width))
+        _norm_kernel[(rows,)](x, residual, weight, normed, total, width, eps, BLOCK=block_size(width))
         ctx.save_for_backward(total, weight)
         ctx.eps, ctx.dtypes = eps, (x.dtype, residual.dtype)
         return normed, total
@@ -763,7 +811,7 @@ class _AddNorm(torch.autograd.Function):
         dx, dweight = torch.empty_like(total), torch.empty(programs, width, device=total.device)
         _norm_gradient_kernel[(programs,)](
             total, weight, dnormed.contiguous(), dtotal.contiguous(), dx, dweight, rows, width, ctx.eps,
-            BLOCK=_power(width),
+            BLOCK=block_size(width),
         )  # fmt: skip
         return dx.to(ctx.dtypes[0]), dx.to(ctx.dtypes[1]), dweight.sum(0).to(weight.dtype), None
 
@@ -861,11 +909,11 @@ def decode_step(
     """See `ssm_mmmamba.decode_step`; one launch. Weights, states and rows of `projected` are contiguous."""
     (batch, heads, head_dim, _), (channels, taps) = state.shape, conv_weight.shape
     out = torch.empty(batch, heads, head_dim, device=projected.device, dtype=projected.dtype)
-    kv_heads, block = (channels // head_dim - heads) // 2, _power(head_dim)
+    kv_heads, block = (channels // head_dim - heads) // 2, block_size(head_dim)
     _decode_kernel[batch, kv_heads](
         projected, conv_weight, conv_bias, A_log, dt_bias, norm_weight, conv_state, state, out,
         projected.stride(0), eps, HEADS=heads, GROUP=heads // kv_heads, P=head_dim, TAPS=taps,
-        BLOCK_P=block, BLOCK_N=min(block, 64), BLOCK_TAPS=_power(taps - 1, 1), num_warps=8,
+        BLOCK_P=block, BLOCK_N=min(block, 64), BLOCK_TAPS=block_size(taps - 1, 1), num_warps=8,
     )  # fmt: skip
     return out
 
@@ -881,5 +929,5 @@ def _on_its_device(operation: Callable) -> Callable:
     return run
 
 
-OPERATIONS = (causal_conv, ssd_scan, decode_step, gated_rmsnorm, add_rmsnorm)
+OPERATIONS = (causal_conv, ssd_scan, gated_rmsnorm, add_rmsnorm, decode_step)
 TRITON = Backend("triton", *map(_on_its_device, OPERATIONS))

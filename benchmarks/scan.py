@@ -11,7 +11,7 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from mmmamba.ssm_mmmamba import find, why_not
+from mmmamba.backends_mmmamba import find, unavailable_reason
 
 from .plot import bars
 from .timing import in_turns, once, table, write
@@ -45,13 +45,13 @@ def candidates(args: argparse.Namespace, tensors: list[torch.Tensor], wide: list
     """Functions that scan the same inputs, returning y; `wide` are values and keys repeated for every query head."""
     (v, k, q, dt, A), found = tensors, {}
     for name in ("torch", "triton"):
-        if why_not(name, v.device.type, v.dtype) is None:
+        if unavailable_reason(name, v.device.type, v.dtype) is None:
             found[name] = lambda ops=find(name)[0]: ops.ssd_scan(v, k, q, dt, A, None)[0]  # noqa: B008
     from transformers.models.bamba.modeling_bamba import mamba2_chunk_scan
 
     # Where mamba_ssm is installed the decorated function would be its kernel: the body is the PyTorch path.
     peers = {"transformers": getattr(mamba2_chunk_scan, "__wrapped__", mamba2_chunk_scan)}
-    if why_not("cuda", v.device.type, v.dtype) is None:
+    if unavailable_reason("cuda", v.device.type, v.dtype) is None:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
         peers["mamba_ssm"] = mamba_chunk_scan_combined

@@ -215,7 +215,7 @@ def test_with_an_attention_mask_nothing_is_packed(kind):
     ],
     ids=["flat", "square", "prepared"],
 )
-def test_any_form_of_mask_means_that_rows_are_not_packed(mask):
+def test_any_form_from_mask_means_that_rows_are_not_packed(mask):
     model, ids = tiny_model("linear"), token_ids(9, seed=1)[None]
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
     close(model(ids, attention_mask=mask, position_ids=positions, use_cache=True).logits, model(ids).logits)
@@ -227,7 +227,7 @@ def test_generation_never_looks_for_packing(kind, use_cache, monkeypatch):
     def fail(position_ids):
         raise AssertionError("generation would wait for the device at every step")
 
-    monkeypatch.setattr(Sequences, "of_positions", fail)
+    monkeypatch.setattr(Sequences, "from_position_ids", fail)
     model = tiny_model(kind)
     rows = [token_ids(4, seed=1), token_ids(11, seed=2)]
     ids = torch.stack([torch.nn.functional.pad(row, (11 - len(row), 0), value=2) for row in rows])
@@ -246,17 +246,17 @@ def test_every_valid_step_has_a_place_and_comes_back_to_it():
     positions = torch.tensor([[0, 1, 0, 0, 1], [0, 1, 2, 3, 4], [7, 8, 0, 1, 2]])
     steps = torch.arange(15.0).view(3, 5, 1) + 1
     for sequences, rows, valid in (
-        (Sequences.of_mask(mask), [[2, 4, 5], [6, 7, 8], []], mask),
-        (Sequences.of_positions(positions), [[1, 2], [3], [4, 5], [6, 7, 8, 9, 10], [11, 12], [13, 14, 15]], 1),
+        (Sequences.from_mask(mask), [[2, 4, 5], [6, 7, 8], []], mask),
+        (Sequences.from_position_ids(positions), [[1, 2], [3], [4, 5], [6, 7, 8, 9, 10], [11, 12], [13, 14, 15]], 1),
     ):
-        taken = sequences.take(steps)
-        assert taken.flatten().tolist() == [step for row in rows for step in row]
+        packed_steps = sequences.pack(steps)
+        assert packed_steps.flatten().tolist() == [step for row in rows for step in row]
         longest = max(map(len, rows))
-        in_rows = sequences.to_rows(taken)
-        assert in_rows[..., 0].tolist() == [row + [0] * (longest - len(row)) for row in rows]
-        assert torch.equal(sequences.from_rows(in_rows), taken)
-        assert torch.equal(sequences.put(taken)[..., 0], steps[..., 0] * valid)
-    assert Sequences.of_mask(mask).lengths.tolist() == [3, 3, 0]
-    assert Sequences.of_positions(positions).lengths.tolist() == [2, 1, 2, 5, 2, 3]
-    assert Sequences.of_mask(torch.ones(2, 5)) is None
-    assert Sequences.of_positions(torch.arange(5).expand(2, 5) + torch.tensor([[0], [3]])) is None
+        padded = sequences.to_padded(packed_steps)
+        assert padded[..., 0].tolist() == [row + [0] * (longest - len(row)) for row in rows]
+        assert torch.equal(sequences.from_padded(padded), packed_steps)
+        assert torch.equal(sequences.unpack(packed_steps)[..., 0], steps[..., 0] * valid)
+    assert Sequences.from_mask(mask).lengths.tolist() == [3, 3, 0]
+    assert Sequences.from_position_ids(positions).lengths.tolist() == [2, 1, 2, 5, 2, 3]
+    assert Sequences.from_mask(torch.ones(2, 5)) is None
+    assert Sequences.from_position_ids(torch.arange(5).expand(2, 5) + torch.tensor([[0], [3]])) is None

@@ -15,7 +15,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tiny_models import LAYER_TYPES, tiny_model, token_ids
 
-from mmmamba.ssm_mmmamba import TORCH, Sequences, find
+from mmmamba.backends_mmmamba import find
+from mmmamba.ssm_mmmamba import TORCH, Sequences, decode_step
 
 
 TRITON, reason = find("triton")
@@ -52,11 +53,11 @@ def laid_out(layout) -> tuple[int, int, int, Sequences | None]:
         return *rest, rest[0], None
     if kind == "packed":
         positions = torch.cat([torch.arange(length) for length in rest[0]])[None]
-        return 1, positions.shape[1], len(rest[0]), Sequences.of_positions(positions.to(DEVICE))
+        return 1, positions.shape[1], len(rest[0]), Sequences.from_position_ids(positions.to(DEVICE))
     lengths, left = rest
     steps = torch.arange(max(lengths) + 1)  # a column at least is padding
     mask = torch.stack([steps >= len(steps) - length if left else steps < length for length in lengths])
-    return 1, sum(lengths), len(lengths), Sequences.of_mask(mask.to(DEVICE))
+    return 1, sum(lengths), len(lengths), Sequences.from_mask(mask.to(DEVICE))
 
 
 def results(run, inputs, upstream) -> list[torch.Tensor]:
@@ -265,17 +266,15 @@ def test_decode_step(batch, kv_heads, group, head_dim, taps, dtype):
     inputs += [random(heads), random(heads) - 3, random(head_dim)]
     inputs += [random(batch, channels, taps - 1), random(batch, heads, head_dim, head_dim)]
 
-    def run(backend):
+    def run(step):
         def steps(*xs):
             *weights, conv_state, state = xs
-            outputs = [
-                backend.decode_step(weights[0] * scale, *weights[1:], 1e-5, conv_state, state) for scale in (1, 0.5)
-            ]
+            outputs = [step(weights[0] * scale, *weights[1:], 1e-5, conv_state, state) for scale in (1, 0.5)]
             return [*outputs, conv_state, state]
 
         return steps
 
-    agree(run(TRITON), run(TORCH), inputs, dtype, differentiable=False, exact=(3, 4, 7))
+    agree(run(TRITON.decode_step), run(decode_step), inputs, dtype, differentiable=False, exact=(3, 4, 7))
 
 
 @check(16)
@@ -321,7 +320,7 @@ def test_a_model_is_the_same_on_both_backends(kind):
 
 
 def test_nothing_read_leaves_the_states_as_they_are():
-    sequences = Sequences.of_mask(torch.zeros(2, 3, device=DEVICE))
+    sequences = Sequences.from_mask(torch.zeros(2, 3, device=DEVICE))
     v, q, dt = (torch.zeros(1, 0, 2, *size, device=DEVICE) for size in ((16,), (16,), ()))
     state, conv_state = torch.randn(2, 2, 16, 16, device=DEVICE), torch.randn(2, 8, 1, device=DEVICE)
     weight = torch.ones(8, 2, device=DEVICE)

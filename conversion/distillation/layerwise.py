@@ -85,12 +85,12 @@ class LayerwiseDistiller(nn.Module):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         mask, sequences = counted(batch), None
         if "position_ids" in batch and "attention_mask" not in batch:
-            sequences = Sequences.of_positions(batch["position_ids"])
+            sequences = Sequences.from_position_ids(batch["position_ids"])
         elif self.include_padding:
             mask = torch.ones_like(mask)
             inputs.pop("attention_mask", None)
         else:
-            sequences = Sequences.of_mask(mask)
+            sequences = Sequences.from_mask(mask)
         positions = mask.sum() if positions is None else positions
         errors: dict[str, Tensor] = {}
         learning = torch.is_grad_enabled()

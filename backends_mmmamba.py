@@ -1,0 +1,93 @@
+"""Which backend runs the operations of the Mamba-2 mixer, and why.
+
+- `torch`: the reference, `ssm_mmmamba`. Runs everywhere and in every dtype.
+- `triton`: our kernels, `triton_mmmamba`. CUDA devices; Triton comes with PyTorch there.
+- `cuda`: the published fused kernels, `cuda_mmmamba`. CUDA devices with mamba_ssm and causal_conv1d installed.
+"""
+
+import os
+from functools import lru_cache
+
+import torch
+from transformers.utils import logging
+
+from .ssm_mmmamba import TORCH, Backend
+
+
+logger = logging.get_logger(__name__)
+BACKENDS = ("torch", "triton", "cuda")
+FASTEST_FIRST = ("triton", "cuda", "torch")
+ENVIRONMENT = "MMMAMBA_SSM"  # the environment variable that overrides `config.ssm_implementation`
+
+
+@lru_cache
+def find(name: str) -> tuple[Backend | None, str]:
+    """A backend, or None where it cannot be imported.
+
+    Args:
+        name: One of `BACKENDS`.
+
+    Returns:
+        The backend or None, and a phrase that says which and why ("cannot be imported: No module named 'triton'").
+    """
+    try:
+        if name == "triton":
+            from .triton_mmmamba import TRITON as found
+        elif name == "cuda":
+            from .cuda_mmmamba import CUDA as found
+        else:
+            return TORCH, "is part of the package"
+    except Exception as error:  # a compiled package that does not fit the installed PyTorch may raise anything
+        return None, f"cannot be imported: {error}"
+    return found, "can be imported"
+
+
+def backend(device: torch.device, dtype: torch.dtype = torch.float32, requested: str = "auto") -> Backend:
+    """The backend for tensors of this device and dtype.
+
+    Args:
+        device: Where the tensors are.
+        dtype: Their dtype.
+        requested: `config.ssm_implementation`: "torch", "triton", "cuda", or "auto" for the fastest that can run. The
+            environment variable `MMMAMBA_SSM` overrides it.
+
+    Raises:
+        ValueError: if the name is unknown, or that backend cannot run there.
+    """
+    return _backend(device.type, dtype, os.environ.get(ENVIRONMENT) or requested)
+
+
+@lru_cache
+def _backend(device_type: str, dtype: torch.dtype, requested: str) -> Backend:
+    if requested == "auto":
+        chosen = next(name for name in FASTEST_FIRST if unavailable_reason(name, device_type, dtype) is None)
+        found, reason = find("triton")
+        if device_type == "cuda" and found is None:
+            logger.warning_once(
+                f"The triton backend {reason}. Mamba-2 layers on this GPU run on the {chosen} backend instead, which "
+                f"is slower; install the triton release that your PyTorch asks for, or choose a backend by "
+                f"ssm_implementation={chosen!r} to hide this warning."
+            )
+        return find(chosen)[0]
+    if requested not in BACKENDS:
+        raise ValueError(f"ssm_implementation={requested!r} is unknown; use auto, {', '.join(BACKENDS)}.")
+    interpreted = requested == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # tests run kernels on the CPU
+    reason = unavailable_reason(requested, "cuda" if interpreted else device_type, dtype)
+    if reason is not None:
+        raise ValueError(f"The {requested} backend {reason}; use ssm_implementation='auto'.")
+    return find(requested)[0]
+
+
+def unavailable_reason(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run tensors of `dtype` on devices of this type ("cpu", "cuda", …); None if it can.
+
+    A phrase that follows the backend's name: "takes fp32, bf16 and fp16, and the tensors are torch.float64".
+    """
+    if name == "torch":
+        return None
+    if device_type != "cuda":
+        return f"runs on CUDA devices, and the tensors are on {device_type}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes fp32, bf16 and fp16, and the tensors are {dtype}"
+    found, reason = find(name)
+    return reason if found is None else None
