@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from large_steps import LARGE, largest_errors
 from tiny_models import LAYER_TYPES, tiny_model, token_ids
 
 from mmmamba.backends_mmmamba import find
@@ -222,6 +223,19 @@ def test_strong_decay_over_a_long_sequence_does_not_overflow():
     )
     (y.sum() + last.sum()).backward()
     assert all(x.isfinite().all() for x in (y, last, v.grad, k.grad, q.grad))
+
+
+@pytest.mark.parametrize("large", LARGE)
+def test_large_steps_take_no_digits_of_results_and_gradients(large):
+    errors = largest_errors(TRITON.ssd_scan, large, DEVICE)
+    assert max(errors.values()) < 5e-6, errors  # some roundings of fp32, whose unit is 6e-8
+
+
+def test_a_step_that_is_not_a_number_is_seen_in_what_follows():
+    v, dt = torch.ones(1, 5, 1, 16, device=DEVICE), torch.ones(1, 5, 1, device=DEVICE)
+    dt[:, 2] = torch.nan
+    y, last = TRITON.ssd_scan(v, v, v, dt, -torch.ones(1, device=DEVICE), None)
+    assert y[:, :2].isfinite().all() and y[:, 2:].isnan().all() and last.isnan().all()
 
 
 @check(24)
