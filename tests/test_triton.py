@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from large_steps import LARGE, largest_errors
-from tiny_models import LAYER_TYPES, tiny_model, token_ids
+from tiny_models import tiny_model, token_ids
 
 from mmmamba.backends_mmmamba import find
 from mmmamba.ssm_mmmamba import TORCH, Sequences, decode_step
@@ -310,26 +310,33 @@ def test_attention_of_one_token(batch, kv_heads, group, head_dim, length, spare,
     assert (out.double() - truth).norm() <= ERRORS[dtype] * truth.norm()
 
 
-@pytest.mark.parametrize("kind", list(LAYER_TYPES))
-def test_a_model_is_the_same_on_both_backends(kind):
-    ids = torch.stack([token_ids(150, seed=1), token_ids(150, seed=2)]).to(DEVICE)
-    mask = (torch.arange(150) >= torch.tensor([[0], [37]])).long().to(DEVICE)
+LINEAR, FULL = "linear_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    "layer_types", [[FULL] * 2, [LINEAR] * 2, [LINEAR, FULL, LINEAR]], ids=["teacher", "linear", "hybrid"]
+)
+def test_a_model_is_the_same_on_both_backends(layer_types):
+    """More layers or larger weights would magnify fp32's own roundings beyond the tolerance."""
+    layers = {"layer_types": layer_types, "num_hidden_layers": len(layer_types), "num_embedding_layers": 1}
+    ids = torch.stack([token_ids(133, seed=1), token_ids(133, seed=2)]).to(DEVICE)  # in two chunks
+    mask = (torch.arange(133) >= torch.tensor([[0], [102]])).long().to(DEVICE)
     answers = []
     for implementation, dtype in (("torch", torch.float64), ("triton", torch.float32)):
-        model = tiny_model(kind).to(DEVICE, dtype).requires_grad_()
+        model = tiny_model("linear", **layers, initializer_range=0.1).to(DEVICE, dtype).requires_grad_()
         model.config.ssm_implementation = implementation
         output = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
         output.loss.backward()
         values = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         values |= {"loss": output.loss, "logits": output.logits * mask[..., None]}
         tokens = model.generate(
-            ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=2
+            ids, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=2
         )
         answers.append((values, tokens))
     (truths, expected), (values, tokens) = answers
     assert values.keys() == truths.keys()
     for name, truth in truths.items():
-        assert (values[name].double() - truth).norm() <= 1e-4 * truth.norm(), name
+        assert (values[name].double() - truth).norm() <= 2e-5 * truth.norm(), name
     assert torch.equal(tokens, expected)
 
 
