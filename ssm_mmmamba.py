@@ -218,7 +218,7 @@ def decay_between(log_decay: Tensor, block: int = 16) -> Tensor:
         return segments.masked_fill(~causal, -torch.inf).exp()
     blocks = F.pad(log_decay, (0, -length % block)).unflatten(-1, (-1, block))  # (..., T / block, block)
     from_start, to_end = blocks.cumsum(-1).exp(), _reverse_cumsum(blocks).exp()
-    # Between blocks I and J, without either; the row above the first is that of no earlier block.
+    # Over the whole blocks between J and I; 0 where I is not behind J, as everywhere in the row of the first block.
     between = F.pad(decay_between(blocks.sum(-1), block)[..., :-1, :], (0, 0, 1, 0))
     to_block = to_end[..., None, :, :] * between[..., None]  # from step j to the start of block I: (..., I, J, j)
     decay = from_start[..., None, None] * to_block[..., None, :, :]  # (..., I, i, J, j)
@@ -256,8 +256,8 @@ def causal_conv(
     out = F.silu(out)
     if sequences is None:
         return out, padded[:, length:].transpose(1, 2)
-    steps = sequences.lengths[:, None] + torch.arange(taps - 1, device=x.device)  # (S, W - 1)
-    last = padded.gather(1, steps[..., None].expand(-1, -1, x.shape[2]))
+    last_steps = sequences.lengths[:, None] + torch.arange(taps - 1, device=x.device)  # (S, W - 1)
+    last = padded.gather(1, last_steps[..., None].expand(-1, -1, x.shape[2]))
     return sequences.from_padded(out), last.transpose(1, 2)
 
 
@@ -371,6 +371,8 @@ def decode_step(
 ) -> Tensor:
     """One step of the mixer between its two projections; both states change in place. No gradient.
 
+    The reference of the other backends' fused steps; `TORCH.decode_step` is None, since nothing is fused here.
+
     Args:
         projected: (B, C + H * P + H), what the input projection gives: v|k|q, gate, dt before bias and softplus.
         conv_weight: (C, W), with C = (2 K + H) P.
@@ -391,8 +393,8 @@ def decode_step(
     window = torch.cat([conv_state, vkq[..., None]], dim=-1)  # (B, C, W)
     conv_state.copy_(window[..., 1:])
     vkq = F.silu((window * conv_weight).sum(-1) + conv_bias)
-    shared = (len(conv_weight) - heads * head_dim) // 2
-    v, k, q = (x.unflatten(-1, (-1, head_dim)) for x in vkq.split([shared, shared, heads * head_dim], dim=-1))
+    kv_width = (len(conv_weight) - heads * head_dim) // 2
+    v, k, q = (x.unflatten(-1, (-1, head_dim)) for x in vkq.split([kv_width, kv_width, heads * head_dim], dim=-1))
     y = ssd_step(v, k, q, dt, -A_log.to(state.dtype).exp(), state)
     return gated_rmsnorm(y, gate.unflatten(-1, (-1, head_dim)), norm_weight, eps)
 

@@ -1,16 +1,20 @@
-"""The same operations as `ssm_mmmamba`, as Triton kernels: nothing to compile at install.
+"""The operations of `ssm_mmmamba` as Triton kernels: nothing to compile at install.
 
-Rows of a batch, padded rows and packed sequences are one case here: tokens lie in one flat axis, and `Chunks` says
-which of them belong together. Letters as in `ssm_mmmamba`, and T tokens in all, S sequences.
+Rows of a batch, padded rows and packed sequences are one case here: steps lie in one flat axis, and `Chunks` says
+which of them belong together. Letters as in `ssm_mmmamba`; T is all steps.
 
-The scan (arXiv 2405.21060, section 6) is three kernels: what each chunk writes to the state, the states passed from
-chunk to chunk, what each step reads. Query heads read the key/value head of their group in place. Its gradient
-recomputes the states, so that only inputs are kept. With s the log decay since the start of a chunk, a pair j <= i of
-steps carries E = exp(s_i - s_j) dt_j (q_i . k_j)(dy_i . v_j); the gradient of the log decay at t is the sum of what
-crosses t: pairs inside the chunk, reads of what came in, writes that go out, and what passes through.
+The scan (arXiv 2405.21060, section 6) is four kernels, named as in Mamba-2: log decays (chunk cumsum), what each chunk
+writes to the state (chunk state), the states passed from chunk to chunk (state passing), what each step reads (chunk
+scan). Query heads read the key/value head of their group in place. The backward pass recomputes the states, so that
+only inputs are saved.
 
-Launches have fixed block sizes: a first call compiles each kernel once per dtype and model, whatever the lengths, and
-tries nothing out.
+The log decay between two steps j <= i of a chunk is a difference of cumulative sums, which are therefore held as two
+fp32 numbers each. Its gradient is decay * dt_j (q_i . k_j)(dy_i . v_j); that of the log decay at one step t is the sum
+of what crosses t: pairs j < t <= i, reads at t or later of the state that entered the chunk, writes before t to the
+state that leaves it, and the state that passes through.
+
+Launches have fixed block sizes: a first call compiles each kernel once per dtype and model, whatever the lengths;
+nothing is autotuned.
 """
 
 import os
@@ -167,9 +171,9 @@ def _chunk_bounds(table, chunk):
 
 
 @triton.jit
-def _log_decay(dA_cumsum, rest, t, mask):
+def _log_decay(dA_cumsum, rest_offset, t, mask):
     """The log decay from the chunk's start through steps t, as two fp32 numbers whose sum it is."""
-    return tl.load(dA_cumsum + t, mask=mask, other=0.0), tl.load(dA_cumsum + rest + t, mask=mask, other=0.0)
+    return tl.load(dA_cumsum + t, mask=mask, other=0.0), tl.load(dA_cumsum + rest_offset + t, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -214,15 +218,15 @@ def _chunk_state_kernel(
         return
     p, n = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     dA_cumsum += head * tokens
-    rest = HEADS * tokens
-    end_high, end_rest = _log_decay(dA_cumsum, rest, end - 1, True)
+    rest_offset = HEADS * tokens
+    end_high, end_rest = _log_decay(dA_cumsum, rest_offset, end - 1, True)
     acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for first in range(start, end, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         mask = t < end
-        high, low = _log_decay(dA_cumsum, rest, t, mask)
+        high, rest = _log_decay(dA_cumsum, rest_offset, t, mask)
         if WRITTEN:
-            weight = _decay_between(end_high, end_rest, high, low)
+            weight = _decay_between(end_high, end_rest, high, rest)
             weight *= tl.load(dt + t * HEADS + head, mask=mask, other=0.0)
         else:
             weight = tl.exp(high)
@@ -278,14 +282,14 @@ def _chunk_scan_kernel(
     p = (tl.program_id(2) % p_blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     i = first_i + tl.arange(0, BLOCK_T)
     v, k, q, dA_cumsum = v + (head // GROUP) * P, k + (head // GROUP) * N, q + head * N, dA_cumsum + head * tokens
-    rest = HEADS * tokens
+    rest_offset = HEADS * tokens
     states += (chunk.to(tl.int64) * HEADS + head) * P * N
-    high_i, rest_i = _log_decay(dA_cumsum, rest, i, i < end)
+    high_i, rest_i = _log_decay(dA_cumsum, rest_offset, i, i < end)
     acc = _matmul_transposed(q, i, q_stride, i < end, states, p, N, p < P, N, BLOCK_INNER, PRECISION)
     acc *= tl.exp(high_i)[:, None]
     for first_j in range(start, first_i + 1, BLOCK_T):
         j = first_j + tl.arange(0, BLOCK_T)
-        high_j, rest_j = _log_decay(dA_cumsum, rest, j, j < end)
+        high_j, rest_j = _log_decay(dA_cumsum, rest_offset, j, j < end)
         dt_j = tl.load(dt + j * HEADS + head, mask=j < end, other=0.0)
         scores = _matmul_transposed(q, i, q_stride, i < end, k, j, k_stride, j < end, N, BLOCK_INNER, PRECISION)
         weights = scores * _decay_between(high_i[:, None], rest_i[:, None], high_j[None, :], rest_j[None, :])
@@ -299,11 +303,11 @@ def _chunk_scan_kernel(
 
 @triton.jit
 def _dscores(
-    v, k, q, dy, dt, i, high_i, rest_i, j, dA_cumsum, rest, end, v_stride, k_stride, q_stride,
+    v, k, q, dy, dt, i, high_i, rest_i, j, dA_cumsum, rest_offset, end, v_stride, k_stride, q_stride,
     HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For steps i and j of a head: the gradients of q_i . k_j, and of the log decay between them."""
-    high_j, rest_j = _log_decay(dA_cumsum, rest, j, j < end)
+    high_j, rest_j = _log_decay(dA_cumsum, rest_offset, j, j < end)
     dt_j = tl.load(dt + j * HEADS, mask=j < end, other=0.0)
     dscores = _matmul_transposed(dy, i, HEADS * P, i < end, v, j, v_stride, j < end, P, BLOCK_INNER, PRECISION)
     dscores *= _decay_between(high_i[:, None], rest_i[:, None], high_j[None, :], rest_j[None, :]) * dt_j[None, :]
@@ -331,10 +335,10 @@ def _dq_kernel(
     i, n = first_i + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_OUT)
     v, k, dA_cumsum = v + (head // GROUP) * P, k + (head // GROUP) * N, dA_cumsum + head * tokens
     q, dy, dt = q + head * N, dy + head * P, dt + head
-    rest = HEADS * tokens
+    rest_offset = HEADS * tokens
     states += (chunk.to(tl.int64) * HEADS + head) * P * N
     dsegments += (block * HEADS + head).to(tl.int64) * tokens
-    high_i, rest_i = _log_decay(dA_cumsum, rest, i, i < end)
+    high_i, rest_i = _log_decay(dA_cumsum, rest_offset, i, i < end)
     acc = _matmul(dy, i, HEADS * P, i < end, states, n, N, P, N, BLOCK_INNER, PRECISION) * tl.exp(high_i)[:, None]
     read = tl.sum(_load_tile(q, i, q_stride, i < end, n, N).to(tl.float32) * acc, 1)
     tl.store(dprefix + head * tokens + i, read, mask=i < end)
@@ -344,7 +348,7 @@ def _dq_kernel(
     for first_j in range(start, first_i, BLOCK_T):
         j = first_j + tl.arange(0, BLOCK_T)
         dscores, dsegment = _dscores(
-            v, k, q, dy, dt, i, high_i, rest_i, j, dA_cumsum, rest, end, v_stride, k_stride, q_stride,
+            v, k, q, dy, dt, i, high_i, rest_i, j, dA_cumsum, rest_offset, end, v_stride, k_stride, q_stride,
             HEADS, P, N, BLOCK_INNER, PRECISION,
         )  # fmt: skip
         of_j = tl.sum(dsegment, 0)
@@ -355,7 +359,7 @@ def _dq_kernel(
         acc += dot(dscores.to(k_j.dtype), k_j, PRECISION)
     # Steps t of this block: pairs with i from t on, whose j is in an earlier block, or in this one before t.
     dscores, dsegment = _dscores(
-        v, k, q, dy, dt, i, high_i, rest_i, i, dA_cumsum, rest, end, v_stride, k_stride, q_stride,
+        v, k, q, dy, dt, i, high_i, rest_i, i, dA_cumsum, rest_offset, end, v_stride, k_stride, q_stride,
         HEADS, P, N, BLOCK_INNER, PRECISION,
     )  # fmt: skip
     from_t = tl.cumsum(dsegment, 0, reverse=True)
@@ -384,11 +388,11 @@ def _dk_kernel(
     if first_j >= end:
         return
     j, n = first_j + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_OUT)
-    v, k, rest = v + kv_head * P, k + kv_head * N, HEADS * tokens
+    v, k, rest_offset = v + kv_head * P, k + kv_head * N, HEADS * tokens
     acc = tl.zeros((BLOCK_T, BLOCK_OUT), tl.float32)
     for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-        high_j, rest_j = _log_decay(dA_cumsum + head * tokens, rest, j, j < end)
-        end_high, end_rest = _log_decay(dA_cumsum + head * tokens, rest, end - 1, True)
+        high_j, rest_j = _log_decay(dA_cumsum + head * tokens, rest_offset, j, j < end)
+        end_high, end_rest = _log_decay(dA_cumsum + head * tokens, rest_offset, end - 1, True)
         dt_j = tl.load(dt + j * HEADS + head, mask=j < end, other=0.0)
         dstate = dstates + (chunk.to(tl.int64) * HEADS + head) * P * N
         dwrite = _matmul(v, j, v_stride, j < end, dstate, n, N, P, N, BLOCK_INNER, PRECISION)
@@ -398,7 +402,7 @@ def _dk_kernel(
         acc += dt_j[:, None] * dwrite
         for first_i in range(first_j, end, BLOCK_T):
             i = first_i + tl.arange(0, BLOCK_T)
-            high_i, rest_i = _log_decay(dA_cumsum + head * tokens, rest, i, i < end)
+            high_i, rest_i = _log_decay(dA_cumsum + head * tokens, rest_offset, i, i < end)
             dscores = _matmul_transposed(
                 v, j, v_stride, j < end, dy + head * P, i, HEADS * P, i < end, P, BLOCK_INNER, PRECISION
             )
@@ -430,11 +434,11 @@ def _dv_kernel(
         return
     p = (tl.program_id(2) % p_blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     j = first_j + tl.arange(0, BLOCK_T)
-    k, rest = k + kv_head * N, HEADS * tokens
+    k, rest_offset = k + kv_head * N, HEADS * tokens
     acc = tl.zeros((BLOCK_T, BLOCK_OUT), tl.float32)
     for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-        high_j, rest_j = _log_decay(dA_cumsum + head * tokens, rest, j, j < end)
-        end_high, end_rest = _log_decay(dA_cumsum + head * tokens, rest, end - 1, True)
+        high_j, rest_j = _log_decay(dA_cumsum + head * tokens, rest_offset, j, j < end)
+        end_high, end_rest = _log_decay(dA_cumsum + head * tokens, rest_offset, end - 1, True)
         dt_j = tl.load(dt + j * HEADS + head, mask=j < end, other=0.0)
         to_end = _decay_between(end_high, end_rest, high_j, rest_j) * dt_j
         dstate = dstates + (chunk.to(tl.int64) * HEADS + head) * P * N
@@ -444,7 +448,7 @@ def _dv_kernel(
         )
         for first_i in range(first_j, end, BLOCK_T):
             i = first_i + tl.arange(0, BLOCK_T)
-            high_i, rest_i = _log_decay(dA_cumsum + head * tokens, rest, i, i < end)
+            high_i, rest_i = _log_decay(dA_cumsum + head * tokens, rest_offset, i, i < end)
             weights = _matmul_transposed(
                 k, j, k_stride, j < end, q + head * N, i, q_stride, i < end, N, BLOCK_INNER, PRECISION
             )
@@ -618,59 +622,63 @@ def ssd_scan(
 
 
 @triton.jit
-def _before_silu(x, weight, bias, state, t, begin, inside, c, stride, C, TAPS: tl.constexpr):
-    """The convolution at steps t (steps, 1) of channels c (1, channels); `state` holds the steps before `begin`."""
-    sums = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32) + tl.zeros(t.shape, tl.float32)
+def _conv_input(x, state, t, begin, mask, c, stride, TAPS: tl.constexpr):
+    """Inputs of channels c at steps t (steps, 1); before the sequence's first step, `begin`, from the state."""
+    from_x = tl.load(x + t * stride + c, mask=mask & (t >= begin), other=0.0)
+    from_state = tl.load(state + c * (TAPS - 1) + (t - begin + TAPS - 1), mask=mask & (t < begin), other=0.0)
+    return tl.where(t >= begin, from_x, from_state)
+
+
+@triton.jit
+def _conv_before_silu(x, weight, bias, state, t, begin, mask, c, stride, C, TAPS: tl.constexpr):
+    """The convolution at steps t (steps, 1) of channels c (1, channels)."""
+    acc = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32) + tl.zeros(t.shape, tl.float32)
     for tap in tl.static_range(TAPS):
-        source = t - (TAPS - 1) + tap
-        given = tl.load(x + source * stride + c, mask=inside & (source >= begin) & (c < C), other=0.0)
-        kept = state + c * (TAPS - 1) + (source - begin + TAPS - 1)
-        kept = tl.load(kept, mask=inside & (source < begin) & (c < C), other=0.0)
-        sums += tl.load(weight + c * TAPS + tap, mask=c < C, other=0.0).to(tl.float32) * tl.where(
-            source >= begin, given, kept
-        ).to(tl.float32)
-    return sums
+        x_t = _conv_input(x, state, t - (TAPS - 1) + tap, begin, mask & (c < C), c, stride, TAPS).to(tl.float32)
+        acc += tl.load(weight + c * TAPS + tap, mask=c < C, other=0.0).to(tl.float32) * x_t
+    return acc
+
+
+@triton.jit
+def _sequence_bounds(cu_seqlens, sequence):
+    return tl.load(cu_seqlens + sequence).to(tl.int64), tl.load(cu_seqlens + sequence + 1).to(tl.int64)
 
 
 @triton.jit
 def _conv_kernel(
-    x, weight, bias, state, y, last, table, offsets, stride, C,
+    x, weight, bias, state, y, final, table, cu_seqlens, stride, C,
     TAPS: tl.constexpr, STEPS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y (T, C), some steps of a chunk, and the state (S, C, W - 1) behind the last step of a sequence."""
+    """y (T, C), some steps of a chunk; and final (S, C, W - 1), the state behind the last step of a sequence."""
     start, end = _chunk_bounds(table, tl.program_id(0))
     start += tl.program_id(2) * STEPS
     if start >= end:
         return
     sequence = tl.load(table + 3 * tl.program_id(0) + 2).to(tl.int64)
-    begin, finish = tl.load(offsets + sequence).to(tl.int64), tl.load(offsets + sequence + 1).to(tl.int64)
+    seq_begin, seq_end = _sequence_bounds(cu_seqlens, sequence)
     state += sequence * C * (TAPS - 1)
     t = (start + tl.arange(0, STEPS))[:, None]
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    z = _before_silu(x, weight, bias, state, t, begin, t < end, c, stride, C, TAPS)
+    z = _conv_before_silu(x, weight, bias, state, t, seq_begin, t < end, c, stride, C, TAPS)
     tl.store(y + t * C + c, (z * tl.sigmoid(z)).to(y.dtype.element_ty), mask=(t < end) & (c < C))
-    if end == finish and start + STEPS >= end:
-        for column in tl.static_range(TAPS - 1):
-            source = finish - (TAPS - 1) + column + tl.zeros(c.shape, tl.int64)
-            given = tl.load(x + source * stride + c, mask=(source >= begin) & (c < C), other=0.0)
-            kept = state + c * (TAPS - 1) + (source - begin + TAPS - 1)
-            kept = tl.load(kept, mask=(source < begin) & (c < C), other=0.0)
-            tl.store(
-                last + (sequence * C + c) * (TAPS - 1) + column, tl.where(source >= begin, given, kept), mask=c < C
-            )
+    if end == seq_end and start + STEPS >= end:
+        for tap in tl.static_range(TAPS - 1):
+            last_t = seq_end - (TAPS - 1) + tap + tl.zeros(c.shape, tl.int64)
+            x_t = _conv_input(x, state, last_t, seq_begin, c < C, c, stride, TAPS)
+            tl.store(final + (sequence * C + c) * (TAPS - 1) + tap, x_t, mask=c < C)
 
 
 @triton.jit
 def _conv_gradient_kernel(
-    x, weight, bias, state, dy, dlast, dx, dstate, dweight, dbias, table, offsets, stride, C,
+    x, weight, bias, state, dy, dfinal, dx, dstate, dweight, dbias, table, cu_seqlens, stride, C,
     TAPS: tl.constexpr, STEPS: tl.constexpr, BLOCK_C: tl.constexpr, OF_STATE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of some steps of a chunk and what they add to those of weight and bias; or (OF_STATE) of a state."""
+    """dx of some steps of a chunk, and what they add to dweight and dbias; or (OF_STATE) dstate of a sequence."""
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     if OF_STATE:
         sequence = tl.program_id(0).to(tl.int64)
-        begin, finish = tl.load(offsets + sequence).to(tl.int64), tl.load(offsets + sequence + 1).to(tl.int64)
-        start, end = begin - (TAPS - 1), begin
+        seq_begin, seq_end = _sequence_bounds(cu_seqlens, sequence)
+        start, end = seq_begin - (TAPS - 1), seq_begin
     else:
         start, end = _chunk_bounds(table, tl.program_id(0))
         start += tl.program_id(2) * STEPS
@@ -678,37 +686,33 @@ def _conv_gradient_kernel(
             return
         end = tl.minimum(end, start + STEPS)
         sequence = tl.load(table + 3 * tl.program_id(0) + 2).to(tl.int64)
-        begin, finish = tl.load(offsets + sequence).to(tl.int64), tl.load(offsets + sequence + 1).to(tl.int64)
+        seq_begin, seq_end = _sequence_bounds(cu_seqlens, sequence)
     state += sequence * C * (TAPS - 1)
     s = (start + tl.arange(0, STEPS))[:, None]  # the inputs whose gradient is wanted
-    wanted = (s < end) & (c < C)
-    kept = s - (finish - (TAPS - 1))  # their place in the last state
-    kept_place = dlast + (sequence * C + c) * (TAPS - 1) + kept
-    sums = tl.load(kept_place, mask=wanted & (kept >= 0), other=0.0).to(tl.float32)
-    for shift in tl.static_range(TAPS):  # the steps that read them
+    s_mask = (s < end) & (c < C)
+    in_final = s - (seq_end - (TAPS - 1))  # the last inputs are the final state
+    pointers = dfinal + (sequence * C + c) * (TAPS - 1) + in_final
+    acc = tl.load(pointers, mask=s_mask & (in_final >= 0), other=0.0).to(tl.float32)
+    for shift in tl.static_range(TAPS):  # the steps t that read them
         t = s + shift
-        inside = (t >= begin) & (t < finish) & wanted
-        z = _before_silu(x, weight, bias, state, t, begin, inside, c, stride, C, TAPS)
-        gate = tl.sigmoid(z)
-        dz = tl.load(dy + t * C + c, mask=inside, other=0.0).to(tl.float32) * gate * (1 + z * (1 - gate))
-        tap = tl.load(weight + c * TAPS + (TAPS - 1 - shift), mask=c < C, other=0.0).to(tl.float32)
-        sums += tap * dz
+        mask = (t >= seq_begin) & (t < seq_end) & s_mask
+        z = _conv_before_silu(x, weight, bias, state, t, seq_begin, mask, c, stride, C, TAPS)
+        sigmoid = tl.sigmoid(z)
+        dz = tl.load(dy + t * C + c, mask=mask, other=0.0).to(tl.float32) * sigmoid * (1 + z * (1 - sigmoid))
+        acc += tl.load(weight + c * TAPS + (TAPS - 1 - shift), mask=c < C, other=0.0).to(tl.float32) * dz
         if not OF_STATE:
             if shift == 0:
                 part = (tl.program_id(0).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * C + c
                 tl.store(dbias + part, tl.sum(dz, 0)[None, :], mask=c < C)
-                for back in tl.static_range(TAPS):
-                    source = t - (TAPS - 1) + back
-                    given = tl.load(x + source * stride + c, mask=inside & (source >= begin), other=0.0)
-                    old = state + c * (TAPS - 1) + (source - begin + TAPS - 1)
-                    old = tl.load(old, mask=inside & (source < begin), other=0.0)
-                    grown = tl.sum(dz * tl.where(source >= begin, given, old).to(tl.float32), 0)[None, :]
-                    tl.store(dweight + part * TAPS + back, grown, mask=c < C)
+                for tap in tl.static_range(TAPS):
+                    x_t = _conv_input(x, state, t - (TAPS - 1) + tap, seq_begin, mask, c, stride, TAPS)
+                    dtap = tl.sum(dz * x_t.to(tl.float32), 0)[None, :]
+                    tl.store(dweight + part * TAPS + tap, dtap, mask=c < C)
     if OF_STATE:
-        place = dstate + (sequence * C + c) * (TAPS - 1) + (s - start)
-        tl.store(place, sums.to(dstate.dtype.element_ty), mask=wanted)
+        pointers = dstate + (sequence * C + c) * (TAPS - 1) + (s - start)
+        tl.store(pointers, acc.to(dstate.dtype.element_ty), mask=s_mask)
     else:
-        tl.store(dx + s * C + c, sums.to(dx.dtype.element_ty), mask=wanted)
+        tl.store(dx + s * C + c, acc.to(dx.dtype.element_ty), mask=s_mask)
 
 
 class _Conv(torch.autograd.Function):
@@ -717,26 +721,26 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, state, chunks):
         y, channels = torch.empty(x.shape, device=x.device, dtype=x.dtype), x.shape[1]
-        last = state.clone()  # stays where a sequence has no step
+        final = state.clone()  # stays where a sequence has no step
         _conv_kernel[len(chunks.table), triton.cdiv(channels, 64), CHUNK // CONV_STEPS](
-            x, weight, bias, state, y, last, chunks.table, chunks.cu_seqlens, x.stride(0), channels,
+            x, weight, bias, state, y, final, chunks.table, chunks.cu_seqlens, x.stride(0), channels,
             TAPS=weight.shape[1], STEPS=CONV_STEPS, BLOCK_C=64,
         )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, state)
         ctx.chunks = chunks
-        return y, last
+        return y, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dlast):
+    def backward(ctx, dy, dfinal):
         (x, weight, bias, state), chunks = ctx.saved_tensors, ctx.chunks
         (channels, taps), parts = weight.shape, CHUNK // CONV_STEPS
         dx, dstate = torch.empty(x.shape, device=x.device, dtype=x.dtype), torch.empty_like(state)
-        # Parts without steps leave their sums as they are.
+        # Parts of a chunk without steps write nothing.
         dweight = torch.zeros(len(chunks.table) * parts, channels, taps, device=x.device)
         dbias = torch.zeros(len(dweight), channels, device=x.device)
         arguments = (
-            x, weight, bias, state, dy.contiguous(), dlast.contiguous(), dx, dstate, dweight, dbias,
+            x, weight, bias, state, dy.contiguous(), dfinal.contiguous(), dx, dstate, dweight, dbias,
             chunks.table, chunks.cu_seqlens, x.stride(0), channels,
         )  # fmt: skip
         blocks = triton.cdiv(channels, 64)
@@ -775,8 +779,8 @@ def _gated_norm_kernel(
     scale = tl.rsqrt(tl.sum(y_r * y_r, 1) / P + eps)
     result = y_r * scale[:, None] * tl.load(weight + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
     result *= g_r * tl.sigmoid(g_r)
-    places = out + r[:, None] * P + p[None, :]
-    tl.store(places, result.to(out.dtype.element_ty), mask=(r < rows)[:, None] & (p < P)[None, :])
+    pointers = out + r[:, None] * P + p[None, :]
+    tl.store(pointers, result.to(out.dtype.element_ty), mask=(r < rows)[:, None] & (p < P)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -786,7 +790,7 @@ def _gated_norm_gradient_kernel(
 ):  # fmt: skip
     p = tl.arange(0, BLOCK_P)
     w = tl.load(weight + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
-    grown = tl.zeros((BLOCK_P,), tl.float32)
+    dweight_acc = tl.zeros((BLOCK_P,), tl.float32)
     for first in range(tl.program_id(0).to(tl.int64) * ROWS, rows, tl.num_programs(0) * ROWS):
         r = first + tl.arange(0, ROWS)
         y_r, d_r = (
@@ -795,15 +799,15 @@ def _gated_norm_gradient_kernel(
         )
         g_r = _load_tile(gate, (r // HEADS) * gate_stride + (r % HEADS) * P, 1, r < rows, p, P).to(tl.float32)
         scale = tl.rsqrt(tl.sum(y_r * y_r, 1) / P + eps)[:, None]
-        normed, opened = y_r * scale, tl.sigmoid(g_r)
-        grown += tl.sum(d_r * normed * g_r * opened, 0)
-        d_gate = d_r * normed * w * opened * (1 + g_r * (1 - opened))
-        d_normed = d_r * w * g_r * opened
+        normed, sigmoid = y_r * scale, tl.sigmoid(g_r)
+        dweight_acc += tl.sum(d_r * normed * g_r * sigmoid, 0)
+        d_gate = d_r * normed * w * sigmoid * (1 + g_r * (1 - sigmoid))
+        d_normed = d_r * w * g_r * sigmoid
         d_y = scale * (d_normed - normed * (tl.sum(d_normed * normed, 1) / P)[:, None])
-        places, mask = r[:, None] * P + p[None, :], (r < rows)[:, None] & (p < P)[None, :]
-        tl.store(dy + places, d_y.to(dy.dtype.element_ty), mask=mask)
-        tl.store(dgate + places, d_gate.to(dgate.dtype.element_ty), mask=mask)
-    tl.store(dweight + tl.program_id(0) * P + p, grown, mask=p < P)
+        offsets, mask = r[:, None] * P + p[None, :], (r < rows)[:, None] & (p < P)[None, :]
+        tl.store(dy + offsets, d_y.to(dy.dtype.element_ty), mask=mask)
+        tl.store(dgate + offsets, d_gate.to(dgate.dtype.element_ty), mask=mask)
+    tl.store(dweight + tl.program_id(0) * P + p, dweight_acc, mask=p < P)
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -862,19 +866,19 @@ def _norm_kernel(x, residual, weight, normed, total, width, eps, BLOCK: tl.const
 def _norm_gradient_kernel(total, weight, dnormed, dtotal, dx, dweight, rows, width, eps, BLOCK: tl.constexpr):
     d = tl.arange(0, BLOCK)
     w = tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32)
-    grown = tl.zeros((BLOCK,), tl.float32)
+    dweight_acc = tl.zeros((BLOCK,), tl.float32)
     for index in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         row = index * width
         x_r = tl.load(total + row + d, mask=d < width, other=0.0).to(tl.float32)
         d_r = tl.load(dnormed + row + d, mask=d < width, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x_r * x_r, 0) / width + eps)
         normed = x_r * scale
-        grown += d_r * normed
+        dweight_acc += d_r * normed
         d_r *= w
         d_x = scale * (d_r - normed * (tl.sum(d_r * normed, 0) / width))
         d_x += tl.load(dtotal + row + d, mask=d < width, other=0.0).to(tl.float32)
         tl.store(dx + row + d, d_x.to(dx.dtype.element_ty), mask=d < width)
-    tl.store(dweight + tl.program_id(0) * width + d, grown, mask=d < width)
+    tl.store(dweight + tl.program_id(0) * width + d, dweight_acc, mask=d < width)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -908,8 +912,8 @@ class _AddNorm(torch.autograd.Function):
 def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `ssm_mmmamba.add_rmsnorm`."""
     rows = (-1, x.shape[-1])
-    given = (tensor.reshape(rows).contiguous() for tensor in (x, residual))
-    normed, total = _AddNorm.apply(*given, weight.contiguous(), eps)
+    flat = (tensor.reshape(rows).contiguous() for tensor in (x, residual))
+    normed, total = _AddNorm.apply(*flat, weight.contiguous(), eps)
     return normed.view(x.shape), total.view(x.shape)
 
 
@@ -917,24 +921,24 @@ def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tupl
 
 
 @triton.jit
-def _conv_step(x, weight, bias, state, c, C, inside, TAPS: tl.constexpr):
+def _conv_step(x, weight, bias, state, c, mask, TAPS: tl.constexpr):
     """SiLU of the convolution at one step for channels c; `state` as it was before the step."""
-    sums = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
     for tap in tl.static_range(TAPS - 1):
-        kept = tl.load(state + c * (TAPS - 1) + tap, mask=inside, other=0.0).to(tl.float32)
-        sums += tl.load(weight + c * TAPS + tap, mask=inside, other=0.0).to(tl.float32) * kept
-    now = tl.load(x + c, mask=inside, other=0.0).to(tl.float32)
-    sums += tl.load(weight + c * TAPS + TAPS - 1, mask=inside, other=0.0).to(tl.float32) * now
+        earlier = tl.load(state + c * (TAPS - 1) + tap, mask=mask, other=0.0).to(tl.float32)
+        z += tl.load(weight + c * TAPS + tap, mask=mask, other=0.0).to(tl.float32) * earlier
+    current = tl.load(x + c, mask=mask, other=0.0).to(tl.float32)
+    z += tl.load(weight + c * TAPS + TAPS - 1, mask=mask, other=0.0).to(tl.float32) * current
     # Rounded as the convolution of a whole sequence is.
-    return (sums * tl.sigmoid(sums)).to(x.dtype.element_ty).to(tl.float32)
+    return (z * tl.sigmoid(z)).to(x.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
 def _softplus(x):
-    grown = tl.exp(tl.minimum(x, 20.0))
-    rounded = 1 + grown
-    exact = rounded == 1  # small steps matter: log(1 + e) with the rounding of 1 + e undone
-    log1p = tl.where(exact, grown, tl.log(rounded) * grown / tl.where(exact, 1.0, rounded - 1))
+    exp = tl.exp(tl.minimum(x, 20.0))
+    total = 1 + exp
+    tiny = total == 1  # small steps matter: log1p(exp), the rounding of 1 + exp undone
+    log1p = tl.where(tiny, exp, tl.log(total) * exp / tl.where(tiny, 1.0, total - 1))
     return tl.where(x > 20, x, log1p)
 
 
@@ -945,25 +949,25 @@ def _decode_kernel(
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAPS: tl.constexpr,
 ):  # fmt: skip
     """One step of a group's heads, from the input projection to the gated norm; both states change in place."""
-    row, shared = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     KV: tl.constexpr = HEADS // GROUP
     C: tl.constexpr = (2 * KV + HEADS) * P
     x, conv_state = projected + row * stride, conv_state + row * C * (TAPS - 1)
     p = tl.arange(0, BLOCK_P)
-    v = _conv_step(x, conv_weight, conv_bias, conv_state, shared * P + p, C, p < P, TAPS)
-    for head in range(shared * GROUP, (shared + 1) * GROUP):
+    v = _conv_step(x, conv_weight, conv_bias, conv_state, kv_head * P + p, p < P, TAPS)
+    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         dt = tl.load(x + C + HEADS * P + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
         dt = _softplus(dt)
         decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * dt)
         y = tl.zeros((BLOCK_P,), tl.float32)
         for first in tl.static_range(0, P, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
-            k = _conv_step(x, conv_weight, conv_bias, conv_state, (KV + shared) * P + n, C, n < P, TAPS)
-            q = _conv_step(x, conv_weight, conv_bias, conv_state, (2 * KV + head) * P + n, C, n < P, TAPS)
-            places = state + ((row * HEADS + head) * P + p[:, None]) * P + n[None, :]
-            inside = (p < P)[:, None] & (n < P)[None, :]
-            S = tl.load(places, mask=inside, other=0.0) * decay + (dt * v)[:, None] * k[None, :]
-            tl.store(places, S, mask=inside)
+            k = _conv_step(x, conv_weight, conv_bias, conv_state, (KV + kv_head) * P + n, n < P, TAPS)
+            q = _conv_step(x, conv_weight, conv_bias, conv_state, (2 * KV + head) * P + n, n < P, TAPS)
+            pointers = state + ((row * HEADS + head) * P + p[:, None]) * P + n[None, :]
+            mask = (p < P)[:, None] & (n < P)[None, :]
+            S = tl.load(pointers, mask=mask, other=0.0) * decay + (dt * v)[:, None] * k[None, :]
+            tl.store(pointers, S, mask=mask)
             y += tl.sum(S * q[None, :], 1)
         gate = tl.load(x + C + head * P + p, mask=p < P, other=0.0).to(tl.float32)
         y *= tl.rsqrt(tl.sum(y * y, 0) / P + eps) * tl.load(norm_weight + p, mask=p < P, other=0.0).to(tl.float32)
@@ -973,15 +977,17 @@ def _decode_kernel(
     tl.debug_barrier()
     for part in tl.static_range(GROUP + 2):
         if part < 2:
-            c = (part * KV + shared) * P + p
+            c = (part * KV + kv_head) * P + p
         else:
-            c = (2 * KV + shared * GROUP + part - 2) * P + p
+            c = (2 * KV + kv_head * GROUP + part - 2) * P + p
         tap = tl.arange(0, BLOCK_TAPS)[None, :]
-        places = conv_state + c[:, None] * (TAPS - 1) + tap
-        later = tl.load(places + 1, mask=(p < P)[:, None] & (tap < TAPS - 2), other=0.0)
-        now = tl.load(x + c, mask=p < P, other=0.0)
+        pointers = conv_state + c[:, None] * (TAPS - 1) + tap
+        later = tl.load(pointers + 1, mask=(p < P)[:, None] & (tap < TAPS - 2), other=0.0)
+        current = tl.load(x + c, mask=p < P, other=0.0)
         tl.debug_barrier()
-        tl.store(places, tl.where(tap == TAPS - 2, now[:, None], later), mask=(p < P)[:, None] & (tap < TAPS - 1))
+        tl.store(
+            pointers, tl.where(tap == TAPS - 2, current[:, None], later), mask=(p < P)[:, None] & (tap < TAPS - 1)
+        )
 
 
 def decode_step(

@@ -32,9 +32,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ERRORS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 dtypes = st.sampled_from(list(ERRORS))
 layouts = st.one_of(
-    st.tuples(st.just("rows"), st.integers(1, 3), st.integers(1, 200)),
-    st.tuples(st.just("packed"), st.lists(st.integers(1, 150), min_size=2, max_size=4)),
-    st.tuples(st.just("padded"), st.lists(st.integers(0, 150), min_size=2, max_size=3).filter(any), st.booleans()),
+    st.tuples(st.just("rows"), st.integers(1, 2), st.integers(1, 140)),
+    st.tuples(st.just("packed"), st.lists(st.integers(1, 140), min_size=2, max_size=3)),
+    st.tuples(st.just("padded"), st.lists(st.integers(0, 140), min_size=2, max_size=2).filter(any), st.booleans()),
 )
 
 
@@ -95,10 +95,13 @@ def random(*shape):
 
 
 @check(24)
-@given(layouts, st.integers(1, 2), st.integers(1, 3), st.integers(2, 40), st.integers(2, 40), dtypes, st.booleans())
-def test_scan_and_every_gradient(layout, kv_heads, group, head_dim, state_size, dtype, with_state):
+@given(
+    layouts, st.sampled_from([(1, 1), (1, 3), (2, 2)]), st.integers(2, 40), st.integers(2, 40), dtypes, st.booleans()
+)
+def test_scan_and_every_gradient(layout, heads_of, head_dim, state_size, dtype, with_state):
     torch.manual_seed(0)
     rows, length, states, sequences = laid_out(layout)
+    kv_heads, group = heads_of
     heads = kv_heads * group
     inputs = [
         random(rows, length, kv_heads, head_dim),
@@ -126,7 +129,7 @@ def test_scan_of_every_head_size(size, dtype):
     agree(TRITON.ssd_scan, TORCH.ssd_scan, inputs, dtype, exact=(3, 4, 5))
 
 
-@pytest.mark.parametrize("layout", [("rows", 2, 400), ("packed", [300, 130, 270]), ("padded", [400, 0, 257], True)])
+@pytest.mark.parametrize("layout", [("rows", 2, 260), ("packed", [259, 129, 2]), ("padded", [257, 0, 129], True)])
 def test_states_pass_through_many_chunks(layout):
     torch.manual_seed(0)
     rows, length, states, sequences = laid_out(layout)
@@ -217,9 +220,9 @@ def test_kernels_are_compiled_for_no_length_in_particular():
 
 def test_strong_decay_over_a_long_sequence_does_not_overflow():
     torch.manual_seed(0)
-    v, k, q = (torch.randn(1, 300, 1, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    v, k, q = (torch.randn(1, 140, 1, 16, device=DEVICE, requires_grad=True) for _ in range(3))
     y, last = TRITON.ssd_scan(
-        v, k, q, torch.full((1, 300, 1), 50.0, device=DEVICE), torch.tensor([-50.0]).to(DEVICE), None
+        v, k, q, torch.full((1, 140, 1), 50.0, device=DEVICE), torch.tensor([-50.0]).to(DEVICE), None
     )
     (y.sum() + last.sum()).backward()
     assert all(x.isfinite().all() for x in (y, last, v.grad, k.grad, q.grad))
