@@ -342,9 +342,18 @@ def _dq_kernel(
     acc = _matmul(dy, i, HEADS * P, i < end, states, n, N, P, N, BLOCK_INNER, PRECISION) * tl.exp(high_i)[:, None]
     read = tl.sum(_load_tile(q, i, q_stride, i < end, n, N).to(tl.float32) * acc, 1)
     tl.store(dprefix + head * tokens + i, read, mask=i < end)
-    # Steps t of earlier blocks: pairs whose j comes before t, block by block. The last of a block is stored for the
-    # step behind it, t = j + 1, since taking j's own away again would lose digits.
-    crossing, by_step = 0.0, tl.zeros((BLOCK_T,), tl.float32)
+    # dsegments of steps t of this block: pairs with i from t on, and j in this block before t, or in an earlier one.
+    dscores, dsegment = _dscores(
+        v, k, q, dy, dt, i, high_i, rest_i, i, dA_cumsum, rest_offset, end, v_stride, k_stride, q_stride,
+        HEADS, P, N, BLOCK_INNER, PRECISION,
+    )  # fmt: skip
+    from_t = tl.cumsum(dsegment, 0, reverse=True)
+    within = tl.sum(tl.where(i[:, None] > i[None, :], from_t, 0.0), 1)
+    k_i = _load_tile(k, i, k_stride, i < end, n, N)
+    acc += dot(dscores.to(k_i.dtype), k_i, PRECISION)
+    # Of steps t of an earlier block: pairs with j before t. They are stored at t = j + 1: the sum through j, with
+    # nothing to be taken away from it again, which would cost digits.
+    earlier, of_i = 0.0, tl.zeros((BLOCK_T,), tl.float32)
     for first_j in range(start, first_i, BLOCK_T):
         j = first_j + tl.arange(0, BLOCK_T)
         dscores, dsegment = _dscores(
@@ -352,21 +361,12 @@ def _dq_kernel(
             HEADS, P, N, BLOCK_INNER, PRECISION,
         )  # fmt: skip
         of_j = tl.sum(dsegment, 0)
-        tl.store(dsegments + j + 1, crossing + tl.cumsum(of_j, 0), mask=j + 1 < first_i)
-        crossing += tl.sum(of_j, 0)
-        by_step += tl.sum(dsegment, 1)
+        tl.store(dsegments + j + 1, earlier + tl.cumsum(of_j, 0), mask=j + 1 < first_i)
+        earlier += tl.sum(of_j, 0)
+        of_i += tl.sum(dsegment, 1)
         k_j = _load_tile(k, j, k_stride, j < end, n, N)
         acc += dot(dscores.to(k_j.dtype), k_j, PRECISION)
-    # Steps t of this block: pairs with i from t on, whose j is in an earlier block, or in this one before t.
-    dscores, dsegment = _dscores(
-        v, k, q, dy, dt, i, high_i, rest_i, i, dA_cumsum, rest_offset, end, v_stride, k_stride, q_stride,
-        HEADS, P, N, BLOCK_INNER, PRECISION,
-    )  # fmt: skip
-    from_t = tl.cumsum(dsegment, 0, reverse=True)
-    within = tl.sum(tl.where(i[:, None] > i[None, :], from_t, 0.0), 1)
-    tl.store(dsegments + i, tl.cumsum(by_step, 0, reverse=True) + within, mask=i < end)
-    k_i = _load_tile(k, i, k_stride, i < end, n, N)
-    acc += dot(dscores.to(k_i.dtype), k_i, PRECISION)
+    tl.store(dsegments + i, tl.cumsum(of_i, 0, reverse=True) + within, mask=i < end)
     pointers = dq + (i * HEADS + head)[:, None] * N + n[None, :]
     tl.store(pointers, acc.to(dq.dtype.element_ty), mask=(i < end)[:, None] & (n < N)[None, :])
 

@@ -75,18 +75,20 @@ def results(run, inputs, upstream) -> list[torch.Tensor]:
 def agree(ours, reference, inputs, dtype, differentiable=True, exact=()):
     """Outputs and every gradient are as near to the reference in fp64 as roundings in `dtype` explain.
 
-    Sums may cancel: what the reference itself loses in `dtype` is allowed for. Inputs numbered `exact` stay in fp32.
+    Sums may cancel: what the reference itself loses in `dtype` is allowed for, and what it loses when its inputs move
+    by one rounding, since a single sum may lose nothing by luck. Inputs numbered `exact` stay in fp32.
     """
     low = [x.to(DEVICE, torch.float32 if i in exact else dtype) for i, x in enumerate(inputs)]
     high = [x.double() for x in low]
     upstream = [torch.randn_like(y) for y in reference(*(x.clone() for x in high))] if differentiable else None
-    values, truths, rounded = (
-        results(ours, low, upstream),
-        results(reference, high, upstream),
-        results(reference, low, upstream),
-    )
-    for index, (value, truth, near) in enumerate(zip(values, truths, rounded, strict=True)):
-        allowed = ERRORS[dtype] * (truth.norm() + 0.01 * truth.numel() ** 0.5) + 4 * (near.double() - truth).norm()
+    values, truths = results(ours, low, upstream), results(reference, high, upstream)
+    rounded = [results(reference, low, upstream)]
+    for _ in range(3):
+        moved = [x * (1 + torch.finfo(y.dtype).eps / 2 * torch.randn_like(x)) for x, y in zip(high, low, strict=True)]
+        rounded.append(results(reference, moved, upstream))
+    for index, (value, truth, *near) in enumerate(zip(values, truths, *rounded, strict=True)):
+        lost = max((x.double() - truth).norm() for x in near)
+        allowed = ERRORS[dtype] * (truth.norm() + 0.01 * truth.numel() ** 0.5) + 4 * lost
         assert (value.double() - truth).norm() <= allowed, f"output or gradient {index}"
 
 
