@@ -39,7 +39,7 @@ def warnings(monkeypatch):
 
 @pytest.fixture
 def broken_triton(monkeypatch):
-    """Triton is installed, and fails at import with something other than an ImportError."""
+    """Triton is installed, and fails at import with something other than an ImportError; mamba_ssm is not there."""
 
     class Broken:
         @staticmethod
@@ -47,6 +47,7 @@ def broken_triton(monkeypatch):
             if name == "mmmamba.triton_mmmamba":
                 raise OSError("libcuda.so.1: undefined symbol")
 
+    monkeypatch.setitem(sys.modules, "mmmamba.cuda_mmmamba", None)
     monkeypatch.delitem(sys.modules, "mmmamba.triton_mmmamba", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
 
