@@ -3,7 +3,7 @@
 Transformers' attention functions read a fixed-size cache whole, masked, with keys repeated for every query head. A
 recorded step should read what is there, once: here each group's query heads share one pass over the keys and values up
 to `length`, which stays on the device so that a captured step serves every length. The pass is split over programs,
-whose parts are then put together (flash decoding: arXiv 2311.01282, section 3).
+whose results are then combined (flash decoding: arXiv 2311.01282, section 3).
 """
 
 import torch
@@ -19,58 +19,58 @@ except ImportError:
 from .triton_mmmamba import block_size, dot, dot_precision
 
 
-SPLITS = 32
+SPLITS = 32  # programs that share the positions of one row and group
 
 
 @triton.jit(do_not_specialize=["capacity", "mask_stride"])
-def _part_kernel(
-    q, k, v, mask, length, sums, scales, capacity, scaling, mask_stride,
+def _split_kernel(
+    q, k, v, mask, length, split_acc, split_softmax, capacity, scaling, mask_stride,
     GROUP: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, KV_HEADS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One row's and group's heads over one part of the positions: weighted values, their largest score and weight."""
-    row_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """The query heads of one row and group over one split of the positions."""
+    row_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, p = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_P)
-    read = tl.load(length)
-    share = tl.cdiv(tl.cdiv(read, SPLITS), BLOCK) * BLOCK
-    begin, end = part * share, tl.minimum((part + 1) * share, read)
+    filled = tl.load(length)
+    split_length = tl.cdiv(tl.cdiv(filled, SPLITS), BLOCK) * BLOCK
+    begin, end = split * split_length, tl.minimum((split + 1) * split_length, filled)
     heads = (g < GROUP)[:, None] & (p < P)[None, :]
     q_g = tl.load(q + (row_head * GROUP + g)[:, None] * P + p[None, :], mask=heads, other=0.0)
-    best, weight = tl.full((BLOCK_G,), -1e30, tl.float32), tl.zeros((BLOCK_G,), tl.float32)
-    values = tl.zeros((BLOCK_G, BLOCK_P), tl.float32)
+    row_max, row_sum = tl.full((BLOCK_G,), -1e30, tl.float32), tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_P), tl.float32)
     for first in range(begin, end, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        inside = j < end
+        seen = j < end
         if MASKED:
-            inside = inside & (tl.load(mask + (row_head // KV_HEADS) * mask_stride + j, mask=inside, other=0) != 0)
-        places = (row_head * capacity + j)[:, None] * P + p[None, :]
-        k_j = tl.load(k + places, mask=inside[:, None] & (p < P)[None, :], other=0.0)
-        v_j = tl.load(v + places, mask=inside[:, None] & (p < P)[None, :], other=0.0)
-        scores = tl.where(inside[None, :], dot(q_g, tl.trans(k_j), PRECISION) * scaling, -1e30)
-        new = tl.maximum(best, tl.max(scores, 1))
-        powers = tl.where(inside[None, :], tl.exp(scores - new[:, None]), 0.0)
-        fade = tl.exp(best - new)
-        weight = weight * fade + tl.sum(powers, 1)
-        values = values * fade[:, None] + dot(powers.to(v_j.dtype), v_j, PRECISION)
-        best = new
-    place = (row_head * SPLITS + part) * GROUP + g
-    tl.store(sums + place[:, None] * P + p[None, :], values, mask=heads)
-    tl.store(scales + place * 2, best, mask=g < GROUP)
-    tl.store(scales + place * 2 + 1, weight, mask=g < GROUP)
+            seen = seen & (tl.load(mask + (row_head // KV_HEADS) * mask_stride + j, mask=seen, other=0) != 0)
+        offsets = (row_head * capacity + j)[:, None] * P + p[None, :]
+        k_j = tl.load(k + offsets, mask=seen[:, None] & (p < P)[None, :], other=0.0)
+        v_j = tl.load(v + offsets, mask=seen[:, None] & (p < P)[None, :], other=0.0)
+        scores = tl.where(seen[None, :], dot(q_g, tl.trans(k_j), PRECISION) * scaling, -1e30)
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        weights = tl.where(seen[None, :], tl.exp(scores - new_max[:, None]), 0.0)
+        alpha = tl.exp(row_max - new_max)
+        row_sum = row_sum * alpha + tl.sum(weights, 1)
+        acc = acc * alpha[:, None] + dot(weights.to(v_j.dtype), v_j, PRECISION)
+        row_max = new_max
+    split_head = (row_head * SPLITS + split) * GROUP + g
+    tl.store(split_acc + split_head[:, None] * P + p[None, :], acc, mask=heads)
+    tl.store(split_softmax + split_head * 2, row_max, mask=g < GROUP)
+    tl.store(split_softmax + split_head * 2 + 1, row_sum, mask=g < GROUP)
 
 
 @triton.jit
-def _whole_kernel(
-    sums, scales, out, GROUP: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, BLOCK_P: tl.constexpr
+def _combine_kernel(
+    split_acc, split_softmax, out, GROUP: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, BLOCK_P: tl.constexpr
 ):
-    """Puts the parts of one head together."""
+    """Puts the splits of one head together."""
     row_head, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     s, p = tl.arange(0, SPLITS), tl.arange(0, BLOCK_P)
-    place = (row_head * SPLITS + s) * GROUP + g
-    best, weight = tl.load(scales + place * 2), tl.load(scales + place * 2 + 1)
-    fade = tl.exp(best - tl.max(best, 0))
-    values = tl.load(sums + place[:, None] * P + p[None, :], mask=(p < P)[None, :], other=0.0)
-    result = tl.sum(values * fade[:, None], 0) / tl.maximum(tl.sum(weight * fade, 0), 1e-30)
+    split_head = (row_head * SPLITS + s) * GROUP + g
+    row_max, row_sum = tl.load(split_softmax + split_head * 2), tl.load(split_softmax + split_head * 2 + 1)
+    alpha = tl.exp(row_max - tl.max(row_max, 0))
+    acc = tl.load(split_acc + split_head[:, None] * P + p[None, :], mask=(p < P)[None, :], other=0.0)
+    result = tl.sum(acc * alpha[:, None], 0) / tl.maximum(tl.sum(row_sum * alpha, 0), 1e-30)
     tl.store(out + (row_head * GROUP + g) * P + p, result.to(out.dtype.element_ty), mask=p < P)
 
 
@@ -91,13 +91,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, length: Tensor,
     (batch, heads, head_dim), (kv_heads, capacity) = q.shape, k.shape[1:3]
     group, block = heads // kv_heads, block_size(head_dim)
     out = torch.empty_like(q)
-    sums = torch.empty(batch * kv_heads, SPLITS, group, head_dim, device=q.device)
-    scales = torch.empty(batch * kv_heads, SPLITS, group, 2, device=q.device)
-    _part_kernel[batch * kv_heads, SPLITS](
-        q, k, v, length if mask is None else mask.view(torch.uint8), length, sums, scales, capacity, scaling,
-        0 if mask is None else mask.stride(0), GROUP=group, P=head_dim, SPLITS=SPLITS, KV_HEADS=kv_heads,
+    split_acc = torch.empty(batch * kv_heads, SPLITS, group, head_dim, device=q.device)
+    split_softmax = torch.empty(batch * kv_heads, SPLITS, group, 2, device=q.device)
+    _split_kernel[batch * kv_heads, SPLITS](
+        q, k, v, length if mask is None else mask.view(torch.uint8), length, split_acc, split_softmax, capacity,
+        scaling, 0 if mask is None else mask.stride(0), GROUP=group, P=head_dim, SPLITS=SPLITS, KV_HEADS=kv_heads,
         BLOCK_G=block_size(group), BLOCK_P=block, BLOCK=64 if block <= 128 else 32, MASKED=mask is not None,
         PRECISION=dot_precision(), num_stages=2 if block <= 128 else 1,
     )  # fmt: skip
-    _whole_kernel[batch * kv_heads, group](sums, scales, out, GROUP=group, P=head_dim, SPLITS=SPLITS, BLOCK_P=block)
+    _combine_kernel[batch * kv_heads, group](
+        split_acc, split_softmax, out, GROUP=group, P=head_dim, SPLITS=SPLITS, BLOCK_P=block
+    )
     return out

@@ -61,11 +61,11 @@ def backend(device: torch.device, dtype: torch.dtype = torch.float32, requested:
 def _backend(device_type: str, dtype: torch.dtype, requested: str) -> Backend:
     if requested == "auto":
         chosen = next(name for name in FASTEST_FIRST if unavailable_reason(name, device_type, dtype) is None)
-        found, reason = find("triton")
-        if device_type == "cuda" and found is None:
+        triton, reason = find("triton")
+        if triton is None and _unsupported_reason("triton", device_type, dtype) is None:
             logger.warning_once(
                 f"The triton backend {reason}. Mamba-2 layers on this GPU run on the {chosen} backend instead, which "
-                f"is slower; install the triton release that your PyTorch asks for, or choose a backend by "
+                f"may be much slower; install the triton release that your PyTorch asks for, or set "
                 f"ssm_implementation={chosen!r} to hide this warning."
             )
         return find(chosen)[0]
@@ -78,16 +78,23 @@ def _backend(device_type: str, dtype: torch.dtype, requested: str) -> Backend:
     return find(requested)[0]
 
 
-def unavailable_reason(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run tensors of `dtype` on devices of this type ("cpu", "cuda", …); None if it can.
-
-    A phrase that follows the backend's name: "takes fp32, bf16 and fp16, and the tensors are torch.float64".
-    """
+def _unsupported_reason(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     if name == "torch":
         return None
     if device_type != "cuda":
         return f"runs on CUDA devices, and the tensors are on {device_type}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes fp32, bf16 and fp16, and the tensors are {dtype}"
-    found, reason = find(name)
-    return reason if found is None else None
+    return None
+
+
+def unavailable_reason(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run tensors of `dtype` on devices of this type ("cpu", "cuda", …); None if it can.
+
+    A phrase that follows the backend's name: "takes fp32, bf16 and fp16, and the tensors are torch.float64".
+    """
+    reason = _unsupported_reason(name, device_type, dtype)
+    if reason is None:
+        found, why = find(name)
+        reason = why if found is None else None
+    return reason

@@ -1,7 +1,7 @@
-"""The same operations as `ssm_mmmamba`, by the published fused kernels: mamba_ssm's and causal_conv1d's.
+"""The operations of `ssm_mmmamba` by the published fused kernels: mamba_ssm's and causal_conv1d's.
 
-They know no grouped keys and values, so those are repeated in memory; sequences of different lengths become rows with
-idle steps behind their ends, as in the reference. What they have no kernel for, or refuse, the reference does.
+They have no grouped keys and values, so those are repeated in memory; sequences of different lengths are padded on the
+right, as in the reference. The reference does what they have no kernel for.
 """
 
 import torch
@@ -20,7 +20,8 @@ except ImportError:
     raise
 
 
-def _convolvable(channels: int, taps: int) -> bool:
+def _conv_supported(channels: int, taps: int) -> bool:
+    """Whether causal_conv1d has a kernel for a weight of this shape."""
     return 2 <= taps <= 4 and channels % 8 == 0
 
 
@@ -28,16 +29,16 @@ def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None, sequences: Sequences | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `ssm_mmmamba.causal_conv`."""
-    if sequences is not None or not _convolvable(*weight.shape) or x.shape[1] == 0:
+    if sequences is not None or not _conv_supported(*weight.shape) or x.shape[1] == 0:
         return TORCH.causal_conv(x, weight, bias, state, sequences)
     taps = weight.shape[1]
     x = x.contiguous().transpose(1, 2)  # (B, C, L), channels last in memory
     if state is None:
         state = x.new_zeros(*x.shape[:2], taps - 1)
-    # Their states must have channels last, too.
-    before = state.to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
-    y = causal_conv1d_fn(x, weight, bias, initial_states=before, activation="silu")
-    return y.transpose(1, 2), torch.cat([before, x[..., -(taps - 1) :]], dim=2)[..., -(taps - 1) :]
+    # Their kernel wants the channels of states last, too.
+    initial_states = state.to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    y = causal_conv1d_fn(x, weight, bias, initial_states=initial_states, activation="silu")
+    return y.transpose(1, 2), torch.cat([initial_states, x[..., -(taps - 1) :]], dim=2)[..., -(taps - 1) :]
 
 
 def ssd_scan(
@@ -84,15 +85,15 @@ def decode_step(
     """See `ssm_mmmamba.decode_step`."""
     heads, head_dim, state_size = state.shape[1:]
     inner = heads * head_dim
-    if not _convolvable(*conv_weight.shape):
+    if not _conv_supported(*conv_weight.shape):
         return reference_decode_step(
             projected, conv_weight, conv_bias, A_log, dt_bias, norm_weight, eps, conv_state, state
         )
     vkq, gate, dt = projected.split([len(conv_weight), inner, heads], dim=-1)
     vkq = causal_conv1d_update(vkq.contiguous(), conv_state, conv_weight, conv_bias, "silu")
-    shared = (len(conv_weight) - inner) // 2
-    v, k, q = (x.unflatten(-1, (-1, head_dim)) for x in vkq.split([shared, shared, inner], dim=-1))
-    group = inner // shared
+    kv_width = (len(conv_weight) - inner) // 2
+    v, k, q = (x.unflatten(-1, (-1, head_dim)) for x in vkq.split([kv_width, kv_width, inner], dim=-1))
+    group = inner // kv_width
     # One rate, step and bias per head, seen as one per element of the state.
     y = selective_state_update(
         state,

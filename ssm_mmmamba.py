@@ -192,6 +192,40 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _reverse_cumsum(x: Tensor) -> Tensor:
+    """Sums over what lies behind each element of the last axis, the element left out: sum_{s > t} x_s."""
+    return F.pad(x[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+
+
+def decay_between(log_decay: Tensor, block: int = 16) -> Tensor:
+    """What is left of each step's write when a later step reads it, the matrix L of arXiv 2405.21060, eq. 5.
+
+    A difference of two cumulative sums loses the digits of a short segment that follows a large step; and its gradient
+    adds and takes away what does not decay between the two. Here every segment is a sum of its own elements: long ones
+    are put together from the end of j's block, the blocks between, and the start of i's block.
+
+    Args:
+        log_decay: (..., T), at most 0.
+        block: Length of segments that are summed one by one.
+
+    Returns:
+        (..., T, T): exp(sum_{j < t <= i} log_decay_t) at [i, j], 0 where j > i.
+    """
+    length = log_decay.shape[-1]
+    if length <= block:
+        causal = torch.ones(length, length, dtype=torch.bool, device=log_decay.device).tril()
+        segments = log_decay[..., None].masked_fill(~causal.tril(-1), 0).cumsum(-2)
+        return segments.masked_fill(~causal, -torch.inf).exp()
+    blocks = F.pad(log_decay, (0, -length % block)).unflatten(-1, (-1, block))  # (..., T / block, block)
+    from_start, to_end = blocks.cumsum(-1).exp(), _reverse_cumsum(blocks).exp()
+    # Over the whole blocks between J and I; 0 where I is not behind J, as everywhere in the row of the first block.
+    between = F.pad(decay_between(blocks.sum(-1), block)[..., :-1, :], (0, 0, 1, 0))
+    to_block = to_end[..., None, :, :] * between[..., None]  # from step j to the start of block I: (..., I, J, j)
+    decay = from_start[..., None, None] * to_block[..., None, :, :]  # (..., I, i, J, j)
+    decay.diagonal(dim1=-4, dim2=-2).copy_(decay_between(blocks, block).movedim(-3, -1))
+    return decay.flatten(-4, -3).flatten(-2)[..., :length, :length]
+
+
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None, sequences: Sequences | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -222,8 +256,8 @@ def causal_conv(
     out = F.silu(out)
     if sequences is None:
         return out, padded[:, length:].transpose(1, 2)
-    steps = sequences.lengths[:, None] + torch.arange(taps - 1, device=x.device)  # (S, W - 1)
-    last = padded.gather(1, steps[..., None].expand(-1, -1, x.shape[2]))
+    last_steps = sequences.lengths[:, None] + torch.arange(taps - 1, device=x.device)  # (S, W - 1)
+    last = padded.gather(1, last_steps[..., None].expand(-1, -1, x.shape[2]))
     return sequences.from_padded(out), last.transpose(1, 2)
 
 
@@ -273,32 +307,30 @@ def ssd_scan(
     q = q.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4)  # (B, K, G, L, N)
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, L, ·)
     dt = dt.to(acc).permute(0, 2, 1).unflatten(1, (kv_heads, group))  # (B, K, G, L)
-    decay = dt * A.to(acc).view(kv_heads, group, 1)
+    log_decay = dt * A.to(acc).view(kv_heads, group, 1)
     state = state.to(acc).unflatten(1, (kv_heads, group))  # (B, K, G, P, N)
 
     outputs = []
     for start in range(0, length, chunk_size):
         chunk = slice(start, start + chunk_size)
         q_c, k_c, v_c, dt_c = q[..., chunk, :], k[..., chunk, :], v[..., chunk, :], dt[..., chunk]
-        steps = dt_c.shape[-1]
-        since_start = decay[..., chunk].cumsum(-1)  # (B, K, G, T), log decay from before the chunk
+        steps, decay_c = dt_c.shape[-1], log_decay[..., chunk]
+        from_start = decay_c.cumsum(-1).exp()[..., None]  # (B, K, G, T, 1), what is left of the state that entered
 
         # 1. What each step reads from earlier steps of its own chunk.
-        future = torch.ones(steps, steps, dtype=torch.bool, device=v.device).triu(1)
-        between = (since_start[..., :, None] - since_start[..., None, :]).masked_fill(future, -torch.inf)
         scores = (q_c.flatten(2, 3) @ k_c.transpose(-1, -2)).unflatten(2, (group, steps))  # (B, K, G, T, T)
-        weights = (scores * (between.exp() * dt_c[..., None, :])).to(v.dtype)
+        weights = (scores * (decay_between(decay_c) * dt_c[..., None, :])).to(v.dtype)
         within = (weights.flatten(2, 3) @ v_c).unflatten(2, (group, steps))  # (B, K, G, T, P)
 
         # 2. What it reads from the state that entered the chunk.
         carried = q_c @ state.to(q.dtype).transpose(-1, -2)  # (B, K, G, T, P)
-        outputs.append(within + carried * since_start.exp()[..., None])
+        outputs.append(within + carried * from_start)
 
         # 3. The state that leaves the chunk.
-        total = since_start[..., -1:]
-        written = v_c[:, :, None] * ((total - since_start).exp() * dt_c)[..., None].to(v.dtype)  # (B, K, G, T, P)
+        to_end = (_reverse_cumsum(decay_c).exp() * dt_c)[..., None]
+        written = v_c[:, :, None] * to_end.to(v.dtype)  # (B, K, G, T, P)
         written = written.transpose(2, 3).flatten(3).transpose(-1, -2) @ k_c  # (B, K, G·P, N)
-        state = state * total.exp()[..., None] + written.unflatten(2, (group, head_dim))
+        state = state * from_start[..., -1:, :] + written.unflatten(2, (group, head_dim))
 
     if len(outputs) == 1:
         y = outputs[0]
@@ -339,6 +371,8 @@ def decode_step(
 ) -> Tensor:
     """One step of the mixer between its two projections; both states change in place. No gradient.
 
+    The reference of the other backends' fused steps; `TORCH.decode_step` is None, since nothing is fused here.
+
     Args:
         projected: (B, C + H * P + H), what the input projection gives: v|k|q, gate, dt before bias and softplus.
         conv_weight: (C, W), with C = (2 K + H) P.
@@ -359,8 +393,8 @@ def decode_step(
     window = torch.cat([conv_state, vkq[..., None]], dim=-1)  # (B, C, W)
     conv_state.copy_(window[..., 1:])
     vkq = F.silu((window * conv_weight).sum(-1) + conv_bias)
-    shared = (len(conv_weight) - heads * head_dim) // 2
-    v, k, q = (x.unflatten(-1, (-1, head_dim)) for x in vkq.split([shared, shared, heads * head_dim], dim=-1))
+    kv_width = (len(conv_weight) - heads * head_dim) // 2
+    v, k, q = (x.unflatten(-1, (-1, head_dim)) for x in vkq.split([kv_width, kv_width, heads * head_dim], dim=-1))
     y = ssd_step(v, k, q, dt, -A_log.to(state.dtype).exp(), state)
     return gated_rmsnorm(y, gate.unflatten(-1, (-1, head_dim)), norm_weight, eps)
 

@@ -1,16 +1,20 @@
-"""The same operations as `ssm_mmmamba`, as Triton kernels: nothing to compile at install.
+"""The operations of `ssm_mmmamba` as Triton kernels: nothing to compile at install.
 
-Rows of a batch, padded rows and packed sequences are one case here: tokens lie in one flat axis, and `Chunks` says
-which of them belong together. Letters as in `ssm_mmmamba`, and T tokens in all, S sequences.
+Rows of a batch, padded rows and packed sequences are one case here: steps lie in one flat axis, and `Chunks` says
+which of them belong together. Letters as in `ssm_mmmamba`; T is all steps.
 
-The scan (arXiv 2405.21060, section 6) is three kernels: what each chunk writes to the state, the states passed from
-chunk to chunk, what each step reads. Query heads read the key/value head of their group in place. Its gradient
-recomputes the states, so that only inputs are kept. With s the log decay since the start of a chunk, a pair j <= i of
-steps carries E = exp(s_i - s_j) dt_j (q_i . k_j)(dy_i . v_j); the gradient of the log decay at t is the sum of what
-crosses t: pairs inside the chunk, reads of what came in, writes that go out, and what passes through.
+The scan (arXiv 2405.21060, section 6) is four kernels, named as in Mamba-2: log decays (chunk cumsum), what each chunk
+writes to the state (chunk state), the states passed from chunk to chunk (state passing), what each step reads (chunk
+scan). Query heads read the key/value head of their group in place. The backward pass recomputes the states, so that
+only inputs are saved.
 
-Launches have fixed block sizes: a first call compiles each kernel once per dtype and model, whatever the lengths, and
-tries nothing out.
+The log decay between two steps j <= i of a chunk is a difference of cumulative sums, which are therefore held as two
+fp32 numbers each. Its gradient is decay * dt_j (q_i . k_j)(dy_i . v_j); that of the log decay at one step t is the sum
+of what crosses t: pairs j < t <= i, reads at t or later of the state that entered the chunk, writes before t to the
+state that leaves it, and the state that passes through.
+
+Launches have fixed block sizes: a first call compiles each kernel once per dtype and model, whatever the lengths;
+nothing is autotuned.
 """
 
 import os
@@ -39,47 +43,48 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 class Chunks(NamedTuple):
-    """How T flat tokens are cut into pieces of at most `CHUNK` steps of one sequence, as our kernels read them.
+    """How T packed steps are cut into chunks of at most `CHUNK` steps of one sequence.
 
     Attributes:
-        table: (chunks, 3), int32: first token, token after the last, sequence. Entries after the last are empty.
-        offsets: (S + 1,), int32: where each sequence begins, and T.
-        first: (S,), int32: the first chunk of each sequence.
-        count: (S,), int32: how many chunks it has.
+        table: (chunks, 3), int32: first step, step after the last, sequence. Rows after the last chunk are empty.
+        cu_seqlens: (S + 1,), int32: where each sequence begins, and T.
+        first_chunk: (S,), int32: the first chunk of each sequence.
+        num_chunks: (S,), int32: how many chunks it has.
     """
 
     table: Tensor
-    offsets: Tensor
-    first: Tensor
-    count: Tensor
+    cu_seqlens: Tensor
+    first_chunk: Tensor
+    num_chunks: Tensor
 
     @classmethod
-    def of_offsets(cls, offsets: Tensor, tokens: int) -> "Chunks":
-        """Args: offsets (S + 1,), ascending, from 0 to `tokens`. Does not wait for the device."""
-        lengths = offsets.diff()
-        count = (lengths + CHUNK - 1) // CHUNK
-        ends = count.cumsum(0)
-        index = torch.arange(tokens // CHUNK + len(lengths), device=offsets.device)
-        sequence = torch.searchsorted(ends, index, right=True).clamp(max=len(lengths) - 1)
-        start = offsets[sequence] + (index - (ends - count)[sequence]) * CHUNK
-        end = torch.minimum(start + CHUNK, offsets[sequence + 1])
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, tokens: int) -> "Chunks":
+        """Args: cu_seqlens (S + 1,), ascending, from 0 to `tokens`. Does not wait for the device."""
+        lengths = cu_seqlens.diff()
+        num_chunks = (lengths + CHUNK - 1) // CHUNK
+        cu_chunks = num_chunks.cumsum(0)
+        first_chunk = cu_chunks - num_chunks
+        chunk = torch.arange(tokens // CHUNK + len(lengths), device=cu_seqlens.device)  # as many as there may be
+        sequence = torch.searchsorted(cu_chunks, chunk, right=True).clamp(max=len(lengths) - 1)
+        start = cu_seqlens[sequence] + (chunk - first_chunk[sequence]) * CHUNK
+        end = torch.minimum(start + CHUNK, cu_seqlens[sequence + 1])
         start = torch.minimum(start, end)  # beyond the last chunk: empty
         table = torch.stack([start, end, sequence], 1)
-        return cls(table.int(), offsets.int(), (ends - count).int(), count.int())
+        return cls(table.int(), cu_seqlens.int(), first_chunk.int(), num_chunks.int())
 
     @classmethod
     @lru_cache(maxsize=64)
-    def of_rows(cls, rows: int, length: int, device: torch.device) -> "Chunks":
+    def from_rows(cls, rows: int, length: int, device: torch.device) -> "Chunks":
         """Rows of `length` valid steps each."""
-        return cls.of_offsets(torch.arange(rows + 1, device=device) * length, rows * length)
+        return cls.from_cu_seqlens(torch.arange(rows + 1, device=device) * length, rows * length)
 
     @classmethod
     def of(cls, x: Tensor, sequences: Sequences | None) -> "Chunks":
-        """Those of x (B, L, ...), or of `sequences` whose steps it holds, (1, T, ...)."""
+        """Those of the rows of x (B, L, ...), or of the `sequences` packed in x (1, T, ...)."""
         if sequences is None:
-            return cls.of_rows(*x.shape[:2], x.device)
+            return cls.from_rows(*x.shape[:2], x.device)
         if cls not in sequences.derived:
-            sequences.derived[cls] = cls.of_offsets(sequences.cu_seqlens, x.shape[1])
+            sequences.derived[cls] = cls.from_cu_seqlens(sequences.cu_seqlens, x.shape[1])
         return sequences.derived[cls]
 
 
@@ -107,14 +112,15 @@ def dot_precision() -> str:
 
 
 @triton.jit
-def _tile(base, rows, stride, inside, columns, width):
-    """Rows `rows` of a matrix, zeros outside."""
-    places = base + rows[:, None] * stride + columns[None, :]
-    return tl.load(places, mask=inside[:, None] & (columns < width)[None, :], other=0.0)
+def _load_tile(base, rows, stride, row_mask, columns, width):
+    """Rows `rows` of a matrix whose rows are `stride` apart, zeros outside."""
+    mask = row_mask[:, None] & (columns < width)[None, :]
+    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
+    """`tl.dot` that works in Triton's interpreter, too."""
     if INTERPRETED:  # its bf16 is a bare uint16; the products of two bf16 numbers are exact in fp32
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
@@ -122,7 +128,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _mixed_dot(a, b, PRECISION: tl.constexpr):
+def _dot_in_dtype_of_a(a, b, PRECISION: tl.constexpr):
     """With b, which may be a state in fp32, in a's dtype; unless that is fp16, whose range a state may leave."""
     if a.dtype == tl.float16 and b.dtype == tl.float32:
         return dot(a.to(tl.float32), b, "tf32")
@@ -131,380 +137,464 @@ def _mixed_dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _bounds(table, chunk):
+def _matmul(
+    a, a_rows, a_stride, a_mask, b, b_columns, b_stride,
+    INNER: tl.constexpr, WIDTH: tl.constexpr, BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows of a times columns of the matrix b (INNER, WIDTH)."""
+    acc = tl.zeros((a_rows.shape[0], b_columns.shape[0]), tl.float32)
+    for first in range(0, INNER, BLOCK_INNER):
+        w = first + tl.arange(0, BLOCK_INNER)
+        a_tile = _load_tile(a, a_rows, a_stride, a_mask, w, INNER)
+        acc += _dot_in_dtype_of_a(a_tile, _load_tile(b, w, b_stride, w < INNER, b_columns, WIDTH), PRECISION)
+    return acc
+
+
+@triton.jit
+def _matmul_transposed(
+    a, a_rows, a_stride, a_mask, b, b_rows, b_stride, b_mask,
+    INNER: tl.constexpr, BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows of a times rows of b, both of width INNER."""
+    acc = tl.zeros((a_rows.shape[0], b_rows.shape[0]), tl.float32)
+    for first in range(0, INNER, BLOCK_INNER):
+        w = first + tl.arange(0, BLOCK_INNER)
+        a_tile = _load_tile(a, a_rows, a_stride, a_mask, w, INNER)
+        b_tile = tl.trans(_load_tile(b, b_rows, b_stride, b_mask, w, INNER))
+        acc += _dot_in_dtype_of_a(a_tile, b_tile, PRECISION)
+    return acc
+
+
+@triton.jit
+def _chunk_bounds(table, chunk):
     return tl.load(table + 3 * chunk).to(tl.int64), tl.load(table + 3 * chunk + 1).to(tl.int64)
 
 
+@triton.jit
+def _log_decay(dA_cumsum, rest_offset, t, mask):
+    """The log decay from the chunk's start through steps t, as two fp32 numbers whose sum it is."""
+    return tl.load(dA_cumsum + t, mask=mask, other=0.0), tl.load(dA_cumsum + rest_offset + t, mask=mask, other=0.0)
+
+
+@triton.jit
+def _decay_between(high_to, rest_to, high_from, rest_from):
+    """The decay between two steps of a chunk. Both differences are exact enough for any segment, however short."""
+    return tl.exp((high_to - high_from) + (rest_to - rest_from))
+
+
 @triton.jit(do_not_specialize=["tokens"])
-def _decay_kernel(dt, A, since, table, tokens, HEADS: tl.constexpr, CHUNK: tl.constexpr):
-    """since (H, T): the log decay from the start of the chunk up to and with each step."""
+def _chunk_cumsum_kernel(dt, A, dA_cumsum, table, tokens, HEADS: tl.constexpr, CHUNK: tl.constexpr):
+    """dA_cumsum (2, H, T): the log decay from the chunk's start through each step, summed in fp64, and what rounding
+    it to fp32 leaves over.
+
+    In fp32 alone a large step takes the digits of the short segments behind it.
+    """
     head = tl.program_id(1)
-    start, end = _bounds(table, tl.program_id(0))
+    start, end = _chunk_bounds(table, tl.program_id(0))
     t = start + tl.arange(0, CHUNK)
-    step = tl.load(dt + t * HEADS + head, mask=t < end, other=0.0)
-    tl.store(since + head * tokens + t, tl.cumsum(step * tl.load(A + head), 0), mask=t < end)
+    dA = tl.load(dt + t * HEADS + head, mask=t < end, other=0.0) * tl.load(A + head)
+    dA = tl.where(dA < -128, -128.0, dA)  # exp(-128) is 0 in fp32: bounds the sum; NaN stays
+    exact = tl.cumsum(dA.to(tl.float64), 0)
+    high = exact.to(tl.float32)
+    tl.store(dA_cumsum + head * tokens + t, high, mask=t < end)
+    tl.store(dA_cumsum + (HEADS + head) * tokens + t, (exact - high.to(tl.float64)).to(tl.float32), mask=t < end)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _chunk_outer_kernel(
-    left, right, dt, since, out, table, left_stride, right_stride, tokens,
+def _chunk_state_kernel(
+    left, right, dt, dA_cumsum, out, table, left_stride, right_stride, tokens,
     HEADS: tl.constexpr, LEFT_GROUP: tl.constexpr, RIGHT_GROUP: tl.constexpr, WRITTEN: tl.constexpr,
-    P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out (chunks, H, P, N): the sum over a chunk's steps of weight * left right^T.
 
     Of v and k, weighted by dt and the decay after the step: what the chunk writes to the state (WRITTEN). Of dy and q,
-    weighted by the decay before the step: the gradient of the state that comes in.
+    weighted by the decay up to the step: the gradient of the state that enters.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
-    start, end = _bounds(table, chunk)
+    start, end = _chunk_bounds(table, chunk)
     if start >= end:
         return
     p, n = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    since += head * tokens
-    total = tl.load(since + end - 1)
-    sums = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for begin in range(start, end, BLOCK):
-        t = begin + tl.arange(0, BLOCK)
-        inside = t < end
-        decay = tl.load(since + t, mask=inside, other=0.0)
+    dA_cumsum += head * tokens
+    rest_offset = HEADS * tokens
+    end_high, end_rest = _log_decay(dA_cumsum, rest_offset, end - 1, True)
+    acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for first in range(start, end, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        mask = t < end
+        high, rest = _log_decay(dA_cumsum, rest_offset, t, mask)
         if WRITTEN:
-            weight = tl.exp(total - decay) * tl.load(dt + t * HEADS + head, mask=inside, other=0.0)
+            weight = _decay_between(end_high, end_rest, high, rest)
+            weight *= tl.load(dt + t * HEADS + head, mask=mask, other=0.0)
         else:
-            weight = tl.exp(decay)
-        ours = _tile(left + (head // LEFT_GROUP) * P, t, left_stride, inside, p, P)
-        theirs = _tile(right + (head // RIGHT_GROUP) * N, t, right_stride, inside, n, N)
-        theirs = (theirs * weight[:, None]).to(theirs.dtype)
-        sums += dot(tl.trans(ours), theirs, PRECISION)
+            weight = tl.exp(high)
+        left_t = _load_tile(left + (head // LEFT_GROUP) * P, t, left_stride, mask, p, P)
+        right_t = _load_tile(right + (head // RIGHT_GROUP) * N, t, right_stride, mask, n, N)
+        # Outside of the chunk the decay overflows.
+        right_t = tl.where(mask[:, None], right_t * weight[:, None], 0.0).to(right_t.dtype)
+        acc += dot(tl.trans(left_t), right_t, PRECISION)
     out += (chunk.to(tl.int64) * HEADS + head) * P * N
-    tl.store(out + p[:, None] * N + n[None, :], sums, mask=(p < P)[:, None] & (n < N)[None, :])
+    tl.store(out + p[:, None] * N + n[None, :], acc, mask=(p < P)[:, None] & (n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _pass_kernel(
-    states, initial, final, since, table, first, count, tokens,
+def _state_passing_kernel(
+    states, initial, final, dA_cumsum, table, first_chunk, num_chunks, tokens,
     HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Puts in place of what each chunk adds to the state the state that it meets; `final` is what the last one leaves.
+    """Replaces what each chunk adds to the state by the state that enters it; `final` is what leaves the last one.
 
     Gradients obey the same recurrence from the last chunk to the first (REVERSE).
     """
     sequence, head = tl.program_id(0), tl.program_id(1)
     e = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     own = (sequence.to(tl.int64) * HEADS + head) * SIZE + e
-    running = tl.load(initial + own, mask=e < SIZE, other=0.0)
-    begin, chunks = tl.load(first + sequence), tl.load(count + sequence)
+    state = tl.load(initial + own, mask=e < SIZE, other=0.0)
+    first, chunks = tl.load(first_chunk + sequence), tl.load(num_chunks + sequence)
     for index in range(chunks):
         if REVERSE:
-            chunk = begin + chunks - 1 - index
+            chunk = first + chunks - 1 - index
         else:
-            chunk = begin + index
-        place = states + (chunk.to(tl.int64) * HEADS + head) * SIZE + e
-        added = tl.load(place, mask=e < SIZE, other=0.0)
-        tl.store(place, running, mask=e < SIZE)
+            chunk = first + index
+        pointers = states + (chunk.to(tl.int64) * HEADS + head) * SIZE + e
+        added = tl.load(pointers, mask=e < SIZE, other=0.0)
+        tl.store(pointers, state, mask=e < SIZE)
         last = tl.load(table + 3 * chunk + 1) - 1
-        running = running * tl.exp(tl.load(since + head * tokens + last)) + added
-    tl.store(final + own, running, mask=e < SIZE)
-
-
-@triton.jit
-def _against(
-    a, i, a_stride, a_in, b, j, b_stride, b_in, WIDTH: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Rows i of a times rows j of b transposed, over their common width."""
-    sums = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
-    for first in range(0, WIDTH, INNER):
-        w = first + tl.arange(0, INNER)
-        ours = _tile(a, i, a_stride, a_in, w, WIDTH)
-        theirs = tl.trans(_tile(b, j, b_stride, b_in, w, WIDTH))
-        sums += _mixed_dot(ours, theirs, PRECISION)
-    return sums
-
-
-@triton.jit
-def _through(
-    a, i, a_stride, a_in, b, columns, b_stride,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Rows i of a times the matrix b (HEIGHT, WIDTH), some of its columns."""
-    sums = tl.zeros((i.shape[0], columns.shape[0]), tl.float32)
-    for first in range(0, HEIGHT, INNER):
-        w = first + tl.arange(0, INNER)
-        ours = _tile(a, i, a_stride, a_in, w, HEIGHT)
-        sums += _mixed_dot(ours, _tile(b, w, b_stride, w < HEIGHT, columns, WIDTH), PRECISION)
-    return sums
+        state = state * tl.exp(tl.load(dA_cumsum + head * tokens + last)) + added
+    tl.store(final + own, state, mask=e < SIZE)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _output_kernel(
-    v, k, q, dt, since, states, y, table, v_stride, k_stride, q_stride, tokens,
+def _chunk_scan_kernel(
+    v, k, q, dt, dA_cumsum, states, y, table, v_stride, k_stride, q_stride, tokens,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    OUT: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y (T, H, P): what each step reads from the state that met its chunk, and from earlier steps of the chunk."""
+    """y (T, H, P): what each step reads from the state that entered its chunk, and from earlier steps of the chunk."""
     chunk, head = tl.program_id(0), tl.program_id(1)
-    start, end = _bounds(table, chunk)
-    parts: tl.constexpr = (P + OUT - 1) // OUT
-    begin = start + (tl.program_id(2) // parts) * BLOCK
-    if begin >= end:
+    start, end = _chunk_bounds(table, chunk)
+    p_blocks: tl.constexpr = (P + BLOCK_OUT - 1) // BLOCK_OUT
+    first_i = start + (tl.program_id(2) // p_blocks) * BLOCK_T
+    if first_i >= end:
         return
-    p = (tl.program_id(2) % parts) * OUT + tl.arange(0, OUT)
-    i = begin + tl.arange(0, BLOCK)
-    v, k, q, since = v + (head // GROUP) * P, k + (head // GROUP) * N, q + head * N, since + head * tokens
+    p = (tl.program_id(2) % p_blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    i = first_i + tl.arange(0, BLOCK_T)
+    v, k, q, dA_cumsum = v + (head // GROUP) * P, k + (head // GROUP) * N, q + head * N, dA_cumsum + head * tokens
+    rest_offset = HEADS * tokens
     states += (chunk.to(tl.int64) * HEADS + head) * P * N
-    s_i = tl.load(since + i, mask=i < end, other=0.0)
-    sums = _against(q, i, q_stride, i < end, states, p, N, p < P, N, INNER, PRECISION) * tl.exp(s_i)[:, None]
-    for other in range(start, begin + 1, BLOCK):
-        j = other + tl.arange(0, BLOCK)
-        s_j = tl.load(since + j, mask=j < end, other=0.0)
+    high_i, rest_i = _log_decay(dA_cumsum, rest_offset, i, i < end)
+    acc = _matmul_transposed(q, i, q_stride, i < end, states, p, N, p < P, N, BLOCK_INNER, PRECISION)
+    acc *= tl.exp(high_i)[:, None]
+    for first_j in range(start, first_i + 1, BLOCK_T):
+        j = first_j + tl.arange(0, BLOCK_T)
+        high_j, rest_j = _log_decay(dA_cumsum, rest_offset, j, j < end)
         dt_j = tl.load(dt + j * HEADS + head, mask=j < end, other=0.0)
-        scores = _against(q, i, q_stride, i < end, k, j, k_stride, j < end, N, INNER, PRECISION)
-        weights = scores * tl.exp(s_i[:, None] - s_j[None, :]) * dt_j[None, :]
+        scores = _matmul_transposed(q, i, q_stride, i < end, k, j, k_stride, j < end, N, BLOCK_INNER, PRECISION)
+        weights = scores * _decay_between(high_i[:, None], rest_i[:, None], high_j[None, :], rest_j[None, :])
+        weights *= dt_j[None, :]
         weights = tl.where(i[:, None] >= j[None, :], weights, 0.0)  # the decay towards the past overflows
-        v_j = _tile(v, j, v_stride, j < end, p, P)
-        sums += dot(weights.to(v_j.dtype), v_j, PRECISION)
-    out = y + (i * HEADS + head)[:, None] * P + p[None, :]
-    tl.store(out, sums.to(y.dtype.element_ty), mask=(i < end)[:, None] & (p < P)[None, :])
+        v_j = _load_tile(v, j, v_stride, j < end, p, P)
+        acc += dot(weights.to(v_j.dtype), v_j, PRECISION)
+    pointers = y + (i * HEADS + head)[:, None] * P + p[None, :]
+    tl.store(pointers, acc.to(y.dtype.element_ty), mask=(i < end)[:, None] & (p < P)[None, :])
+
+
+@triton.jit
+def _dscores(
+    v, k, q, dy, dt, i, high_i, rest_i, j, dA_cumsum, rest_offset, end, v_stride, k_stride, q_stride,
+    HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """For steps i and j of a head: the gradients of q_i . k_j, and of the log decay between them."""
+    high_j, rest_j = _log_decay(dA_cumsum, rest_offset, j, j < end)
+    dt_j = tl.load(dt + j * HEADS, mask=j < end, other=0.0)
+    dscores = _matmul_transposed(dy, i, HEADS * P, i < end, v, j, v_stride, j < end, P, BLOCK_INNER, PRECISION)
+    dscores *= _decay_between(high_i[:, None], rest_i[:, None], high_j[None, :], rest_j[None, :]) * dt_j[None, :]
+    dscores = tl.where((i[:, None] >= j[None, :]) & (i < end)[:, None], dscores, 0.0)
+    scores = _matmul_transposed(q, i, q_stride, i < end, k, j, k_stride, j < end, N, BLOCK_INNER, PRECISION)
+    return dscores, dscores * scores
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _query_gradient_kernel(
-    v, k, q, dy, dt, since, states, dq, reads, table, v_stride, k_stride, q_stride, tokens,
+def _dq_kernel(
+    v, k, q, dy, dt, dA_cumsum, states, dq, dprefix, dsegments, table, v_stride, k_stride, q_stride, tokens,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    OUT: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq (T, H, N), and reads (H, T): for each step i the sum over j of E, with what it read of the state."""
-    chunk, head = tl.program_id(0), tl.program_id(1)
-    start, end = _bounds(table, chunk)
-    begin = start + tl.program_id(2) * BLOCK
-    if begin >= end:
-        return
-    i, n = begin + tl.arange(0, BLOCK), tl.arange(0, OUT)
-    v, k, since = v + (head // GROUP) * P, k + (head // GROUP) * N, since + head * tokens
-    q, dy = q + head * N, dy + head * P
-    states += (chunk.to(tl.int64) * HEADS + head) * P * N
-    s_i = tl.load(since + i, mask=i < end, other=0.0)
-    sums = _through(dy, i, HEADS * P, i < end, states, n, N, P, N, INNER, PRECISION) * tl.exp(s_i)[:, None]
-    read = tl.sum(_tile(q, i, q_stride, i < end, n, N).to(tl.float32) * sums, 1)
-    for other in range(start, begin + 1, BLOCK):
-        j = other + tl.arange(0, BLOCK)
-        s_j = tl.load(since + j, mask=j < end, other=0.0)
-        dt_j = tl.load(dt + j * HEADS + head, mask=j < end, other=0.0)
-        gains = _against(dy, i, HEADS * P, i < end, v, j, v_stride, j < end, P, INNER, PRECISION)
-        gains *= tl.exp(s_i[:, None] - s_j[None, :]) * dt_j[None, :]
-        gains = tl.where(i[:, None] >= j[None, :], gains, 0.0)
-        read += tl.sum(gains * _against(q, i, q_stride, i < end, k, j, k_stride, j < end, N, INNER, PRECISION), 1)
-        k_j = _tile(k, j, k_stride, j < end, n, N)
-        sums += dot(gains.to(k_j.dtype), k_j, PRECISION)
-    out = dq + (i * HEADS + head)[:, None] * N + n[None, :]
-    tl.store(out, sums.to(dq.dtype.element_ty), mask=(i < end)[:, None] & (n < N)[None, :])
-    tl.store(reads + head * tokens + i, read, mask=i < end)
+    """dq (T, H, N), and two parts of the gradient of the log decay.
 
-
-@triton.jit(do_not_specialize=["tokens"])
-def _key_gradient_kernel(
-    v, k, q, dy, dt, since, dstates, dk, pairs, writes, table, v_stride, k_stride, q_stride, tokens,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    OUT: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dk (T, K, N), summed over the group's heads.
-
-    And for each head and step j, over dt_j: pairs (H, T), the sum over i of E; writes (H, T), what it wrote to the
-    state that leaves.
+    dprefix (H, T): for each step the gradient of the log decay from the chunk's start, from what it read of the state.
+    dsegments (CHUNK / BLOCK_T, H, T): of each step t, from the pairs j < t <= i with i in this block.
     """
-    chunk, shared = tl.program_id(0), tl.program_id(1)
-    start, end = _bounds(table, chunk)
-    begin = start + tl.program_id(2) * BLOCK
-    if begin >= end:
+    chunk, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start, end = _chunk_bounds(table, chunk)
+    first_i = start + block * BLOCK_T
+    if first_i >= end:
         return
-    j, n = begin + tl.arange(0, BLOCK), tl.arange(0, OUT)
-    v, k = v + shared * P, k + shared * N
-    sums = tl.zeros((BLOCK, OUT), tl.float32)
-    for head in range(shared * GROUP, (shared + 1) * GROUP):
-        s_j = tl.load(since + head * tokens + j, mask=j < end, other=0.0)
-        dt_j = tl.load(dt + j * HEADS + head, mask=j < end, other=0.0)
-        remains = tl.exp(tl.load(since + head * tokens + end - 1) - s_j)
-        dstate = dstates + (chunk.to(tl.int64) * HEADS + head) * P * N
-        leaving = _through(v, j, v_stride, j < end, dstate, n, N, P, N, INNER, PRECISION) * remains[:, None]
-        write = tl.sum(_tile(k, j, k_stride, j < end, n, N).to(tl.float32) * leaving, 1)
-        tl.store(writes + head * tokens + j, write, mask=j < end)
-        sums += dt_j[:, None] * leaving
-        pair = tl.zeros((BLOCK,), tl.float32)
-        for other in range(begin, end, BLOCK):
-            i = other + tl.arange(0, BLOCK)
-            s_i = tl.load(since + head * tokens + i, mask=i < end, other=0.0)
-            gains = _against(v, j, v_stride, j < end, dy + head * P, i, HEADS * P, i < end, P, INNER, PRECISION)
-            crosses = (i[None, :] >= j[:, None]) & (i < end)[None, :]
-            gains = tl.where(crosses, gains * tl.exp(s_i[None, :] - s_j[:, None]), 0.0)
-            pair += tl.sum(
-                gains * _against(k, j, k_stride, j < end, q + head * N, i, q_stride, i < end, N, INNER, PRECISION), 1
-            )
-            q_i = _tile(q + head * N, i, q_stride, i < end, n, N)
-            sums += dot((gains * dt_j[:, None]).to(q_i.dtype), q_i, PRECISION)
-        tl.store(pairs + head * tokens + j, pair, mask=j < end)
-    out = dk + (j * (HEADS // GROUP) + shared)[:, None] * N + n[None, :]
-    tl.store(out, sums.to(dk.dtype.element_ty), mask=(j < end)[:, None] & (n < N)[None, :])
+    i, n = first_i + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_OUT)
+    v, k, dA_cumsum = v + (head // GROUP) * P, k + (head // GROUP) * N, dA_cumsum + head * tokens
+    q, dy, dt = q + head * N, dy + head * P, dt + head
+    rest_offset = HEADS * tokens
+    states += (chunk.to(tl.int64) * HEADS + head) * P * N
+    dsegments += (block * HEADS + head).to(tl.int64) * tokens
+    high_i, rest_i = _log_decay(dA_cumsum, rest_offset, i, i < end)
+    acc = _matmul(dy, i, HEADS * P, i < end, states, n, N, P, N, BLOCK_INNER, PRECISION) * tl.exp(high_i)[:, None]
+    read = tl.sum(_load_tile(q, i, q_stride, i < end, n, N).to(tl.float32) * acc, 1)
+    tl.store(dprefix + head * tokens + i, read, mask=i < end)
+    # dsegments of steps t of this block: pairs with i from t on, and j in this block before t, or in an earlier one.
+    dscores, dsegment = _dscores(
+        v, k, q, dy, dt, i, high_i, rest_i, i, dA_cumsum, rest_offset, end, v_stride, k_stride, q_stride,
+        HEADS, P, N, BLOCK_INNER, PRECISION,
+    )  # fmt: skip
+    from_t = tl.cumsum(dsegment, 0, reverse=True)
+    within = tl.sum(tl.where(i[:, None] > i[None, :], from_t, 0.0), 1)
+    k_i = _load_tile(k, i, k_stride, i < end, n, N)
+    acc += dot(dscores.to(k_i.dtype), k_i, PRECISION)
+    # Of steps t of an earlier block: pairs with j before t. They are stored at t = j + 1: the sum through j, with
+    # nothing to be taken away from it again, which would cost digits.
+    earlier, of_i = 0.0, tl.zeros((BLOCK_T,), tl.float32)
+    for first_j in range(start, first_i, BLOCK_T):
+        j = first_j + tl.arange(0, BLOCK_T)
+        dscores, dsegment = _dscores(
+            v, k, q, dy, dt, i, high_i, rest_i, j, dA_cumsum, rest_offset, end, v_stride, k_stride, q_stride,
+            HEADS, P, N, BLOCK_INNER, PRECISION,
+        )  # fmt: skip
+        of_j = tl.sum(dsegment, 0)
+        tl.store(dsegments + j + 1, earlier + tl.cumsum(of_j, 0), mask=j + 1 < first_i)
+        earlier += tl.sum(of_j, 0)
+        of_i += tl.sum(dsegment, 1)
+        k_j = _load_tile(k, j, k_stride, j < end, n, N)
+        acc += dot(dscores.to(k_j.dtype), k_j, PRECISION)
+    tl.store(dsegments + i, tl.cumsum(of_i, 0, reverse=True) + within, mask=i < end)
+    pointers = dq + (i * HEADS + head)[:, None] * N + n[None, :]
+    tl.store(pointers, acc.to(dq.dtype.element_ty), mask=(i < end)[:, None] & (n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _value_gradient_kernel(
-    k, q, dy, dt, since, dstates, dv, table, k_stride, q_stride, tokens,
+def _dk_kernel(
+    v, k, q, dy, dt, dA_cumsum, dstates, dk, ddt_direct, dsuffix, table, v_stride, k_stride, q_stride, tokens,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    OUT: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk (T, K, N), summed over the group's heads; and of each head and step:
+
+    ddt_direct (H, T): the gradient of dt as the weight of the step's write.
+    dsuffix (H, T): that of the log decay to the chunk's end, from what the step wrote to the state.
+    """
+    chunk, kv_head = tl.program_id(0), tl.program_id(1)
+    start, end = _chunk_bounds(table, chunk)
+    first_j = start + tl.program_id(2) * BLOCK_T
+    if first_j >= end:
+        return
+    j, n = first_j + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_OUT)
+    v, k, rest_offset = v + kv_head * P, k + kv_head * N, HEADS * tokens
+    acc = tl.zeros((BLOCK_T, BLOCK_OUT), tl.float32)
+    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
+        high_j, rest_j = _log_decay(dA_cumsum + head * tokens, rest_offset, j, j < end)
+        end_high, end_rest = _log_decay(dA_cumsum + head * tokens, rest_offset, end - 1, True)
+        dt_j = tl.load(dt + j * HEADS + head, mask=j < end, other=0.0)
+        dstate = dstates + (chunk.to(tl.int64) * HEADS + head) * P * N
+        dwrite = _matmul(v, j, v_stride, j < end, dstate, n, N, P, N, BLOCK_INNER, PRECISION)
+        dwrite *= _decay_between(end_high, end_rest, high_j, rest_j)[:, None]
+        ddt_j = tl.sum(_load_tile(k, j, k_stride, j < end, n, N).to(tl.float32) * dwrite, 1)
+        tl.store(dsuffix + head * tokens + j, dt_j * ddt_j, mask=j < end)
+        acc += dt_j[:, None] * dwrite
+        for first_i in range(first_j, end, BLOCK_T):
+            i = first_i + tl.arange(0, BLOCK_T)
+            high_i, rest_i = _log_decay(dA_cumsum + head * tokens, rest_offset, i, i < end)
+            dscores = _matmul_transposed(
+                v, j, v_stride, j < end, dy + head * P, i, HEADS * P, i < end, P, BLOCK_INNER, PRECISION
+            )
+            dscores *= _decay_between(high_i[None, :], rest_i[None, :], high_j[:, None], rest_j[:, None])
+            dscores = tl.where((i[None, :] >= j[:, None]) & (i < end)[None, :], dscores, 0.0)
+            scores = _matmul_transposed(
+                k, j, k_stride, j < end, q + head * N, i, q_stride, i < end, N, BLOCK_INNER, PRECISION
+            )
+            ddt_j += tl.sum(dscores * scores, 1)
+            q_i = _load_tile(q + head * N, i, q_stride, i < end, n, N)
+            acc += dot((dscores * dt_j[:, None]).to(q_i.dtype), q_i, PRECISION)
+        tl.store(ddt_direct + head * tokens + j, ddt_j, mask=j < end)
+    pointers = dk + (j * (HEADS // GROUP) + kv_head)[:, None] * N + n[None, :]
+    tl.store(pointers, acc.to(dk.dtype.element_ty), mask=(j < end)[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _dv_kernel(
+    k, q, dy, dt, dA_cumsum, dstates, dv, table, k_stride, q_stride, tokens,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv (T, K, P), summed over the group's heads."""
-    chunk, shared = tl.program_id(0), tl.program_id(1)
-    start, end = _bounds(table, chunk)
-    parts: tl.constexpr = (P + OUT - 1) // OUT
-    begin = start + (tl.program_id(2) // parts) * BLOCK
-    if begin >= end:
+    chunk, kv_head = tl.program_id(0), tl.program_id(1)
+    start, end = _chunk_bounds(table, chunk)
+    p_blocks: tl.constexpr = (P + BLOCK_OUT - 1) // BLOCK_OUT
+    first_j = start + (tl.program_id(2) // p_blocks) * BLOCK_T
+    if first_j >= end:
         return
-    p = (tl.program_id(2) % parts) * OUT + tl.arange(0, OUT)
-    j = begin + tl.arange(0, BLOCK)
-    k += shared * N
-    sums = tl.zeros((BLOCK, OUT), tl.float32)
-    for head in range(shared * GROUP, (shared + 1) * GROUP):
-        s_j = tl.load(since + head * tokens + j, mask=j < end, other=0.0)
+    p = (tl.program_id(2) % p_blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    j = first_j + tl.arange(0, BLOCK_T)
+    k, rest_offset = k + kv_head * N, HEADS * tokens
+    acc = tl.zeros((BLOCK_T, BLOCK_OUT), tl.float32)
+    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
+        high_j, rest_j = _log_decay(dA_cumsum + head * tokens, rest_offset, j, j < end)
+        end_high, end_rest = _log_decay(dA_cumsum + head * tokens, rest_offset, end - 1, True)
         dt_j = tl.load(dt + j * HEADS + head, mask=j < end, other=0.0)
-        remains = tl.exp(tl.load(since + head * tokens + end - 1) - s_j) * dt_j
+        to_end = _decay_between(end_high, end_rest, high_j, rest_j) * dt_j
         dstate = dstates + (chunk.to(tl.int64) * HEADS + head) * P * N
-        sums += _against(k, j, k_stride, j < end, dstate, p, N, p < P, N, INNER, PRECISION) * remains[:, None]
-        for other in range(begin, end, BLOCK):
-            i = other + tl.arange(0, BLOCK)
-            s_i = tl.load(since + head * tokens + i, mask=i < end, other=0.0)
-            scores = _against(k, j, k_stride, j < end, q + head * N, i, q_stride, i < end, N, INNER, PRECISION)
-            crosses = (i[None, :] >= j[:, None]) & (i < end)[None, :]
-            scores = tl.where(crosses, scores * tl.exp(s_i[None, :] - s_j[:, None]) * dt_j[:, None], 0.0)
-            dy_i = _tile(dy + head * P, i, HEADS * P, i < end, p, P)
-            sums += dot(scores.to(dy_i.dtype), dy_i, PRECISION)
-    out = dv + (j * (HEADS // GROUP) + shared)[:, None] * P + p[None, :]
-    tl.store(out, sums.to(dv.dtype.element_ty), mask=(j < end)[:, None] & (p < P)[None, :])
+        acc += (
+            _matmul_transposed(k, j, k_stride, j < end, dstate, p, N, p < P, N, BLOCK_INNER, PRECISION)
+            * to_end[:, None]
+        )
+        for first_i in range(first_j, end, BLOCK_T):
+            i = first_i + tl.arange(0, BLOCK_T)
+            high_i, rest_i = _log_decay(dA_cumsum + head * tokens, rest_offset, i, i < end)
+            weights = _matmul_transposed(
+                k, j, k_stride, j < end, q + head * N, i, q_stride, i < end, N, BLOCK_INNER, PRECISION
+            )
+            weights *= _decay_between(high_i[None, :], rest_i[None, :], high_j[:, None], rest_j[:, None])
+            mask = (i[None, :] >= j[:, None]) & (i < end)[None, :]
+            weights = tl.where(mask, weights * dt_j[:, None], 0.0)
+            dy_i = _load_tile(dy + head * P, i, HEADS * P, i < end, p, P)
+            acc += dot(weights.to(dy_i.dtype), dy_i, PRECISION)
+    pointers = dv + (j * (HEADS // GROUP) + kv_head)[:, None] * P + p[None, :]
+    tl.store(pointers, acc.to(dv.dtype.element_ty), mask=(j < end)[:, None] & (p < P)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _step_gradient_kernel(
-    dt, A, since, states, dstates, reads, pairs, writes, ddt, dA, table, tokens,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+def _ddt_kernel(
+    dt, A, dA_cumsum, states, dstates, dprefix, dsuffix, dsegments, ddt_direct, ddt, dA, table, tokens,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ddt (T, H), and dA (chunks, H) to be summed over chunks."""
+    """ddt (T, H), and dA (chunks, H), to be summed over chunks.
+
+    The log decay at t is part of the whole chunk's, of prefixes that end at t or later, of suffixes after steps before
+    t, and of segments between pairs on either side of t: only what crosses t is added, nothing is taken away again.
+    """
     chunk, head = tl.program_id(0), tl.program_id(1)
-    start, end = _bounds(table, chunk)
+    start, end = _chunk_bounds(table, chunk)
     if start >= end:
         tl.store(dA + chunk * HEADS + head, 0.0)
         return
-    through = tl.zeros((BLOCK,), tl.float32)
-    both = (chunk.to(tl.int64) * HEADS + head) * SIZE
+    products = tl.zeros((BLOCK,), tl.float32)
+    of_chunk = (chunk.to(tl.int64) * HEADS + head) * SIZE
     for first in range(0, SIZE, BLOCK):
         e = first + tl.arange(0, BLOCK)
-        came = tl.load(states + both + e, mask=e < SIZE, other=0.0)
-        through += came * tl.load(dstates + both + e, mask=e < SIZE, other=0.0)
-    passed = tl.sum(through, 0) * tl.exp(tl.load(since + head * tokens + end - 1))
+        state = tl.load(states + of_chunk + e, mask=e < SIZE, other=0.0)
+        products += state * tl.load(dstates + of_chunk + e, mask=e < SIZE, other=0.0)
+    crossing = tl.sum(products, 0) * tl.exp(tl.load(dA_cumsum + head * tokens + end - 1))  # by the state that enters
     t = start + tl.arange(0, CHUNK)
-    inside = t < end
-    step = tl.load(dt + t * HEADS + head, mask=inside, other=0.0)
-    read = tl.load(reads + head * tokens + t, mask=inside, other=0.0)
-    pair = tl.load(pairs + head * tokens + t, mask=inside, other=0.0)
-    write = tl.load(writes + head * tokens + t, mask=inside, other=0.0)
-    # What crosses t from before it to t or after: reads less pairs that begin at t or after; writes before t.
-    crossing = tl.cumsum(read - step * pair, 0, reverse=True) + tl.cumsum(step * write, 0) - step * write + passed
-    tl.store(ddt + t * HEADS + head, pair + write + tl.load(A + head) * crossing, mask=inside)
-    tl.store(dA + chunk * HEADS + head, tl.sum(tl.where(inside, step * crossing, 0.0), 0))
+    mask, later = t < end, (t < end) & (t > start)
+    crossing += tl.cumsum(tl.load(dprefix + head * tokens + t, mask=mask, other=0.0), 0, reverse=True)
+    crossing += tl.cumsum(tl.load(dsuffix + head * tokens + t - 1, mask=later, other=0.0), 0)
+    for block in tl.static_range(CHUNK // BLOCK_T):
+        pointers = dsegments + (block * HEADS + head).to(tl.int64) * tokens + t
+        written = later & (start + block * BLOCK_T < end) & (t < start + (block + 1) * BLOCK_T)
+        crossing += tl.load(pointers, mask=written, other=0.0)
+    step = tl.load(dt + t * HEADS + head, mask=mask, other=0.0)
+    direct = tl.load(ddt_direct + head * tokens + t, mask=mask, other=0.0)
+    tl.store(ddt + t * HEADS + head, direct + tl.load(A + head) * crossing, mask=mask)
+    tl.store(dA + chunk * HEADS + head, tl.sum(tl.where(mask, step * crossing, 0.0), 0))
 
 
 class _Scan(torch.autograd.Function):
     """v (T, K, P), k (T, K, N), q (T, H, N), dt (T, H), state (S, H, P, N); last axes contiguous, fp32 from dt on."""
 
     @staticmethod
-    def sizes(v: Tensor, k: Tensor, q: Tensor) -> dict:
+    def constants(v: Tensor, k: Tensor, q: Tensor) -> dict:
         heads, head_dim, state_size = q.shape[1], v.shape[2], k.shape[2]
         # Products without tensor cores, and wide heads, leave registers for smaller blocks only.
         small = v.dtype == torch.float32 or max(head_dim, state_size) > 128
         return {
-            "HEADS": heads, "P": head_dim, "N": state_size, "BLOCK": 32 if small else 64,
+            "HEADS": heads, "P": head_dim, "N": state_size, "BLOCK_T": 32 if small else 64,
             "PRECISION": dot_precision(), "num_stages": 1, "num_warps": 4,
         }  # fmt: skip
 
     @staticmethod
-    def states(v, k, q, dt, A, state, chunks, sizes) -> tuple[Tensor, Tensor, Tensor]:
-        """Log decays (H, T), the state that meets each chunk (chunks, H, P, N), the last states (S, H, P, N)."""
+    def entering_states(v, k, q, dt, A, state, chunks, constants) -> tuple[Tensor, Tensor, Tensor]:
+        """Log decays (2, H, T), the state that enters each chunk (chunks, H, P, N), the last states (S, H, P, N)."""
         group = q.shape[1] // v.shape[1]
-        since = torch.empty(q.shape[1], len(dt), device=dt.device)
-        _decay_kernel[len(chunks.table), q.shape[1]](
-            dt, A, since, chunks.table, len(dt), HEADS=q.shape[1], CHUNK=CHUNK, num_warps=4
+        dA_cumsum = torch.empty(2, q.shape[1], len(dt), device=dt.device)
+        _chunk_cumsum_kernel[len(chunks.table), q.shape[1]](
+            dt, A, dA_cumsum, chunks.table, len(dt), HEADS=q.shape[1], CHUNK=CHUNK, num_warps=4
         )
-        states = _Scan.outer(v, k, dt, since, chunks, sizes, LEFT_GROUP=group, RIGHT_GROUP=group, WRITTEN=True)
-        return since, states, _Scan.passed(states, state, since, chunks, REVERSE=False)
+        states = _Scan.chunk_states(
+            v, k, dt, dA_cumsum, chunks, constants, LEFT_GROUP=group, RIGHT_GROUP=group, WRITTEN=True
+        )
+        return dA_cumsum, states, _Scan.pass_states(states, state, dA_cumsum, chunks, REVERSE=False)
 
     @staticmethod
-    def outer(left, right, dt, since, chunks, sizes, **options) -> Tensor:
-        """See `_chunk_outer_kernel`; (chunks, H, P, N)."""
-        heads, head_dim, state_size = sizes["HEADS"], sizes["P"], sizes["N"]
+    def chunk_states(left, right, dt, dA_cumsum, chunks, constants, **options) -> Tensor:
+        """See `_chunk_state_kernel`; (chunks, H, P, N)."""
+        heads, head_dim, state_size = constants["HEADS"], constants["P"], constants["N"]
         block = min(64, block_size(head_dim))
         out = torch.empty(len(chunks.table), heads, head_dim, state_size, device=dt.device)
-        _chunk_outer_kernel[len(out), heads, triton.cdiv(head_dim, block)](
-            left, right, dt, since, out, chunks.table, left.stride(0), right.stride(0), len(dt),
-            BLOCK_P=block, BLOCK_N=block_size(state_size), **sizes | {"BLOCK": 32}, **options,
+        _chunk_state_kernel[len(out), heads, triton.cdiv(head_dim, block)](
+            left, right, dt, dA_cumsum, out, chunks.table, left.stride(0), right.stride(0), len(dt),
+            BLOCK_P=block, BLOCK_N=block_size(state_size), **constants | {"BLOCK_T": 32}, **options,
         )  # fmt: skip
         return out
 
     @staticmethod
-    def passed(states, initial, since, chunks, **options) -> Tensor:
-        """See `_pass_kernel`; the last states (S, H, P, N)."""
+    def pass_states(states, initial, dA_cumsum, chunks, **options) -> Tensor:
+        """See `_state_passing_kernel`; the last states (S, H, P, N)."""
         heads, size = states.shape[1], states[0, 0].numel()
-        last = torch.empty_like(initial)
-        _pass_kernel[len(initial), heads, triton.cdiv(size, 1024)](
-            states, initial, last, since, chunks.table, chunks.first, chunks.count, since.shape[1],
-            HEADS=heads, SIZE=size, BLOCK=1024, **options,
+        final = torch.empty_like(initial)
+        _state_passing_kernel[len(initial), heads, triton.cdiv(size, 1024)](
+            states, initial, final, dA_cumsum, chunks.table, chunks.first_chunk, chunks.num_chunks,
+            dA_cumsum.shape[2], HEADS=heads, SIZE=size, BLOCK=1024, **options,
         )  # fmt: skip
-        return last
+        return final
 
     @staticmethod
     def forward(ctx, v, k, q, dt, A, state, chunks):
-        sizes, group = _Scan.sizes(v, k, q), q.shape[1] // v.shape[1]
-        since, states, last = _Scan.states(v, k, q, dt, A, state, chunks, sizes)
+        constants, group = _Scan.constants(v, k, q), q.shape[1] // v.shape[1]
+        dA_cumsum, states, final = _Scan.entering_states(v, k, q, dt, A, state, chunks, constants)
         y = torch.empty(*q.shape[:2], v.shape[2], device=v.device, dtype=v.dtype)
-        out = min(64, block_size(v.shape[2]))
-        blocks = CHUNK // sizes["BLOCK"] * triton.cdiv(v.shape[2], out)
-        _output_kernel[len(states), q.shape[1], blocks](
-            v, k, q, dt, since, states, y, chunks.table, v.stride(0), k.stride(0), q.stride(0), len(dt),
-            GROUP=group, OUT=out, INNER=min(64, block_size(k.shape[2])), **sizes,
+        block_out = min(64, block_size(v.shape[2]))
+        blocks = CHUNK // constants["BLOCK_T"] * triton.cdiv(v.shape[2], block_out)
+        _chunk_scan_kernel[len(states), q.shape[1], blocks](
+            v, k, q, dt, dA_cumsum, states, y, chunks.table, v.stride(0), k.stride(0), q.stride(0), len(dt),
+            GROUP=group, BLOCK_OUT=block_out, BLOCK_INNER=min(64, block_size(k.shape[2])), **constants,
         )  # fmt: skip
         ctx.save_for_backward(v, k, q, dt, A, state)
         ctx.chunks = chunks
-        return y, last
+        return y, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dlast):
+    def backward(ctx, dy, dfinal):
         (v, k, q, dt, A, state), chunks = ctx.saved_tensors, ctx.chunks
-        sizes, heads, kv_heads = _Scan.sizes(v, k, q), q.shape[1], v.shape[1]
+        constants, heads, kv_heads = _Scan.constants(v, k, q), q.shape[1], v.shape[1]
         dy = dy.contiguous()
-        since, states, _ = _Scan.states(v, k, q, dt, A, state, chunks, sizes)
-        dstates = _Scan.outer(dy, q, dt, since, chunks, sizes, LEFT_GROUP=1, RIGHT_GROUP=1, WRITTEN=False)
-        dstate = _Scan.passed(dstates, dlast.contiguous(), since, chunks, REVERSE=True)
+        dA_cumsum, states, _ = _Scan.entering_states(v, k, q, dt, A, state, chunks, constants)
+        dstates = _Scan.chunk_states(
+            dy, q, dt, dA_cumsum, chunks, constants, LEFT_GROUP=1, RIGHT_GROUP=1, WRITTEN=False
+        )
+        dstate = _Scan.pass_states(dstates, dfinal.contiguous(), dA_cumsum, chunks, REVERSE=True)
 
         dv, dk, dq = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (v, k, q))
-        reads, pairs, writes = torch.empty(3, *since.shape, device=dt.device)
-        count, blocks = len(states), CHUNK // sizes["BLOCK"]
+        count, blocks = len(states), CHUNK // constants["BLOCK_T"]
+        dprefix, dsuffix, ddt_direct = torch.empty(3, heads, len(dt), device=dt.device)
+        dsegments = torch.empty(blocks, heads, len(dt), device=dt.device)
         strides = (v.stride(0), k.stride(0), q.stride(0), len(dt))
         width = block_size(k.shape[2])
-        options = sizes | {"GROUP": heads // kv_heads, "INNER": min(64, width), "OUT": width}
+        options = constants | {"GROUP": heads // kv_heads, "BLOCK_INNER": min(64, width), "BLOCK_OUT": width}
         options["num_warps"] = 8 if width > 64 else 4
-        _query_gradient_kernel[count, heads, blocks](
-            v, k, q, dy, dt, since, states, dq, reads, chunks.table, *strides, **options
+        _dq_kernel[count, heads, blocks](
+            v, k, q, dy, dt, dA_cumsum, states, dq, dprefix, dsegments, chunks.table, *strides, **options
         )
-        _key_gradient_kernel[count, kv_heads, blocks](
-            v, k, q, dy, dt, since, dstates, dk, pairs, writes, chunks.table, *strides, **options
+        _dk_kernel[count, kv_heads, blocks](
+            v, k, q, dy, dt, dA_cumsum, dstates, dk, ddt_direct, dsuffix, chunks.table, *strides, **options
         )
-        options |= {"OUT": min(64, block_size(v.shape[2])), "num_warps": 4}
-        _value_gradient_kernel[count, kv_heads, blocks * triton.cdiv(v.shape[2], options["OUT"])](
-            k, q, dy, dt, since, dstates, dv, chunks.table, *strides[1:], **options
+        options |= {"BLOCK_OUT": min(64, block_size(v.shape[2])), "num_warps": 4}
+        _dv_kernel[count, kv_heads, blocks * triton.cdiv(v.shape[2], options["BLOCK_OUT"])](
+            k, q, dy, dt, dA_cumsum, dstates, dv, chunks.table, *strides[1:], **options
         )
         ddt, dA = torch.empty_like(dt), torch.empty(count, heads, device=dt.device)
-        _step_gradient_kernel[count, heads](
-            dt, A, since, states, dstates, reads, pairs, writes, ddt, dA, chunks.table, len(dt),
-            HEADS=heads, SIZE=states[0, 0].numel(), CHUNK=CHUNK, BLOCK=1024,
+        _ddt_kernel[count, heads](
+            dt, A, dA_cumsum, states, dstates, dprefix, dsuffix, dsegments, ddt_direct, ddt, dA, chunks.table,
+            len(dt), HEADS=heads, SIZE=states[0, 0].numel(), CHUNK=CHUNK, BLOCK_T=constants["BLOCK_T"], BLOCK=1024,
         )  # fmt: skip
         return dv, dk, dq, ddt, dA.sum(0), dstate, None
 
@@ -522,7 +612,7 @@ def ssd_scan(
     """See `ssm_mmmamba.ssd_scan`; y is in `v`'s dtype. `chunk_size` is the reference's: blocks here are fixed."""
     chunks = Chunks.of(v, sequences)
     if state is None:
-        state = torch.zeros(len(chunks.count), q.shape[2], v.shape[3], k.shape[3], device=v.device)
+        state = torch.zeros(len(chunks.num_chunks), q.shape[2], v.shape[3], k.shape[3], device=v.device)
     flat = (_rows(x.flatten(0, 1)) for x in (v, k, q, dt.float().contiguous()))
     y, last = _Scan.apply(*flat, A.float().contiguous(), state.float().contiguous(), chunks)
     return y.unflatten(0, v.shape[:2]), last
@@ -532,97 +622,97 @@ def ssd_scan(
 
 
 @triton.jit
-def _before_silu(x, weight, bias, state, t, begin, inside, c, stride, C, TAPS: tl.constexpr):
-    """The convolution at steps t (steps, 1) of channels c (1, channels); `state` holds the steps before `begin`."""
-    sums = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32) + tl.zeros(t.shape, tl.float32)
+def _conv_input(x, state, t, begin, mask, c, stride, TAPS: tl.constexpr):
+    """Inputs of channels c at steps t (steps, 1); before the sequence's first step, `begin`, from the state."""
+    from_x = tl.load(x + t * stride + c, mask=mask & (t >= begin), other=0.0)
+    from_state = tl.load(state + c * (TAPS - 1) + (t - begin + TAPS - 1), mask=mask & (t < begin), other=0.0)
+    return tl.where(t >= begin, from_x, from_state)
+
+
+@triton.jit
+def _conv_before_silu(x, weight, bias, state, t, begin, mask, c, stride, C, TAPS: tl.constexpr):
+    """The convolution at steps t (steps, 1) of channels c (1, channels)."""
+    acc = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32) + tl.zeros(t.shape, tl.float32)
     for tap in tl.static_range(TAPS):
-        source = t - (TAPS - 1) + tap
-        given = tl.load(x + source * stride + c, mask=inside & (source >= begin) & (c < C), other=0.0)
-        kept = state + c * (TAPS - 1) + (source - begin + TAPS - 1)
-        kept = tl.load(kept, mask=inside & (source < begin) & (c < C), other=0.0)
-        sums += tl.load(weight + c * TAPS + tap, mask=c < C, other=0.0).to(tl.float32) * tl.where(
-            source >= begin, given, kept
-        ).to(tl.float32)
-    return sums
+        x_t = _conv_input(x, state, t - (TAPS - 1) + tap, begin, mask & (c < C), c, stride, TAPS).to(tl.float32)
+        acc += tl.load(weight + c * TAPS + tap, mask=c < C, other=0.0).to(tl.float32) * x_t
+    return acc
+
+
+@triton.jit
+def _sequence_bounds(cu_seqlens, sequence):
+    return tl.load(cu_seqlens + sequence).to(tl.int64), tl.load(cu_seqlens + sequence + 1).to(tl.int64)
 
 
 @triton.jit
 def _conv_kernel(
-    x, weight, bias, state, y, last, table, offsets, stride, C,
+    x, weight, bias, state, y, final, table, cu_seqlens, stride, C,
     TAPS: tl.constexpr, STEPS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y (T, C), some steps of a chunk, and the state (S, C, W - 1) behind the last step of a sequence."""
-    start, end = _bounds(table, tl.program_id(0))
+    """y (T, C), some steps of a chunk; and final (S, C, W - 1), the state behind the last step of a sequence."""
+    start, end = _chunk_bounds(table, tl.program_id(0))
     start += tl.program_id(2) * STEPS
     if start >= end:
         return
     sequence = tl.load(table + 3 * tl.program_id(0) + 2).to(tl.int64)
-    begin, finish = tl.load(offsets + sequence).to(tl.int64), tl.load(offsets + sequence + 1).to(tl.int64)
+    seq_begin, seq_end = _sequence_bounds(cu_seqlens, sequence)
     state += sequence * C * (TAPS - 1)
     t = (start + tl.arange(0, STEPS))[:, None]
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    z = _before_silu(x, weight, bias, state, t, begin, t < end, c, stride, C, TAPS)
+    z = _conv_before_silu(x, weight, bias, state, t, seq_begin, t < end, c, stride, C, TAPS)
     tl.store(y + t * C + c, (z * tl.sigmoid(z)).to(y.dtype.element_ty), mask=(t < end) & (c < C))
-    if end == finish and start + STEPS >= end:
-        for column in tl.static_range(TAPS - 1):
-            source = finish - (TAPS - 1) + column + tl.zeros(c.shape, tl.int64)
-            given = tl.load(x + source * stride + c, mask=(source >= begin) & (c < C), other=0.0)
-            kept = state + c * (TAPS - 1) + (source - begin + TAPS - 1)
-            kept = tl.load(kept, mask=(source < begin) & (c < C), other=0.0)
-            tl.store(
-                last + (sequence * C + c) * (TAPS - 1) + column, tl.where(source >= begin, given, kept), mask=c < C
-            )
+    if end == seq_end and start + STEPS >= end:
+        for tap in tl.static_range(TAPS - 1):
+            last_t = seq_end - (TAPS - 1) + tap + tl.zeros(c.shape, tl.int64)
+            x_t = _conv_input(x, state, last_t, seq_begin, c < C, c, stride, TAPS)
+            tl.store(final + (sequence * C + c) * (TAPS - 1) + tap, x_t, mask=c < C)
 
 
 @triton.jit
 def _conv_gradient_kernel(
-    x, weight, bias, state, dy, dlast, dx, dstate, dweight, dbias, table, offsets, stride, C,
+    x, weight, bias, state, dy, dfinal, dx, dstate, dweight, dbias, table, cu_seqlens, stride, C,
     TAPS: tl.constexpr, STEPS: tl.constexpr, BLOCK_C: tl.constexpr, OF_STATE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of some steps of a chunk and what they add to those of weight and bias; or (OF_STATE) of a state."""
+    """dx of some steps of a chunk, and what they add to dweight and dbias; or (OF_STATE) dstate of a sequence."""
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     if OF_STATE:
         sequence = tl.program_id(0).to(tl.int64)
-        begin, finish = tl.load(offsets + sequence).to(tl.int64), tl.load(offsets + sequence + 1).to(tl.int64)
-        start, end = begin - (TAPS - 1), begin
+        seq_begin, seq_end = _sequence_bounds(cu_seqlens, sequence)
+        start, end = seq_begin - (TAPS - 1), seq_begin
     else:
-        start, end = _bounds(table, tl.program_id(0))
+        start, end = _chunk_bounds(table, tl.program_id(0))
         start += tl.program_id(2) * STEPS
         if start >= end:
             return
         end = tl.minimum(end, start + STEPS)
         sequence = tl.load(table + 3 * tl.program_id(0) + 2).to(tl.int64)
-        begin, finish = tl.load(offsets + sequence).to(tl.int64), tl.load(offsets + sequence + 1).to(tl.int64)
+        seq_begin, seq_end = _sequence_bounds(cu_seqlens, sequence)
     state += sequence * C * (TAPS - 1)
     s = (start + tl.arange(0, STEPS))[:, None]  # the inputs whose gradient is wanted
-    wanted = (s < end) & (c < C)
-    kept = s - (finish - (TAPS - 1))  # their place in the last state
-    kept_place = dlast + (sequence * C + c) * (TAPS - 1) + kept
-    sums = tl.load(kept_place, mask=wanted & (kept >= 0), other=0.0).to(tl.float32)
-    for shift in tl.static_range(TAPS):  # the steps that read them
+    s_mask = (s < end) & (c < C)
+    in_final = s - (seq_end - (TAPS - 1))  # the last inputs are the final state
+    pointers = dfinal + (sequence * C + c) * (TAPS - 1) + in_final
+    acc = tl.load(pointers, mask=s_mask & (in_final >= 0), other=0.0).to(tl.float32)
+    for shift in tl.static_range(TAPS):  # the steps t that read them
         t = s + shift
-        inside = (t >= begin) & (t < finish) & wanted
-        z = _before_silu(x, weight, bias, state, t, begin, inside, c, stride, C, TAPS)
-        gate = tl.sigmoid(z)
-        dz = tl.load(dy + t * C + c, mask=inside, other=0.0).to(tl.float32) * gate * (1 + z * (1 - gate))
-        tap = tl.load(weight + c * TAPS + (TAPS - 1 - shift), mask=c < C, other=0.0).to(tl.float32)
-        sums += tap * dz
+        mask = (t >= seq_begin) & (t < seq_end) & s_mask
+        z = _conv_before_silu(x, weight, bias, state, t, seq_begin, mask, c, stride, C, TAPS)
+        sigmoid = tl.sigmoid(z)
+        dz = tl.load(dy + t * C + c, mask=mask, other=0.0).to(tl.float32) * sigmoid * (1 + z * (1 - sigmoid))
+        acc += tl.load(weight + c * TAPS + (TAPS - 1 - shift), mask=c < C, other=0.0).to(tl.float32) * dz
         if not OF_STATE:
             if shift == 0:
                 part = (tl.program_id(0).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * C + c
                 tl.store(dbias + part, tl.sum(dz, 0)[None, :], mask=c < C)
-                for back in tl.static_range(TAPS):
-                    source = t - (TAPS - 1) + back
-                    given = tl.load(x + source * stride + c, mask=inside & (source >= begin), other=0.0)
-                    old = state + c * (TAPS - 1) + (source - begin + TAPS - 1)
-                    old = tl.load(old, mask=inside & (source < begin), other=0.0)
-                    grown = tl.sum(dz * tl.where(source >= begin, given, old).to(tl.float32), 0)[None, :]
-                    tl.store(dweight + part * TAPS + back, grown, mask=c < C)
+                for tap in tl.static_range(TAPS):
+                    x_t = _conv_input(x, state, t - (TAPS - 1) + tap, seq_begin, mask, c, stride, TAPS)
+                    dtap = tl.sum(dz * x_t.to(tl.float32), 0)[None, :]
+                    tl.store(dweight + part * TAPS + tap, dtap, mask=c < C)
     if OF_STATE:
-        place = dstate + (sequence * C + c) * (TAPS - 1) + (s - start)
-        tl.store(place, sums.to(dstate.dtype.element_ty), mask=wanted)
+        pointers = dstate + (sequence * C + c) * (TAPS - 1) + (s - start)
+        tl.store(pointers, acc.to(dstate.dtype.element_ty), mask=s_mask)
     else:
-        tl.store(dx + s * C + c, sums.to(dx.dtype.element_ty), mask=wanted)
+        tl.store(dx + s * C + c, acc.to(dx.dtype.element_ty), mask=s_mask)
 
 
 class _Conv(torch.autograd.Function):
@@ -631,27 +721,27 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, state, chunks):
         y, channels = torch.empty(x.shape, device=x.device, dtype=x.dtype), x.shape[1]
-        last = state.clone()  # stays where a sequence has no step
+        final = state.clone()  # stays where a sequence has no step
         _conv_kernel[len(chunks.table), triton.cdiv(channels, 64), CHUNK // CONV_STEPS](
-            x, weight, bias, state, y, last, chunks.table, chunks.offsets, x.stride(0), channels,
+            x, weight, bias, state, y, final, chunks.table, chunks.cu_seqlens, x.stride(0), channels,
             TAPS=weight.shape[1], STEPS=CONV_STEPS, BLOCK_C=64,
         )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, state)
         ctx.chunks = chunks
-        return y, last
+        return y, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dlast):
+    def backward(ctx, dy, dfinal):
         (x, weight, bias, state), chunks = ctx.saved_tensors, ctx.chunks
         (channels, taps), parts = weight.shape, CHUNK // CONV_STEPS
         dx, dstate = torch.empty(x.shape, device=x.device, dtype=x.dtype), torch.empty_like(state)
-        # Parts without steps leave their sums as they are.
+        # Parts of a chunk without steps write nothing.
         dweight = torch.zeros(len(chunks.table) * parts, channels, taps, device=x.device)
         dbias = torch.zeros(len(dweight), channels, device=x.device)
         arguments = (
-            x, weight, bias, state, dy.contiguous(), dlast.contiguous(), dx, dstate, dweight, dbias,
-            chunks.table, chunks.offsets, x.stride(0), channels,
+            x, weight, bias, state, dy.contiguous(), dfinal.contiguous(), dx, dstate, dweight, dbias,
+            chunks.table, chunks.cu_seqlens, x.stride(0), channels,
         )  # fmt: skip
         blocks = triton.cdiv(channels, 64)
         options = {"TAPS": taps, "BLOCK_C": 64}
@@ -668,7 +758,7 @@ def causal_conv(
     """See `ssm_mmmamba.causal_conv`."""
     chunks = Chunks.of(x, sequences)
     if state is None:
-        state = x.new_zeros(len(chunks.count), x.shape[2], weight.shape[1] - 1)
+        state = x.new_zeros(len(chunks.num_chunks), x.shape[2], weight.shape[1] - 1)
     y, last = _Conv.apply(
         _rows(x.flatten(0, 1)), weight.contiguous(), bias.contiguous(), state.to(x.dtype).contiguous(), chunks
     )
@@ -684,13 +774,13 @@ def _gated_norm_kernel(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     r, p = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_P)
-    y_r = _tile(y, r, P, r < rows, p, P).to(tl.float32)
-    g_r = _tile(gate, (r // HEADS) * gate_stride + (r % HEADS) * P, 1, r < rows, p, P).to(tl.float32)
+    y_r = _load_tile(y, r, P, r < rows, p, P).to(tl.float32)
+    g_r = _load_tile(gate, (r // HEADS) * gate_stride + (r % HEADS) * P, 1, r < rows, p, P).to(tl.float32)
     scale = tl.rsqrt(tl.sum(y_r * y_r, 1) / P + eps)
     result = y_r * scale[:, None] * tl.load(weight + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
     result *= g_r * tl.sigmoid(g_r)
-    places = out + r[:, None] * P + p[None, :]
-    tl.store(places, result.to(out.dtype.element_ty), mask=(r < rows)[:, None] & (p < P)[None, :])
+    pointers = out + r[:, None] * P + p[None, :]
+    tl.store(pointers, result.to(out.dtype.element_ty), mask=(r < rows)[:, None] & (p < P)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -700,21 +790,24 @@ def _gated_norm_gradient_kernel(
 ):  # fmt: skip
     p = tl.arange(0, BLOCK_P)
     w = tl.load(weight + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
-    grown = tl.zeros((BLOCK_P,), tl.float32)
+    dweight_acc = tl.zeros((BLOCK_P,), tl.float32)
     for first in range(tl.program_id(0).to(tl.int64) * ROWS, rows, tl.num_programs(0) * ROWS):
         r = first + tl.arange(0, ROWS)
-        y_r, d_r = _tile(y, r, P, r < rows, p, P).to(tl.float32), _tile(dout, r, P, r < rows, p, P).to(tl.float32)
-        g_r = _tile(gate, (r // HEADS) * gate_stride + (r % HEADS) * P, 1, r < rows, p, P).to(tl.float32)
+        y_r, d_r = (
+            _load_tile(y, r, P, r < rows, p, P).to(tl.float32),
+            _load_tile(dout, r, P, r < rows, p, P).to(tl.float32),
+        )
+        g_r = _load_tile(gate, (r // HEADS) * gate_stride + (r % HEADS) * P, 1, r < rows, p, P).to(tl.float32)
         scale = tl.rsqrt(tl.sum(y_r * y_r, 1) / P + eps)[:, None]
-        normed, opened = y_r * scale, tl.sigmoid(g_r)
-        grown += tl.sum(d_r * normed * g_r * opened, 0)
-        d_gate = d_r * normed * w * opened * (1 + g_r * (1 - opened))
-        d_normed = d_r * w * g_r * opened
+        normed, sigmoid = y_r * scale, tl.sigmoid(g_r)
+        dweight_acc += tl.sum(d_r * normed * g_r * sigmoid, 0)
+        d_gate = d_r * normed * w * sigmoid * (1 + g_r * (1 - sigmoid))
+        d_normed = d_r * w * g_r * sigmoid
         d_y = scale * (d_normed - normed * (tl.sum(d_normed * normed, 1) / P)[:, None])
-        places, mask = r[:, None] * P + p[None, :], (r < rows)[:, None] & (p < P)[None, :]
-        tl.store(dy + places, d_y.to(dy.dtype.element_ty), mask=mask)
-        tl.store(dgate + places, d_gate.to(dgate.dtype.element_ty), mask=mask)
-    tl.store(dweight + tl.program_id(0) * P + p, grown, mask=p < P)
+        offsets, mask = r[:, None] * P + p[None, :], (r < rows)[:, None] & (p < P)[None, :]
+        tl.store(dy + offsets, d_y.to(dy.dtype.element_ty), mask=mask)
+        tl.store(dgate + offsets, d_gate.to(dgate.dtype.element_ty), mask=mask)
+    tl.store(dweight + tl.program_id(0) * P + p, dweight_acc, mask=p < P)
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -773,19 +866,19 @@ def _norm_kernel(x, residual, weight, normed, total, width, eps, BLOCK: tl.const
 def _norm_gradient_kernel(total, weight, dnormed, dtotal, dx, dweight, rows, width, eps, BLOCK: tl.constexpr):
     d = tl.arange(0, BLOCK)
     w = tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32)
-    grown = tl.zeros((BLOCK,), tl.float32)
+    dweight_acc = tl.zeros((BLOCK,), tl.float32)
     for index in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         row = index * width
         x_r = tl.load(total + row + d, mask=d < width, other=0.0).to(tl.float32)
         d_r = tl.load(dnormed + row + d, mask=d < width, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x_r * x_r, 0) / width + eps)
         normed = x_r * scale
-        grown += d_r * normed
+        dweight_acc += d_r * normed
         d_r *= w
         d_x = scale * (d_r - normed * (tl.sum(d_r * normed, 0) / width))
         d_x += tl.load(dtotal + row + d, mask=d < width, other=0.0).to(tl.float32)
         tl.store(dx + row + d, d_x.to(dx.dtype.element_ty), mask=d < width)
-    tl.store(dweight + tl.program_id(0) * width + d, grown, mask=d < width)
+    tl.store(dweight + tl.program_id(0) * width + d, dweight_acc, mask=d < width)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -819,8 +912,8 @@ class _AddNorm(torch.autograd.Function):
 def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `ssm_mmmamba.add_rmsnorm`."""
     rows = (-1, x.shape[-1])
-    given = (tensor.reshape(rows).contiguous() for tensor in (x, residual))
-    normed, total = _AddNorm.apply(*given, weight.contiguous(), eps)
+    flat = (tensor.reshape(rows).contiguous() for tensor in (x, residual))
+    normed, total = _AddNorm.apply(*flat, weight.contiguous(), eps)
     return normed.view(x.shape), total.view(x.shape)
 
 
@@ -828,24 +921,24 @@ def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tupl
 
 
 @triton.jit
-def _conv_step(x, weight, bias, state, c, C, inside, TAPS: tl.constexpr):
+def _conv_step(x, weight, bias, state, c, mask, TAPS: tl.constexpr):
     """SiLU of the convolution at one step for channels c; `state` as it was before the step."""
-    sums = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
     for tap in tl.static_range(TAPS - 1):
-        kept = tl.load(state + c * (TAPS - 1) + tap, mask=inside, other=0.0).to(tl.float32)
-        sums += tl.load(weight + c * TAPS + tap, mask=inside, other=0.0).to(tl.float32) * kept
-    now = tl.load(x + c, mask=inside, other=0.0).to(tl.float32)
-    sums += tl.load(weight + c * TAPS + TAPS - 1, mask=inside, other=0.0).to(tl.float32) * now
+        earlier = tl.load(state + c * (TAPS - 1) + tap, mask=mask, other=0.0).to(tl.float32)
+        z += tl.load(weight + c * TAPS + tap, mask=mask, other=0.0).to(tl.float32) * earlier
+    current = tl.load(x + c, mask=mask, other=0.0).to(tl.float32)
+    z += tl.load(weight + c * TAPS + TAPS - 1, mask=mask, other=0.0).to(tl.float32) * current
     # Rounded as the convolution of a whole sequence is.
-    return (sums * tl.sigmoid(sums)).to(x.dtype.element_ty).to(tl.float32)
+    return (z * tl.sigmoid(z)).to(x.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
 def _softplus(x):
-    grown = tl.exp(tl.minimum(x, 20.0))
-    rounded = 1 + grown
-    exact = rounded == 1  # small steps matter: log(1 + e) with the rounding of 1 + e undone
-    log1p = tl.where(exact, grown, tl.log(rounded) * grown / tl.where(exact, 1.0, rounded - 1))
+    exp = tl.exp(tl.minimum(x, 20.0))
+    total = 1 + exp
+    tiny = total == 1  # small steps matter: log1p(exp), the rounding of 1 + exp undone
+    log1p = tl.where(tiny, exp, tl.log(total) * exp / tl.where(tiny, 1.0, total - 1))
     return tl.where(x > 20, x, log1p)
 
 
@@ -856,25 +949,25 @@ def _decode_kernel(
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAPS: tl.constexpr,
 ):  # fmt: skip
     """One step of a group's heads, from the input projection to the gated norm; both states change in place."""
-    row, shared = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     KV: tl.constexpr = HEADS // GROUP
     C: tl.constexpr = (2 * KV + HEADS) * P
     x, conv_state = projected + row * stride, conv_state + row * C * (TAPS - 1)
     p = tl.arange(0, BLOCK_P)
-    v = _conv_step(x, conv_weight, conv_bias, conv_state, shared * P + p, C, p < P, TAPS)
-    for head in range(shared * GROUP, (shared + 1) * GROUP):
+    v = _conv_step(x, conv_weight, conv_bias, conv_state, kv_head * P + p, p < P, TAPS)
+    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         dt = tl.load(x + C + HEADS * P + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
         dt = _softplus(dt)
         decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * dt)
         y = tl.zeros((BLOCK_P,), tl.float32)
         for first in tl.static_range(0, P, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
-            k = _conv_step(x, conv_weight, conv_bias, conv_state, (KV + shared) * P + n, C, n < P, TAPS)
-            q = _conv_step(x, conv_weight, conv_bias, conv_state, (2 * KV + head) * P + n, C, n < P, TAPS)
-            places = state + ((row * HEADS + head) * P + p[:, None]) * P + n[None, :]
-            inside = (p < P)[:, None] & (n < P)[None, :]
-            S = tl.load(places, mask=inside, other=0.0) * decay + (dt * v)[:, None] * k[None, :]
-            tl.store(places, S, mask=inside)
+            k = _conv_step(x, conv_weight, conv_bias, conv_state, (KV + kv_head) * P + n, n < P, TAPS)
+            q = _conv_step(x, conv_weight, conv_bias, conv_state, (2 * KV + head) * P + n, n < P, TAPS)
+            pointers = state + ((row * HEADS + head) * P + p[:, None]) * P + n[None, :]
+            mask = (p < P)[:, None] & (n < P)[None, :]
+            S = tl.load(pointers, mask=mask, other=0.0) * decay + (dt * v)[:, None] * k[None, :]
+            tl.store(pointers, S, mask=mask)
             y += tl.sum(S * q[None, :], 1)
         gate = tl.load(x + C + head * P + p, mask=p < P, other=0.0).to(tl.float32)
         y *= tl.rsqrt(tl.sum(y * y, 0) / P + eps) * tl.load(norm_weight + p, mask=p < P, other=0.0).to(tl.float32)
@@ -884,15 +977,17 @@ def _decode_kernel(
     tl.debug_barrier()
     for part in tl.static_range(GROUP + 2):
         if part < 2:
-            c = (part * KV + shared) * P + p
+            c = (part * KV + kv_head) * P + p
         else:
-            c = (2 * KV + shared * GROUP + part - 2) * P + p
+            c = (2 * KV + kv_head * GROUP + part - 2) * P + p
         tap = tl.arange(0, BLOCK_TAPS)[None, :]
-        places = conv_state + c[:, None] * (TAPS - 1) + tap
-        later = tl.load(places + 1, mask=(p < P)[:, None] & (tap < TAPS - 2), other=0.0)
-        now = tl.load(x + c, mask=p < P, other=0.0)
+        pointers = conv_state + c[:, None] * (TAPS - 1) + tap
+        later = tl.load(pointers + 1, mask=(p < P)[:, None] & (tap < TAPS - 2), other=0.0)
+        current = tl.load(x + c, mask=p < P, other=0.0)
         tl.debug_barrier()
-        tl.store(places, tl.where(tap == TAPS - 2, now[:, None], later), mask=(p < P)[:, None] & (tap < TAPS - 1))
+        tl.store(
+            pointers, tl.where(tap == TAPS - 2, current[:, None], later), mask=(p < P)[:, None] & (tap < TAPS - 1)
+        )
 
 
 def decode_step(

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import contextlib
 import logging
 import os
 
@@ -10,6 +11,10 @@ import torch
 # Without a GPU the kernels run in Triton's interpreter, which is chosen when Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):  # Triton is not everywhere
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 from conversations import processor_with
 from tiny_models import LAYER_TYPES, tiny_model

@@ -21,7 +21,7 @@ def cuda():
         yield importlib.import_module("mmmamba.cuda_mmmamba").CUDA
 
 
-def scan_inputs(rows, length, dtype, kv_heads=2, group=2, size=32):
+def scan_inputs(rows, length, dtype, kv_heads=2, group=2, size=16):
     torch.manual_seed(0)
     v, k = torch.randn(2, rows, length, kv_heads, size, device=DEVICE).to(dtype)
     q = torch.randn(rows, length, kv_heads * group, size, device=DEVICE).to(dtype)
@@ -33,7 +33,7 @@ def scan_inputs(rows, length, dtype, kv_heads=2, group=2, size=32):
 def losses(backend, inputs, sequences=None, dtype=None):
     """y, the last state and every gradient."""
     leaves = [x.to(dtype or x.dtype).clone().requires_grad_() for x in inputs]
-    y, last = backend.ssd_scan(*leaves, 64, sequences)
+    y, last = backend.ssd_scan(*leaves, 32, sequences)
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(x.shape, generator=generator).to(DEVICE) for x in (y, last)]
     ((y * upstream[0]).sum() + (last * upstream[1]).sum()).backward()
@@ -47,16 +47,16 @@ def errors(values, truths):
 
 
 def test_its_scan_equals_the_reference(cuda):
-    inputs = scan_inputs(2, 150, torch.float32)
+    inputs = scan_inputs(2, 70, torch.float32)
     assert max(errors(losses(cuda, inputs), losses(TORCH, inputs, dtype=torch.float64))) < 1e-4
 
 
 def test_sequences_are_kept_apart(cuda):
-    v, k, q, dt, A, _ = scan_inputs(1, 90, torch.float32)
-    sequences = Sequences.from_position_ids(torch.cat([torch.arange(60), torch.arange(30)])[None].to(DEVICE))
-    inputs = v, k, q, dt, A, torch.randn(2, 4, 32, 32, device=DEVICE)
+    v, k, q, dt, A, _ = scan_inputs(1, 65, torch.float32)
+    sequences = Sequences.from_position_ids(torch.cat([torch.arange(40), torch.arange(25)])[None].to(DEVICE))
+    inputs = v, k, q, dt, A, torch.randn(2, 4, 16, 16, device=DEVICE)
     assert max(errors(losses(cuda, inputs, sequences), losses(TORCH, inputs, sequences, torch.float64))) < 1e-4
-    x = torch.randn(1, 90, 16, device=DEVICE)
+    x = torch.randn(1, 65, 16, device=DEVICE)
     arguments = torch.randn(16, 2, device=DEVICE), torch.randn(16, device=DEVICE), torch.randn(2, 16, 1, device=DEVICE)
     for value, truth in zip(
         cuda.causal_conv(x, *arguments, sequences), TORCH.causal_conv(x, *arguments, sequences), strict=True
@@ -71,7 +71,7 @@ def test_our_kernels_are_as_exact_as_theirs(cuda, dtype):
         pytest.skip(f"triton {reason}")
     if DEVICE == "cpu" and dtype != torch.float32:
         pytest.skip("in Triton's interpreter their products of bf16 are those of integers, and those of fp16 overflow")
-    inputs = scan_inputs(1, 150, dtype)
+    inputs = scan_inputs(1, 135, dtype)
     truth = losses(TORCH, inputs, dtype=torch.float64)
     for ours, theirs in zip(errors(losses(triton, inputs), truth), errors(losses(cuda, inputs), truth), strict=True):
         assert ours <= max(2 * theirs, 1e-5)  # below, both are exact for every use

@@ -3,8 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from large_steps import LARGE, largest_errors
 
-from mmmamba.ssm_mmmamba import Sequences, causal_conv, decode_step, gated_rmsnorm, ssd_scan, ssd_step
+from mmmamba.ssm_mmmamba import (
+    Sequences,
+    causal_conv,
+    decay_between,
+    decode_step,
+    gated_rmsnorm,
+    ssd_scan,
+    ssd_step,
+)
 
 
 def random_inputs(length, heads=4, kv_heads=2, head_dim=6, state_size=10, batch=2, dtype=torch.float64):
@@ -108,6 +117,23 @@ def test_strong_decay_over_a_long_sequence_does_not_overflow():
     v, k, q, dt, A, _ = random_inputs(300, dtype=torch.float32)
     y, last = ssd_scan(v, k, q, dt * 50, A * 50, None, 128)
     assert y.isfinite().all() and last.isfinite().all()
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 70, 260])
+def test_decay_between_two_steps_is_the_product_of_the_decays_behind_the_first(length):
+    log_decay = -torch.rand(2, length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(2, length, length, dtype=torch.float64)
+    for i in range(length):
+        for j in range(i + 1):
+            expected[:, i, j] = log_decay[:, j + 1 : i + 1].sum(1).exp()
+    torch.testing.assert_close(decay_between(log_decay), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 37, 128])
+@pytest.mark.parametrize("large", LARGE)
+def test_large_steps_take_no_digits_of_results_and_gradients(large, chunk_size):
+    errors = largest_errors(lambda *inputs: ssd_scan(*inputs, chunk_size), large)
+    assert max(errors.values()) < 5e-6, errors  # some roundings of fp32, whose unit is 6e-8
 
 
 @pytest.mark.parametrize("taps", [2, 4])

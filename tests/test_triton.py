@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from tiny_models import LAYER_TYPES, tiny_model, token_ids
+from large_steps import LARGE, largest_errors
+from tiny_models import tiny_model, token_ids
 
 from mmmamba.backends_mmmamba import find
 from mmmamba.ssm_mmmamba import TORCH, Sequences, decode_step
@@ -31,9 +32,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ERRORS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 dtypes = st.sampled_from(list(ERRORS))
 layouts = st.one_of(
-    st.tuples(st.just("rows"), st.integers(1, 3), st.integers(1, 200)),
-    st.tuples(st.just("packed"), st.lists(st.integers(1, 150), min_size=2, max_size=4)),
-    st.tuples(st.just("padded"), st.lists(st.integers(0, 150), min_size=2, max_size=3).filter(any), st.booleans()),
+    st.tuples(st.just("rows"), st.integers(1, 2), st.integers(1, 140)),
+    st.tuples(st.just("packed"), st.lists(st.integers(1, 140), min_size=2, max_size=3)),
+    st.tuples(st.just("padded"), st.lists(st.integers(0, 140), min_size=2, max_size=2).filter(any), st.booleans()),
 )
 
 
@@ -74,18 +75,20 @@ def results(run, inputs, upstream) -> list[torch.Tensor]:
 def agree(ours, reference, inputs, dtype, differentiable=True, exact=()):
     """Outputs and every gradient are as near to the reference in fp64 as roundings in `dtype` explain.
 
-    Sums may cancel: what the reference itself loses in `dtype` is allowed for. Inputs numbered `exact` stay in fp32.
+    Sums may cancel: what the reference itself loses in `dtype` is allowed for, and what it loses when its inputs move
+    by one rounding, since a single sum may lose nothing by luck. Inputs numbered `exact` stay in fp32.
     """
     low = [x.to(DEVICE, torch.float32 if i in exact else dtype) for i, x in enumerate(inputs)]
     high = [x.double() for x in low]
     upstream = [torch.randn_like(y) for y in reference(*(x.clone() for x in high))] if differentiable else None
-    values, truths, rounded = (
-        results(ours, low, upstream),
-        results(reference, high, upstream),
-        results(reference, low, upstream),
-    )
-    for index, (value, truth, near) in enumerate(zip(values, truths, rounded, strict=True)):
-        allowed = ERRORS[dtype] * (truth.norm() + 0.01 * truth.numel() ** 0.5) + 4 * (near.double() - truth).norm()
+    values, truths = results(ours, low, upstream), results(reference, high, upstream)
+    rounded = [results(reference, low, upstream)]
+    for _ in range(3):
+        moved = [x * (1 + torch.finfo(y.dtype).eps / 2 * torch.randn_like(x)) for x, y in zip(high, low, strict=True)]
+        rounded.append(results(reference, moved, upstream))
+    for index, (value, truth, *near) in enumerate(zip(values, truths, *rounded, strict=True)):
+        lost = max((x.double() - truth).norm() for x in near)
+        allowed = ERRORS[dtype] * (truth.norm() + 0.01 * truth.numel() ** 0.5) + 4 * lost
         assert (value.double() - truth).norm() <= allowed, f"output or gradient {index}"
 
 
@@ -94,10 +97,13 @@ def random(*shape):
 
 
 @check(24)
-@given(layouts, st.integers(1, 2), st.integers(1, 3), st.integers(2, 40), st.integers(2, 40), dtypes, st.booleans())
-def test_scan_and_every_gradient(layout, kv_heads, group, head_dim, state_size, dtype, with_state):
+@given(
+    layouts, st.sampled_from([(1, 1), (1, 3), (2, 2)]), st.integers(2, 40), st.integers(2, 40), dtypes, st.booleans()
+)
+def test_scan_and_every_gradient(layout, heads_of, head_dim, state_size, dtype, with_state):
     torch.manual_seed(0)
     rows, length, states, sequences = laid_out(layout)
+    kv_heads, group = heads_of
     heads = kv_heads * group
     inputs = [
         random(rows, length, kv_heads, head_dim),
@@ -125,7 +131,7 @@ def test_scan_of_every_head_size(size, dtype):
     agree(TRITON.ssd_scan, TORCH.ssd_scan, inputs, dtype, exact=(3, 4, 5))
 
 
-@pytest.mark.parametrize("layout", [("rows", 2, 400), ("packed", [300, 130, 270]), ("padded", [400, 0, 257], True)])
+@pytest.mark.parametrize("layout", [("rows", 2, 260), ("packed", [259, 129, 2]), ("padded", [257, 0, 129], True)])
 def test_states_pass_through_many_chunks(layout):
     torch.manual_seed(0)
     rows, length, states, sequences = laid_out(layout)
@@ -216,12 +222,25 @@ def test_kernels_are_compiled_for_no_length_in_particular():
 
 def test_strong_decay_over_a_long_sequence_does_not_overflow():
     torch.manual_seed(0)
-    v, k, q = (torch.randn(1, 300, 1, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    v, k, q = (torch.randn(1, 140, 1, 16, device=DEVICE, requires_grad=True) for _ in range(3))
     y, last = TRITON.ssd_scan(
-        v, k, q, torch.full((1, 300, 1), 50.0, device=DEVICE), torch.tensor([-50.0]).to(DEVICE), None
+        v, k, q, torch.full((1, 140, 1), 50.0, device=DEVICE), torch.tensor([-50.0]).to(DEVICE), None
     )
     (y.sum() + last.sum()).backward()
     assert all(x.isfinite().all() for x in (y, last, v.grad, k.grad, q.grad))
+
+
+@pytest.mark.parametrize("large", LARGE)
+def test_large_steps_take_no_digits_of_results_and_gradients(large):
+    errors = largest_errors(TRITON.ssd_scan, large, DEVICE)
+    assert max(errors.values()) < 5e-6, errors  # some roundings of fp32, whose unit is 6e-8
+
+
+def test_a_step_that_is_not_a_number_is_seen_in_what_follows():
+    v, dt = torch.ones(1, 5, 1, 16, device=DEVICE), torch.ones(1, 5, 1, device=DEVICE)
+    dt[:, 2] = torch.nan
+    y, last = TRITON.ssd_scan(v, v, v, dt, -torch.ones(1, device=DEVICE), None)
+    assert y[:, :2].isfinite().all() and y[:, 2:].isnan().all() and last.isnan().all()
 
 
 @check(24)
@@ -296,26 +315,33 @@ def test_attention_of_one_token(batch, kv_heads, group, head_dim, length, spare,
     assert (out.double() - truth).norm() <= ERRORS[dtype] * truth.norm()
 
 
-@pytest.mark.parametrize("kind", list(LAYER_TYPES))
-def test_a_model_is_the_same_on_both_backends(kind):
-    ids = torch.stack([token_ids(150, seed=1), token_ids(150, seed=2)]).to(DEVICE)
-    mask = (torch.arange(150) >= torch.tensor([[0], [37]])).long().to(DEVICE)
+LINEAR, FULL = "linear_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    "layer_types", [[FULL] * 2, [LINEAR] * 2, [LINEAR, FULL, LINEAR]], ids=["teacher", "linear", "hybrid"]
+)
+def test_a_model_is_the_same_on_both_backends(layer_types):
+    """More layers or larger weights would magnify fp32's own roundings beyond the tolerance."""
+    layers = {"layer_types": layer_types, "num_hidden_layers": len(layer_types), "num_embedding_layers": 1}
+    ids = torch.stack([token_ids(133, seed=1), token_ids(133, seed=2)]).to(DEVICE)  # in two chunks
+    mask = (torch.arange(133) >= torch.tensor([[0], [102]])).long().to(DEVICE)
     answers = []
     for implementation, dtype in (("torch", torch.float64), ("triton", torch.float32)):
-        model = tiny_model(kind).to(DEVICE, dtype).requires_grad_()
+        model = tiny_model("linear", **layers, initializer_range=0.1).to(DEVICE, dtype).requires_grad_()
         model.config.ssm_implementation = implementation
         output = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
         output.loss.backward()
         values = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         values |= {"loss": output.loss, "logits": output.logits * mask[..., None]}
         tokens = model.generate(
-            ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=2
+            ids, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=2
         )
         answers.append((values, tokens))
     (truths, expected), (values, tokens) = answers
     assert values.keys() == truths.keys()
     for name, truth in truths.items():
-        assert (values[name].double() - truth).norm() <= 1e-4 * truth.norm(), name
+        assert (values[name].double() - truth).norm() <= 2e-5 * truth.norm(), name
     assert torch.equal(tokens, expected)
 
 
