@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny_models import IMAGE_TOKEN, enable_checkpointing, tiny_config, tiny_model
 
 from mmmamba.cache_mmmamba import CACHE, MmMambaCache
-from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration, MmMambaRotaryEmbedding, rotate
 
 
 TILE_TOKENS = 4
@@ -201,3 +201,54 @@ def test_a_wrong_config_is_refused_when_it_is_made(text, words):
     with pytest.raises(StrictDataclassError) as error:
         tiny_config("linear", **text)
     assert words in str(error.value)
+
+
+ROPES = {
+    "default": {"rope_theta": 1e4},
+    "linear": {"rope_theta": 1e4, "factor": 4.0},
+    "dynamic": {"rope_theta": 1e4, "factor": 4.0},
+    "yarn": {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "longrope": {
+        "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+        "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 4.0, 8.0],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(ROPES))
+@pytest.mark.parametrize("length", [9, 70])
+def test_rotary_positions_are_those_of_transformers_llama(kind, length):
+    """Within the original length and beyond it, for every kind of scaling."""
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    ropes = {"rope_type": kind} | ROPES[kind]
+    config = tiny_config("teacher", max_position_embeddings=32, rope_parameters=dict(ropes)).text_config
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 32}
+    peer = LlamaRotaryEmbedding(LlamaConfig(**sizes, rope_parameters=dict(ropes)))
+    positions, x = torch.arange(length)[None], torch.randn(1, length, 32)
+    actual, expected = MmMambaRotaryEmbedding(config)(x, positions), peer(x, positions)
+    torch.testing.assert_close(actual, expected)
+    q, k = torch.randn(2, 1, 4, length, 8)
+    torch.testing.assert_close((rotate(q, *actual), rotate(k, *actual)), apply_rotary_pos_emb(q, k, *expected))
+
+
+def test_every_linear_layer_is_torchs_own(model):
+    """Quantisation, adapters and offloading look for the type itself."""
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    attention = model.config.text_config.layer_types.count("full_attention")
+    assert len(layers) == 3 * 4 + 4 * attention + 2 * (4 - attention) + 2 + 1  # MLPs, mixers, projector, head
+    assert {type(module) for module in layers} == {torch.nn.Linear}
+
+
+def test_the_backend_of_a_loaded_model_can_be_changed(model):
+    """What runs the mixer is asked at each call, so a model that is loaded may be told otherwise."""
+    model.config.ssm_implementation = "cuda"
+    try:
+        with pytest.raises(ValueError, match="ssm_implementation='auto'"):
+            model(prompt(5))
+    finally:
+        model.config.ssm_implementation = "auto"
