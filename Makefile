@@ -12,7 +12,7 @@ chat: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest tests
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests --numprocesses auto --dist worksteal
 
 # The tests that touch Transformers, on its oldest supported and its newest released version.
 test-versions: $(VENV)/installed-test

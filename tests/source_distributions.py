@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 
 CACHE = Path(__file__).parent / ".source_distributions"
@@ -14,10 +15,15 @@ CACHE = Path(__file__).parent / ".source_distributions"
 
 def unpacked(package: str, version: str, **environment: str) -> Path:
     """The folder of a package's source distribution; the calling module's tests are skipped if it cannot be had."""
+    CACHE.mkdir(exist_ok=True)
+    with FileLock(CACHE / f"{package}-{version}.lock"):  # tests run in several processes
+        return _unpacked(package, version, environment)
+
+
+def _unpacked(package: str, version: str, environment: dict[str, str]) -> Path:
     folder = CACHE / f"{package}-{version}"
     if folder.is_dir():
         return folder
-    CACHE.mkdir(exist_ok=True)
     # Its metadata is made with what is installed here: build requirements would bring a second torch.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
     command += ["--no-build-isolation", "--retries", "1", "--dest", str(CACHE), f"{package}=={version}"]

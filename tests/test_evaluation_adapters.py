@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from model_folders import modules_cache, self_contained_copy
 from PIL import Image
 
@@ -39,6 +40,11 @@ ASKED = [example("test", 0, index) for index in range(22)]  # two of each kind, 
 def unpacked(config, distribution: str, version: str, package: str) -> Path:
     """A folder with a package from PyPI, without its dependencies; downloaded once."""
     folder = Path(config.cache.mkdir("evaluation")) / f"{distribution}-{version}"
+    with FileLock(f"{folder}.lock"):  # tests run in several processes
+        return _unpacked(folder, distribution, version, package)
+
+
+def _unpacked(folder: Path, distribution: str, version: str, package: str) -> Path:
     if not (folder / package).is_dir():
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python"]
         done = subprocess.run(
