@@ -70,8 +70,8 @@ class MmMambaCache(Cache):
         kinds = config.get_text_config().layer_types
         if offloading and "full_attention" not in kinds:
             raise ValueError("An offloaded cache moves keys and values, which a model without attention has not got.")
-        super().__init__(layers=[_new_layer(kind, max_cache_len) for kind in kinds], offloading=offloading)
-        self._capacity = max_cache_len
+        self._layer_options = {"max_cache_len": max_cache_len, "in_place": not offloading}
+        super().__init__(layers=[_new_layer(kind, **self._layer_options) for kind in kinds], offloading=offloading)
         self._read = 0
 
     @classmethod
@@ -104,6 +104,7 @@ class MmMambaCache(Cache):
             return cache
         wrapper = cls.__new__(cls)
         wrapper.__dict__.update(cache.__dict__)
+        wrapper._layer_options = {}
         wrapper._read = int(cache.get_seq_length()) if wrapper.attention_layers else 0
         return wrapper
 
@@ -126,17 +127,21 @@ class MmMambaCache(Cache):
                 return layer.get_seq_length()
         return self._read
 
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that keys and values of fixed length have room for; None if they grow, or there are none."""
+        return next((layer.max_cache_len for layer in self.layers if isinstance(layer, StaticLayer)), None)
+
     def filled(self, rows: int, tokens: int, device: torch.device) -> Tensor | None:
         """What of keys and values of fixed length will be filled when so many tokens more are read.
 
         Returns:
             (rows, capacity), bool; None if they grow, or there are none.
         """
-        for layer in self.layers:
-            if isinstance(layer, StaticLayer):
-                filled = torch.arange(layer.max_cache_len, device=device) < self.get_seq_length() + tokens
-                return filled.expand(rows, -1)
-        return None
+        if self.capacity is None:
+            return None
+        filled = torch.arange(self.capacity, device=device) < self.get_seq_length() + tokens
+        return filled.expand(rows, -1)
 
     def advance(self, tokens: int) -> None:
         """Says that all layers have read so many tokens more."""
@@ -163,7 +168,7 @@ class MmMambaCache(Cache):
     def reset(self) -> None:
         """Empties the cache."""
         kinds = ["linear_attention" if isinstance(x, LinearAttentionLayer) else "full_attention" for x in self.layers]
-        self.layers[:] = [_new_layer(kind, self._capacity) for kind in kinds]
+        self.layers[:] = [_new_layer(kind, **self._layer_options) for kind in kinds]
         self._read = 0
 
     @property
@@ -237,10 +242,20 @@ class MmMambaCache(Cache):
 
     # --- copies ------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def clone(self) -> "MmMambaCache":
-        """A copy that shares nothing with this cache."""
-        return copy.deepcopy(self)
+        """A copy that shares nothing with this cache, without gradients."""
+        other = copy.copy(self)
+        other.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in other.layers:
+            for name, value in vars(layer).items():
+                if isinstance(value, Tensor):
+                    setattr(layer, name, value.detach().clone())
+                elif isinstance(value, dict):
+                    tensors = {i: x.detach().clone() for i, x in value.items() if isinstance(x, Tensor)}
+                    setattr(layer, name, value | tensors)
+                elif name == "buffers":
+                    layer.buffers = None
+        return other
 
     def snapshot(self) -> "Snapshot":
         """What `restore` needs to forget all that is read from now on. Keys and values are not copied."""
@@ -308,10 +323,12 @@ class Snapshot(NamedTuple):
     states: dict[int, tuple[Tensor, Tensor]]
 
 
-def _new_layer(kind: str, max_cache_len: int | None = None):
+def _new_layer(kind: str, max_cache_len: int | None = None, in_place: bool = True):
     if kind == "linear_attention":
         return LinearAttentionLayer()
-    return MmMambaKeyValueLayer() if max_cache_len is None else StaticLayer(max_cache_len=max_cache_len)
+    if max_cache_len is not None:
+        return StaticLayer(max_cache_len=max_cache_len)
+    return MmMambaKeyValueLayer() if in_place else DynamicLayer()  # offloading moves `keys` and `values` alone
 
 
 def _writable(tensor: Tensor) -> bool:

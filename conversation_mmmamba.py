@@ -143,7 +143,7 @@ class ConversationState:
                 self._add_to_turn(question, pixel_values, num_patches_list, self._template["end of turn"])
                 self._check_model()
                 prompt = self._encode(self.pending + self._template["prompt"])
-                ids = torch.tensor([self.ids + prompt], device=self.model.device)
+                ids = torch.tensor([self.ids + prompt], device=self.model.input_device)
                 counts = [generation_option(self.model, options, x) for x in ("num_beams", "num_return_sequences")]
                 many = max(count or 1 for count in counts) > 1  # they repeat the cache's row
                 before, cache = self._snapshot(), self.cache.clone() if many else self.cache
@@ -151,6 +151,7 @@ class ConversationState:
                     input_ids=ids, attention_mask=torch.ones_like(ids), **{CACHE: cache}, **options
                 )
                 self._restore(before)
+                output = getattr(output, "sequences", output)  # with return_dict_in_generate
                 answer = decode_answer(self.tokenizer, output[0, ids.shape[1] :].tolist(), ends)
                 self._end_turn(answer)
         return answer
@@ -166,6 +167,12 @@ class ConversationState:
         with self._lock, self._rollback_on_error():
             self._add_to_turn(question, pixel_values, num_patches_list, self._template["end of turn"])
             self._end_turn(answer)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def fork(self) -> "ConversationState":
         """A second conversation with the same past; each goes on without the other."""
@@ -220,7 +227,7 @@ class ConversationState:
         end, last_token = max(ends)
         ids = self._encode(text[:end])
         self._check_model(sample=False)
-        new = torch.tensor([ids], device=self.model.device)
+        new = torch.tensor([ids], device=self.model.input_device)
         images = None
         if pixel_values is not None:
             places = new == self.model.config.image_token_id
@@ -235,19 +242,19 @@ class ConversationState:
         Args:
             sample: Whether to look at some weights, too; else only at what PyTorch counts.
         """
-        signature = (self.model.device, self.model.dtype, weights_signature(self.model))
+        signature = (self.model.input_device, self.model.dtype, weights_signature(self.model))
         if not self.ids:
             self._read_by = (*signature, weights_sample(self.model))
         *before, old_sample = self._read_by
         if tuple(before[:2]) != signature[:2]:
             raise ValueError(
                 f"The model was on {before[0]} in {before[1]} when it read this, now it is on {signature[0]} in "
-                f"{signature[1]}; move it back, or save the conversation before and load it afterwards."
+                f"{signature[1]}; save a conversation before the model is moved and load it afterwards."
             )
         if tuple(before) != signature or (sample and old_sample != weights_sample(self.model)):
             raise ValueError(
-                "The model's weights or active adapters are not those that read this conversation; go back to them, "
-                "or begin a new conversation."
+                "The model's weights or active adapters are not those that read this conversation, or were moved "
+                "since; begin a new one, or load one that was saved with these weights."
             )
 
     # --- going back --------------------------------------------------------------------------------------------------
@@ -316,7 +323,7 @@ class ConversationState:
             ValueError: if the file is no saved conversation, or one with another model or other weights.
         """
         try:
-            with safe_open(file, "pt", device=str(model.device)) as opened:
+            with safe_open(file, "pt", device=str(model.input_device)) as opened:
                 described = json.loads((opened.metadata() or {}).get("mmmamba", "{}"))
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         except FileNotFoundError:
@@ -575,14 +582,15 @@ class ConversationMixin:
         options, ends = answer_options(self, tokenizer, generation_config, streamer)
         longest = max(map(len, rows))
         pad = tokenizer.pad_token_id
-        input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self.device)
+        input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self.input_device)
         attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         output = self.generate(
             input_ids=input_ids,
-            attention_mask=attention_mask.to(self.device),
+            attention_mask=attention_mask.to(self.input_device),
             **({} if pixel_values is None else {"pixel_values": pixel_values}),
             **options,
         )
+        output = getattr(output, "sequences", output)  # with return_dict_in_generate
         return [decode_answer(tokenizer, row, ends) for row in output[:, longest:].tolist()]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 SAMPLES = 8  # elements of every tensor that `weights_sample` looks at
-PIECE = 2**24  # elements of a tensor that are summed at once
+PIECE = 2**22  # elements of a tensor that are hashed at once
 
 
 def weights_signature(model: nn.Module) -> tuple:
@@ -18,7 +18,8 @@ def weights_signature(model: nn.Module) -> tuple:
     Reads no weight: PyTorch counts the changes of each tensor. Changes through `.data` are not counted; those
     `weights_sample` sees.
     """
-    tensors = tuple((_address(p), None if p.is_inference() else p._version) for p in _tensors(model))
+    there = (tensor for tensor in _tensors(model) if not tensor.is_meta)  # the rest is offloaded
+    tensors = tuple((_address(x), None if x.is_inference() else x._version) for x in there)
     return tensors, tuple(_adapters(model))
 
 
@@ -49,7 +50,7 @@ def weights_checksum(model: nn.Module) -> str:
         with _loaded(module):
             own = [*module.named_parameters(name, recurse=False), *module.named_buffers(name, recurse=False)]
             for full_name, tensor in own:
-                digest.update(f"{full_name} {tuple(tensor.shape)} {_sums(tensor)}\n".encode())
+                digest.update(f"{full_name} {tuple(tensor.shape)} ".encode() + _digest(tensor))
     digest.update(repr([(name, one) for name, one in _adapters(model)]).encode())
     return digest.hexdigest()
 
@@ -91,18 +92,14 @@ def _loaded(module: nn.Module):
     return align_module_device(module)
 
 
-def _sums(tensor: Tensor) -> tuple[int, ...]:
-    """Two sums over the bits of a tensor's values, the second weighted by position; integers, so equal everywhere."""
+def _digest(tensor: Tensor) -> bytes:
+    """Of a tensor's values: floats count as fp32 or, if that is not enough, fp64."""
     if type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()  # a quantised tensor: of the tensors it wraps
-        return tuple(number for name in names for number in _sums(getattr(tensor, name)))
-    flat, plain, weighted = tensor.detach().flatten(), 0, 0
-    for start in range(0, len(flat), PIECE):
-        piece = flat[start : start + PIECE]
+        return b"".join(_digest(getattr(tensor, name)) for name in names)
+    flat, digest = tensor.detach().flatten(), hashlib.blake2b(digest_size=16)
+    for piece in flat.split(PIECE):
         if piece.is_floating_point():
-            piece = piece.to(torch.promote_types(piece.dtype, torch.float32))
-            piece = piece.view(torch.int32 if piece.dtype == torch.float32 else torch.int64)
-        piece = piece.to(torch.int64)
-        plain += int(piece.sum())
-        weighted += int((piece * torch.arange(start + 1, start + 1 + len(piece), device=piece.device)).sum())
-    return plain % 2**64, weighted % 2**64
+            piece = piece.double() if piece.dtype == torch.float64 else piece.float()
+        digest.update(memoryview(piece.cpu().contiguous().view(torch.uint8).numpy()))
+    return digest.digest()

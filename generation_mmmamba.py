@@ -8,8 +8,9 @@ touched: `generate`, `prepare_inputs_for_generation` and `forward`.
 
 import copy
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -34,7 +35,7 @@ CACHES = {  # by `cache_implementation`: arguments of `MmMambaCache`
     "offloaded_static": {"static": True, "offloading": True},
 }
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # in one or the other version of Transformers
-WHOLE_PROMPT = ("output_hidden_states", "output_attentions", "token_healing")  # want all of it in the first step
+OPTIONS_FOR_ALL_OF_A_PROMPT = ("output_hidden_states", "output_attentions", "token_healing")
 
 
 class PromptImages:
@@ -137,21 +138,31 @@ class _Call:
 
     Attributes:
         model: Whose call it is: an assistant's may run inside.
+        cache: What it reads into; None if there is none.
+        prompt: Arguments of `read_prompt`.
+        repeats: How many beams, or answers, each row of the prompt is for.
         offset: Tokens of the sequence that the loop's `input_ids` lack at their beginning.
-        images: Of the prompt, None if there are none or all were read.
-        begin: Where in the sequence the tokens that `generate` was given begin, and so `images`.
-        steps: How many tokens may follow.
-        step: What was recorded.
+        begin: Where in the sequence the tokens that `generate` was given begin, and so the images.
+        images: Of the prompt; None if there are none.
+        at_once: Whether the first step reads the whole prompt, rather than pieces before it.
+        new_tokens: How many may follow.
         may_record: Whether steps may be recorded.
+        step: What was recorded.
+        started: Whether the loop has begun.
     """
 
     model: object
+    cache: Cache | None = None
+    prompt: dict = field(default_factory=dict)
+    repeats: int = 1
     offset: int = 0
-    images: PromptImages | None = None
     begin: int = 0
-    steps: int = 0
-    step: RecordedStep | None = None
+    images: PromptImages | None = None
+    at_once: bool = True
+    new_tokens: int = 0
     may_record: bool = False
+    step: RecordedStep | None = None
+    started: bool = False
 
 
 _current_call: ContextVar[_Call | None] = ContextVar("current_call", default=None)
@@ -164,6 +175,11 @@ class MmMambaGenerationMixin(GenerationMixin):
         """An empty cache for this model."""
         return MmMambaCache(self.config)
 
+    @property
+    def input_device(self) -> torch.device:
+        """Where inputs may be: with the first weights that are there; Accelerate's hooks bring the others."""
+        return next((p.device for p in self.parameters() if not p.is_meta), torch.device("cpu"))
+
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
     ):
@@ -175,69 +191,23 @@ class MmMambaGenerationMixin(GenerationMixin):
         Raises:
             ValueError: if the cache, the mask and the tokens contradict each other, or there is no such cache.
         """
-
         option = partial(generation_option, self, {**kwargs, "generation_config": generation_config})
-        caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-        given = ids if embeds is None else embeds
-        if given is None:  # begins with <s>
-            return super().generate(None, generation_config, *args, **kwargs)
-        length = given.shape[1]
-        total = length if mask is None else mask.shape[1]
-        new_tokens = option("max_new_tokens") or (option("max_length") or length + 20) - length
-        call = _Call(self, offset=total - (0 if ids is None else ids.shape[1]), steps=new_tokens)
-        call.begin = total - length
-
-        cache = caches[0] if caches else None
-        if option("use_cache") is not False:
-            implementation = option("cache_implementation")
-            if cache is None:
-                cache = self._cache_of(implementation, max(total + new_tokens, option("max_cache_len") or 0))
-            elif implementation is not None:
-                raise ValueError(
-                    f"cache_implementation={implementation!r} makes a cache, and one was given; leave out either."
-                )
-            self._check_cache(cache, given, total)
-        unset = [name for name in ("cache_implementation", "prefill_chunk_size") if option(name) is not None]
-        chunk_size = option("prefill_chunk_size")
-
-        pixel_values, encoded = kwargs.get("pixel_values"), (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
-        if args or kwargs.get("assistant_model") is None:  # an assistant reads the pictures, too
+        if ids is None and kwargs.get("inputs_embeds") is None and option("bos_token_id") is not None:
+            ids = torch.tensor([[option("bos_token_id")]], device=self.input_device)
+        caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
+        call = self._new_call(ids, caches[0] if caches else None, option, kwargs)
+        if call.cache is not None:
+            kwargs[CACHE] = call.cache
+        if kwargs.get("assistant_model") is None:  # an assistant reads the pictures, too
             kwargs.pop("pixel_values", None)
-        with torch.no_grad():
-            if pixel_values is not None or encoded is not None:
-                places = self.model.image_places(ids if embeds is None else None, embeds)
-                rows = None if encoded is None else encoded.pooler_output
-                call.images = PromptImages(self, places, pixel_values, rows)
-            repeats = max(option("num_beams") or 1, option("num_return_sequences") or 1)
-            if cache is not None and not any(option(name) for name in WHOLE_PROMPT):
-                size = chunk_size or self.default_chunk_size(len(given), total, given.device)
-                begin = cache.get_seq_length() - call.begin
-                # The loop's first step reads the last piece; but one token of it where it reads several copies.
-                last = begin + (length - 1 - begin) // size * size if repeats == 1 else length - 1
-                self.read_prompt(
-                    cache,
-                    input_ids=ids if embeds is None else None,
-                    inputs_embeds=embeds,
-                    attention_mask=mask,
-                    position_ids=kwargs.get("position_ids"),
-                    images=call.images,
-                    stop=last,
-                    chunk_size=size,
-                )
-            if cache is not None:
-                wrapped = MmMambaCache.wrapping(cache, self.config.text_config)
-                wrapped.repeat_rows(repeats)
-                call.may_record = not option("disable_compile") and (option("num_beams") or 1) == 1
-                call.may_record = call.may_record and recordable(self, wrapped)
-                kwargs[CACHE] = cache
-        if generation_config is not None and unset:
-            generation_config = copy.deepcopy(generation_config)
-            for name in unset:
-                setattr(generation_config, name, None)
-        if any(getattr(self.generation_config, name) is not None or name in kwargs for name in unset):
-            kwargs |= dict.fromkeys(unset)
+        kwargs.pop("mm_encoder_outputs", None)
+        # What is done here is not to be done again by Transformers.
+        done = [name for name in ("cache_implementation", "prefill_chunk_size") if option(name) is not None]
+        if done and generation_config is not None:  # beside an object, options are deprecated
+            kwargs = {k: v for k, v in generation_config.to_dict().items() if v is not None} | kwargs
+            generation_config = None
+        kwargs |= dict.fromkeys(done)
         token = _current_call.set(call)
         try:
             return super().generate(ids, generation_config, *args, **kwargs)
@@ -245,6 +215,54 @@ class MmMambaGenerationMixin(GenerationMixin):
             _current_call.reset(token)
             if call.step is not None:
                 call.step.release()
+
+    def _new_call(self, ids: Tensor | None, cache: Cache | None, option: Callable, kwargs: dict) -> _Call:
+        """Checks what a call of `generate` is given; nothing is read yet."""
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        given = ids if embeds is None else embeds
+        if given is None:
+            return _Call(self)  # Transformers says what is missing
+        length = given.shape[1]
+        total = length if mask is None else mask.shape[1]
+        new_tokens = option("max_new_tokens") or max(1, (option("max_length") or length + 20) - length)
+        implementation = option("cache_implementation")
+        if option("use_cache") is False and embeds is None:  # Transformers continues embeddings by a cache only
+            if cache is not None:
+                raise ValueError("use_cache=False and a cache contradict each other; leave out either.")
+            if total != length:
+                raise ValueError(
+                    f"The attention_mask is for {total} tokens and {length} are given; without a cache give all."
+                )
+        elif cache is None:
+            cache = self._cache_of(implementation, max(total + new_tokens, option("max_cache_len") or 0))
+        elif implementation is not None:
+            raise ValueError(
+                f"cache_implementation={implementation!r} makes a cache, and one was given; leave out either."
+            )
+        call = _Call(self, cache, offset=total - (0 if ids is None else ids.shape[1]), begin=total - length)
+        call.repeats = max(option("num_beams") or 1, option("num_return_sequences") or 1)
+        call.new_tokens = new_tokens
+        if cache is not None:
+            self._check_cache(cache, given, total, new_tokens)
+            call.may_record = not option("disable_compile") and (option("num_beams") or 1) == 1
+            call.may_record = call.may_record and recordable(self, cache)
+            # Whoever replaced the hook, as PEFT does to put virtual tokens before a prompt, gets the whole prompt.
+            replaced = "prepare_inputs_for_generation" in vars(self)
+            call.at_once = replaced or any(option(name) for name in OPTIONS_FOR_ALL_OF_A_PROMPT)
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None or kwargs.get("pixel_values") is not None:
+            with torch.no_grad():
+                places = self.model.image_places(ids if embeds is None else None, embeds)
+                rows = None if encoded is None else encoded.pooler_output
+                call.images = PromptImages(self, places, kwargs.get("pixel_values"), rows)
+        call.prompt = {
+            "input_ids": ids if embeds is None else None,
+            "inputs_embeds": embeds,
+            "attention_mask": mask,
+            "position_ids": kwargs.get("position_ids"),
+            "chunk_size": option("prefill_chunk_size"),
+        }
+        return call
 
     def _cache_of(self, implementation: str | None, max_cache_len: int) -> MmMambaCache:
         if implementation not in CACHES:
@@ -255,7 +273,7 @@ class MmMambaGenerationMixin(GenerationMixin):
             options["max_cache_len"] = max_cache_len
         return MmMambaCache(self.config, **options)
 
-    def _check_cache(self, cache: Cache, given: Tensor, total: int) -> None:
+    def _check_cache(self, cache: Cache, given: Tensor, total: int, new_tokens: int) -> None:
         """Raises ValueError unless `given` (batch, length, ...) ends a sequence of `total` that the cache begins."""
         wrapped = MmMambaCache.wrapping(cache, self.config.text_config)
         if wrapped is not cache and not wrapped.attention_layers:
@@ -264,15 +282,33 @@ class MmMambaGenerationMixin(GenerationMixin):
             )
         read, rows, length = wrapped.get_seq_length(), wrapped.batch_size, given.shape[1]
         if rows not in (None, len(given)):
-            raise ValueError(
-                f"The cache holds {rows} rows and the prompt has {len(given)}; give one row per cached row."
-            )
+            raise ValueError(f"The cache holds {rows} rows and the prompt has {len(given)}; give as many.")
         if not total - length <= read < total:
             raise ValueError(
                 f"The cache has read {read} tokens, but with {length} tokens given and a sequence of {total} (by the "
                 f"attention_mask, if there is one) it should have read {max(0, total - length)} to {total - 1}; give "
                 "the whole sequence, or the new tokens with an attention_mask over all."
             )
+        if (capacity := wrapped.capacity) is not None and total + new_tokens - 1 > capacity:
+            raise ValueError(
+                f"The cache has room for {capacity} tokens, and {total} with up to {new_tokens} new ones need more; "
+                "make a longer cache or lower max_new_tokens."
+            )
+
+    @torch.no_grad()
+    def _start(self, call: _Call) -> None:
+        """Reads a prompt but for its last piece; called by the first step, when Transformers has checked all arguments."""
+        call.started = True
+        if call.cache is None or not call.prompt:
+            return
+        if not call.at_once:
+            given = next(x for x in (call.prompt["inputs_embeds"], call.prompt["input_ids"]) if x is not None)
+            length, begin = given.shape[1], call.cache.get_seq_length() - call.begin
+            size = call.prompt["chunk_size"] or self.default_chunk_size(len(given), call.begin + length, given.device)
+            # Where several copies of a row follow, they should have no more than one token to read again.
+            stop = begin + (length - 1 - begin) // size * size if call.repeats == 1 else length - 1
+            self.read_prompt(call.cache, images=call.images, stop=stop, **call.prompt | {"chunk_size": size})
+        MmMambaCache.wrapping(call.cache, self.config.text_config).repeat_rows(call.repeats)
 
     @torch.no_grad()
     def read_prompt(
@@ -351,10 +387,8 @@ class MmMambaGenerationMixin(GenerationMixin):
         return max(128, tokens // rows)
 
     def _moved(self, inputs: dict) -> dict:
-        """Tensors on the model's device, unless hooks of Accelerate see to that."""
-        if self.device.type == "meta" or hasattr(self, "hf_device_map"):
-            return inputs
-        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        """Tensors on the model's device."""
+        return {k: v.to(self.input_device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length=None, attention_mask=None, inputs_embeds=None, **kwargs
@@ -366,11 +400,14 @@ class MmMambaGenerationMixin(GenerationMixin):
         call = _current_call.get()
         in_generate = call is not None and call.model is self
         call = call if in_generate else _Call(self)
+        if not call.started:
+            self._start(call)
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         cache = None if kwargs.get("use_cache") is False else cache
         read = 0 if cache is None else int(cache.get_seq_length())
-        total = call.offset + input_ids.shape[1]
-        unread = total - read
+        unread = call.offset + input_ids.shape[1] - read
+        if unread < 1:  # the cache holds tokens that are not in `input_ids`, such as virtual ones
+            unread = next_sequence_length or 1
         first = kwargs.pop("is_first_iteration", False)
         left_out = ("labels", "position_ids", "pixel_values", "mm_encoder_outputs", *CACHE_NAMES)
         inputs = {name: value for name, value in kwargs.items() if name not in left_out}
@@ -394,7 +431,7 @@ class MmMambaGenerationMixin(GenerationMixin):
 
     def _recorded_step(self, call: _Call, cache: MmMambaCache, inputs: dict) -> RecordedStep | None:
         """The step of this call, recorded now if it is the first; None if it cannot be recorded."""
-        if call.steps < FEWEST_STEPS or any(
+        if call.new_tokens < FEWEST_STEPS or any(
             inputs.get(name) for name in ("output_hidden_states", "output_attentions")
         ):
             return None
@@ -402,7 +439,7 @@ class MmMambaGenerationMixin(GenerationMixin):
             call.step.release()
             call.step = None
         if call.step is None:
-            rows, capacity = len(inputs["input_ids"]), cache.get_seq_length() + call.steps
+            rows, capacity = len(inputs["input_ids"]), cache.get_seq_length() + call.new_tokens
             try:
                 call.step = RecordedStep(
                     self, cache, inputs["attention_mask"], rows, capacity, inputs.get("position_ids")
@@ -420,7 +457,7 @@ class MmMambaGenerationMixin(GenerationMixin):
         """
         start = time.perf_counter()
         for rows in batch_sizes:
-            ids = torch.zeros(rows, prompt_length, dtype=torch.long, device=self.device)
+            ids = torch.zeros(rows, prompt_length, dtype=torch.long, device=self.input_device)
             mask = torch.ones_like(ids)
             options = {"max_new_tokens": 2 + FEWEST_STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
             self.generate(ids, attention_mask=mask, **options)

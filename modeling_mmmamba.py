@@ -196,6 +196,12 @@ class MmMambaGatedRMSNorm(nn.Module):
         return ops.gated_rmsnorm(y, gate, self.weight, self.eps)
 
 
+def _is_plain(module: nn.Module, kind: type, device: torch.device) -> bool:
+    """Whether a fused kernel may read a module's weights instead of calling it: nobody replaced, hooked or moved it."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is kind and not hooked and module.weight.device == device
+
+
 class MmMambaMixer(nn.Module):
     """The Mamba-2 mixer with grouped keys and values (arXiv 2502.13145, section 3 and eq. 2)."""
 
@@ -223,11 +229,15 @@ class MmMambaMixer(nn.Module):
             conv_state, state = cache.conv_state(self.layer_idx), cache.recurrent_state(self.layer_idx)
         ops = backend(projected.device, projected.dtype, self.config.ssm_implementation)
         one_step = state is not None and projected.shape[1] == 1 and sequences is None and not torch.is_grad_enabled()
-        weights = (self.conv1d.weight, self.conv1d.bias, self.A_log, self.dt_bias, self.norm.weight)
-        at_hand = all(weight.device == projected.device for weight in weights)  # else their modules bring them
-        if one_step and at_hand and ops.decode_step is not None:
-            y = ops.decode_step(projected[:, 0], weights[0].squeeze(1), *weights[1:], self.norm.eps, conv_state, state)
-            return y[:, None]
+        if (
+            one_step
+            and ops.decode_step is not None
+            and _is_plain(self.conv1d, MmMambaConv, projected.device)
+            and (_is_plain(self.norm, MmMambaGatedRMSNorm, projected.device))
+        ):
+            conv = (self.conv1d.weight.squeeze(1), self.conv1d.bias)
+            scales = (self.A_log, self.dt_bias, self.norm.weight, self.norm.eps)
+            return ops.decode_step(projected[:, 0], *conv, *scales, conv_state, state)[:, None]
 
         vkq, gate, dt = projected.split(self.splits, dim=-1)
         acc = state_dtype(dt.dtype)
@@ -508,7 +518,12 @@ class MmMambaModel(MmMambaPreTrainedModel):
             masks["full_attention"] = create_causal_mask(
                 self.config.text_config, inputs_embeds, padding, cache, position_ids
             )
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if attention_mask is not None and "linear_attention" in self.config.text_config.layer_types:
+            if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}; give (batch, tokens read before + "
+                    f"{length}), 1 for valid tokens: Mamba-2 layers know no other masks."
+                )
             masks["linear_attention"] = Sequences.from_mask(attention_mask[:, -length:])
         return masks
 

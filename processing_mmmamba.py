@@ -7,6 +7,7 @@ placeholders in messages are encoded as the plain text they are (see `as_text`).
 
 import re
 
+import jinja2
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -139,20 +140,23 @@ def template_parts(tokenizer: MmMambaTokenizer, system_message: str | None = Non
             messages.insert(0, {"role": "system", "content": as_text(system_message, tokenizer)})
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
-    start, _ = render(MARK).split(MARK)
-    before, end_of_answer = render("a", MARK).split(MARK)
-    turn, end_of_turn = render("a", "b", MARK).removeprefix(render("a", "b")).split(MARK)
-    parts = {
-        "start": start,
-        "turn": turn,
-        "end of turn": end_of_turn,
-        "prompt": render(MARK, prompt=True).removeprefix(start + MARK + end_of_turn),
-        "answer": before.removeprefix(start + "a" + end_of_turn),
-        "end of answer": end_of_answer,
-        "empty start": render(""),
-        "empty turn": render("a", "b", "").removeprefix(render("a", "b")),
-        "empty answer": render("a", "").removeprefix(render("a")),
-    }
+    try:
+        start, _ = render(MARK).split(MARK)
+        before, end_of_answer = render("a", MARK).split(MARK)
+        turn, end_of_turn = render("a", "b", MARK).removeprefix(render("a", "b")).split(MARK)
+        parts = {
+            "start": start,
+            "turn": turn,
+            "end of turn": end_of_turn,
+            "prompt": render(MARK, prompt=True).removeprefix(start + MARK + end_of_turn),
+            "answer": before.removeprefix(start + "a" + end_of_turn),
+            "end of answer": end_of_answer,
+            "empty start": render(""),
+            "empty turn": render("a", "b", "").removeprefix(render("a", "b")),
+            "empty answer": render("a", "").removeprefix(render("a")),
+        }
+    except (ValueError, jinja2.TemplateError) as error:  # such as one that writes what is said twice
+        raise TemplateError(f"The tokenizer's chat template cannot be rendered turn by turn ({error}).") from None
     by_parts = start + "a" + end_of_turn + parts["answer"] + "b" + end_of_answer
     by_parts += turn + "c" + end_of_turn + parts["answer"] + "d" + end_of_answer
     by_parts += turn + "e" + end_of_turn + parts["prompt"]

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 
 from conversations import processor_with
 from tiny_models import LAYER_TYPES, tiny_model
+from transformers.utils import logging as transformers_logging
 
 from mmmamba.conversion.convert import chat_template
 from mmmamba.conversion.distillation.data import ConversationEncoder
@@ -58,6 +59,7 @@ logging.getLogger("transformers").addHandler(_deprecations)
 def nothing_deprecated_is_used(request):
     """Our code calls what every supported version of Transformers will go on to have."""
     _deprecations.messages.clear()
+    transformers_logging.warning_once.cache_clear()  # said once for each test, not for each process
     yield
     if request.node.get_closest_marker("deprecations") is None:
         assert not _deprecations.messages

@@ -19,7 +19,17 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(sys.prefix) / "versions"
-TESTS = ("golden", "modeling", "generation", "chat", "conversation", "packing", "distillation", "transformers_common")
+TESTS = (
+    "golden",
+    "modeling",
+    "cache",
+    "generation",
+    "chat",
+    "conversation",
+    "packing",
+    "distillation",
+    "transformers_common",
+)
 
 
 def oldest() -> str:
