@@ -73,7 +73,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         picture.load()
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
             levels = np.asarray(picture, dtype=np.float64)
-            # 32-bit integers and floats may hold 16-bit or 8-bit levels: only their values tell.
+            # 32-bit integers and floats may hold levels of 8 or 16 bits; their values show which.
             if picture.mode.startswith("I;16") or levels.max(initial=0) > 255:
                 levels = levels / 257
             picture = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))

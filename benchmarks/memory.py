@@ -27,7 +27,7 @@ from .timing import format_table, write_result
 
 # glibc returns freed memory to the system at once: what it would hold back depends on chance more than on length.
 MALLOC_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-COLUMNS = ["length", "model", "peak MiB", "least MiB", "most MiB", "kept MiB", "seconds", "tokens/s"]
+COLUMNS = ["length", "model", "peak MiB", "least MiB", "most MiB", "cache MiB", "seconds", "tokens/s"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     print(format_table(rows, [*COLUMNS, "failed"] if any("failed" in row for row in rows) else COLUMNS))
     if file is not None:
         file = file.with_suffix(".png")
-        line_plot(file, rows, "length", "peak MiB", "prompt (tokens)", "MiB above weights", dashed="kept MiB")
+        line_plot(file, rows, "length", "peak MiB", "prompt (tokens)", "MiB above weights", dashed="cache MiB")
 
 
 def bench_in_subprocess(arguments: list[str], **environment: str) -> dict:
@@ -92,12 +92,12 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     output = generate(length)
     seconds = time.perf_counter() - start
     peak = peak_memory(device) - before
-    kept = sum(cache_bytes(output[CACHE]))
-    return {"peak MiB": peak / 2**20, "kept MiB": kept / 2**20, "seconds": seconds, "tokens/s": length / seconds}
+    cache = sum(cache_bytes(output[CACHE]))
+    return {"peak MiB": peak / 2**20, "cache MiB": cache / 2**20, "seconds": seconds, "tokens/s": length / seconds}
 
 
 def reset_peak_memory(device: torch.device) -> int:
-    """Starts measuring the peak anew; returns the bytes in use now."""
+    """Restarts the measurement of the peak; returns the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

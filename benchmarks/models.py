@@ -97,7 +97,7 @@ def decode_step(model, cache, batch: int = 1, recorded: bool = False, max_steps:
         model: One of `make_model`.
         cache: Continued in place.
         batch: Rows of the cache.
-        recorded: Whether to replay a CUDA graph, which has room for `max_steps`.
+        recorded: Whether to replay a CUDA graph, with a cache of fixed length for `max_steps`.
         max_steps: The most calls, if recorded.
     """
     ids = torch.full((batch, 1), 5, device=model.device)

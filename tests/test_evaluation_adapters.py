@@ -1,9 +1,8 @@
 """The adapters for VLMEvalKit and lmms-eval answer as `chat` does, on top of these packages' own base classes.
 
-Both packages are downloaded from PyPI without the many packages they depend on; only the modules that an adapter
-meets are imported, and small stand-ins take the place of what these import but do not need here. VLMEvalKit is not on
-PyPI under its own name (`pip download vlmeval` and `vlmevalkit` find nothing): its code is there as ms-vlmeval,
-ModelScope's distribution, whose `BaseModel` differs from that of the repository in its import lines only.
+Both packages are downloaded from PyPI without their many dependencies; only the modules that an adapter uses are
+imported, with stubs for their other imports. VLMEvalKit is on PyPI only as ms-vlmeval, ModelScope's distribution,
+whose `BaseModel` differs from the repository's in its imports alone.
 """
 
 import importlib
@@ -58,8 +57,8 @@ def unpacked(config, distribution: str, version: str, package: str) -> Path:
     return folder
 
 
-def stand_in(name: str, path: Path | None = None, **contents) -> types.ModuleType:
-    """A module of this name; with a path a package whose own __init__ is passed over."""
+def stub_module(name: str, path: Path | None = None, **contents) -> types.ModuleType:
+    """Puts a module into `sys.modules`; with a path, a package whose own __init__ is not run."""
     module = types.ModuleType(name)
     if path is not None:
         module.__path__ = [str(path)]
@@ -71,7 +70,7 @@ def stand_in(name: str, path: Path | None = None, **contents) -> types.ModuleTyp
 
 @pytest.fixture(scope="module", autouse=True)
 def clean_modules(tmp_path_factory):
-    """Removes what was imported and put in its place, and keeps remote code out of the user's cache."""
+    """Removes imported modules and stubs afterwards, and keeps remote code out of the user's cache."""
     modules, path = dict(sys.modules), list(sys.path)
     with modules_cache(tmp_path_factory.mktemp("modules")):
         yield
@@ -110,14 +109,14 @@ def chat():
 @pytest.fixture(scope="module")
 def expected(chat):
     """What `chat` answers to each question of `ASKED`."""
-    return [chat(drawn(one), "<image>" * len(one.pictures) + "\n" + one.question) for one in ASKED]
+    return [chat(draw_pictures(one), "<image>" * len(one.pictures) + "\n" + one.question) for one in ASKED]
 
 
-def drawn(one) -> list[Image.Image]:
+def draw_pictures(one) -> list[Image.Image]:
     return [picture.draw() for picture in one.pictures]
 
 
-def right(answers) -> int:
+def count_right(answers) -> int:
     return sum(answer == one.answer for answer, one in zip(answers, ASKED, strict=True))
 
 
@@ -135,12 +134,12 @@ def vlmevalkit(request):
     """The adapter's module, on the real `vlmeval.vlm.base` and `vlmeval.smp`."""
     folder = unpacked(request.config, "ms-vlmeval", "0.0.20", "vlmeval") / "vlmeval"
     # vlmeval/__init__.py turns off the verification of certificates; vlm/__init__.py imports every model.
-    stand_in("vlmeval", folder)
-    stand_in("vlmeval.vlm", folder / "vlm", __getattr__=lambda name: print)
-    stand_in("vlmeval.api", __getattr__=lambda name: print)
-    stand_in("vlmeval.dataset", DATASET_TYPE=lambda name: "VQA")
-    stand_in("sty", fg=None)
-    stand_in("validators", url=lambda text: bool(re.fullmatch(r"https?://\S+", text)))
+    stub_module("vlmeval", folder)
+    stub_module("vlmeval.vlm", folder / "vlm", __getattr__=lambda name: print)
+    stub_module("vlmeval.api", __getattr__=lambda name: print)
+    stub_module("vlmeval.dataset", DATASET_TYPE=lambda name: "VQA")
+    stub_module("sty", fg=None)
+    stub_module("validators", url=lambda text: bool(re.fullmatch(r"https?://\S+", text)))
     return load(ADAPTERS / "vlmevalkit_mmmamba.py", "vlmeval.vlm.mmmamba")
 
 
@@ -157,7 +156,7 @@ def vlm(vlmevalkit):
     return vlmevalkit.MmMamba(str(HYBRID), device="cpu", max_new_tokens=48)
 
 
-def test_vlmevalkit_knows_the_model_by_name(vlmevalkit, hub_folder):
+def test_register_adds_the_model_to_vlmevalkit_by_name(vlmevalkit, hub_folder):
     vlmevalkit.register("mmMamba-shapes", model_path=str(hub_folder), device="cpu")
     config = importlib.import_module("vlmeval.config")
     assert Path(config.__file__).parent.name == "vlmeval" and len(config.supported_VLM) > 100
@@ -171,17 +170,17 @@ def test_vlmevalkit_answers_as_chat_does(vlm, expected, tmp_path):
     answers = []
     for index, one in enumerate(ASKED):
         message = []
-        for number, picture in enumerate(drawn(one)):
+        for number, picture in enumerate(draw_pictures(one)):
             picture.save(tmp_path / f"{index}-{number}.png")
             message.append({"type": "image", "value": str(tmp_path / f"{index}-{number}.png")})
         answers.append(vlm.generate([*message, {"type": "text", "value": one.question}], dataset="MMBench_DEV_EN"))
     assert answers == expected
-    assert right(answers) >= 20
+    assert count_right(answers) >= 20
 
 
-def test_vlmevalkit_takes_every_kind_of_message(vlm, chat, tmp_path):
+def test_vlmevalkit_messages_may_be_strings_parts_or_lists_of_either(vlm, chat, tmp_path):
     one = ASKED[0]
-    (picture,) = drawn(one)
+    (picture,) = draw_pictures(one)
     picture.save(tmp_path / "picture.png")
     text, image = {"type": "text", "value": one.question}, {"type": "image", "value": str(tmp_path / "picture.png")}
     plain = chat([picture], f"<image>\n{one.question}")
@@ -190,7 +189,7 @@ def test_vlmevalkit_takes_every_kind_of_message(vlm, chat, tmp_path):
     assert vlm.generate(one.question) == vlm.generate(text) == chat(None, one.question)
     between = [{"type": "text", "value": "Look:\n"}, image, {"type": "text", "value": one.question}]
     assert vlm.generate(between) == chat([picture], f"Look:\n<image>\n{one.question}")
-    # What looks like a place for a picture in a benchmark's text is text.
+    # `<image>` in a benchmark's text is text.
     assert isinstance(vlm.generate([image, {"type": "text", "value": f"<image> {one.question}"}]), str)
     with pytest.raises(AssertionError, match="video"):
         vlm.generate([{"type": "video", "value": video(tmp_path)}])
@@ -201,9 +200,9 @@ def video(folder: Path) -> str:
     return str(folder / "film.mp4")
 
 
-def test_vlmevalkit_goes_on_with_a_conversation(vlm):
+def test_vlmevalkit_answers_the_last_turn_of_a_conversation(vlm):
     one = next(x for x in ASKED if len(x.pictures) == 1)
-    first = [{"type": "image", "value": drawn(one)[0]}, {"type": "text", "value": one.question}]
+    first = [{"type": "image", "value": draw_pictures(one)[0]}, {"type": "text", "value": one.question}]
     turns = [
         {"role": "user", "content": first},
         {"role": "assistant", "content": [{"type": "text", "value": one.answer}]},
@@ -217,7 +216,7 @@ def test_vlmevalkit_goes_on_with_a_conversation(vlm):
 
 @pytest.fixture(scope="module")
 def lmms_eval(request, tmp_path_factory):
-    """The adapter's module, copied into lmms-eval as its docstring says, and found by lmms-eval's own registry."""
+    """The adapter's module, copied into lmms-eval as its docstring says and loaded by its registry."""
     source = unpacked(request.config, "lmms-eval", "0.7.3", "lmms_eval") / "lmms_eval"
     folder = tmp_path_factory.mktemp("lmms") / "lmms_eval"
     for part in ("__init__.py", "utils.py", "api", "models/__init__.py", "models/registry_v2.py"):
@@ -234,9 +233,9 @@ def lmms_eval(request, tmp_path_factory):
 
     logger = logging.getLogger("lmms_eval")
     logger.remove = logger.add = lambda *args, **kwargs: None
-    stand_in("loguru", logger=logger)
-    stand_in("evaluate")
-    stand_in("pytz")
+    stub_module("loguru", logger=logger)
+    stub_module("evaluate")
+    stub_module("pytz")
     sys.path.insert(0, str(folder.parent))
     return importlib.import_module("lmms_eval.models")
 
@@ -251,7 +250,7 @@ class Tasks:
         metadata = {"task": "shapes", "doc_id": 0, "repeats": 1}
         return self.instance(request_type=kind, arguments=arguments, idx=0, metadata=metadata)
 
-    def questions(self, rows, to_pictures=drawn, **generation):
+    def questions(self, rows, to_pictures=draw_pictures, **generation):
         place = ("shapes", "test")
         return [
             self.request("generate_until", ASKED[i].question, dict(generation), to_pictures, i, *place) for i in rows
@@ -281,15 +280,15 @@ def test_lmms_eval_answers_as_chat_does(lmm, tasks, expected):
     before = [dict(request.args[1]) for request in requests]
     answers = lmm.generate_until(requests)
     assert answers == expected
-    assert right(answers) >= 20
+    assert count_right(answers) >= 20
     assert [request.args[1] for request in requests] == before, "a task's arguments are its own"
 
 
-def test_lmms_eval_keeps_requests_apart(lmm, tasks, expected, chat, tmp_path):
-    """Other tasks, arguments, splits and kinds of pictures in one call; the order stays."""
+def test_lmms_eval_answers_requests_of_different_tasks_in_one_call(lmm, tasks, expected, chat, tmp_path):
+    """Requests of several tasks, arguments, splits and kinds of pictures in one call are answered in order."""
 
     def as_paths(one):
-        for number, picture in enumerate(drawn(one)):
+        for number, picture in enumerate(draw_pictures(one)):
             picture.save(tmp_path / f"{ASKED.index(one)}-{number}.png")
         return [str(tmp_path / f"{ASKED.index(one)}-{number}.png") for number in range(len(one.pictures))]
 
@@ -299,16 +298,16 @@ def test_lmms_eval_keeps_requests_apart(lmm, tasks, expected, chat, tmp_path):
     long = max(range(len(ASKED)), key=lambda i: len(expected[i]))
     requests = [
         *tasks.questions([3, 4], to_pictures=as_paths),
-        tasks.request("generate_until", ASKED[-1].question, {}, drawn, 0, "reversed", "val"),
+        tasks.request("generate_until", ASKED[-1].question, {}, draw_pictures, 0, "reversed", "val"),
         *tasks.questions([long, long], max_new_tokens=1),
         *tasks.questions([long]),
-        *tasks.questions([6], to_pictures=lambda one: [drawn(one)]),
+        *tasks.questions([6], to_pictures=lambda one: [draw_pictures(one)]),
         tasks.request("generate_until", asked, {}, lambda one: None, 0, "shapes", "test"),
-        tasks.request("generate_until", f"Look:\n<image>\n{asked}", {}, drawn, single, "shapes", "test"),
-        tasks.request("generate_until", f"<image><image>\n{asked}", {}, drawn, single, "shapes", "test"),
+        tasks.request("generate_until", f"Look:\n<image>\n{asked}", {}, draw_pictures, single, "shapes", "test"),
+        tasks.request("generate_until", f"<image><image>\n{asked}", {}, draw_pictures, single, "shapes", "test"),
     ]
     one = ASKED[long]
-    one_token = chat(drawn(one), "<image>" * len(one.pictures) + "\n" + one.question, max_new_tokens=1)
+    one_token = chat(draw_pictures(one), "<image>" * len(one.pictures) + "\n" + one.question, max_new_tokens=1)
     assert one_token != expected[long]
     assert lmm.generate_until(requests) == [
         expected[3],
@@ -319,12 +318,12 @@ def test_lmms_eval_keeps_requests_apart(lmm, tasks, expected, chat, tmp_path):
         expected[long],
         expected[6],
         chat(None, asked),
-        chat(drawn(ASKED[single]), f"Look:\n<image>\n{asked}"),
+        chat(draw_pictures(ASKED[single]), f"Look:\n<image>\n{asked}"),
         expected[single],
     ]
 
 
-def test_lmms_eval_ends_answers_where_the_task_says(lmm, tasks, expected):
+def test_lmms_eval_answers_end_before_the_tasks_stop_strings(lmm, tasks, expected):
     number = max(range(len(ASKED)), key=lambda i: len(expected[i]))
     answer = expected[number]
     middle = answer[len(answer) // 2]
@@ -345,7 +344,7 @@ def test_lmms_eval_ends_answers_where_the_task_says(lmm, tasks, expected):
         (dict(until=["\n"], image_aspect_ratio="pad", top_p=None), dict(do_sample=False, max_new_tokens=48)),
     ],
 )
-def test_lmms_eval_generation_arguments(lmm, tasks, monkeypatch, given, used):
+def test_lmms_eval_generation_arguments_become_arguments_of_generate(lmm, tasks, monkeypatch, given, used):
     seen = []
     generate = type(lmm.model).generate
 
@@ -359,8 +358,8 @@ def test_lmms_eval_generation_arguments(lmm, tasks, monkeypatch, given, used):
     assert seen == [used]
 
 
-def test_lmms_eval_rounds_go_on_until_the_task_stops(lmm, tasks, expected):
-    """As the tasks of several rounds do: each asks the next question of its own document, some longer than others."""
+def test_lmms_eval_asks_rounds_until_the_task_stops(lmm, tasks, expected):
+    """Each task asks the questions that follow its document's, for one to three rounds."""
     calls = []
 
     def ask(document, previous_output, round_idx, previous_round_info):
@@ -369,12 +368,13 @@ def test_lmms_eval_rounds_go_on_until_the_task_stops(lmm, tasks, expected):
         stop = round_idx == 1 + start % 3
         follow = ASKED[start + round_idx]
         return (None, None, True, previous_output, None) if stop else (
-            drawn(follow), follow.question, False, previous_output, round_idx
+            draw_pictures(follow), follow.question, False, previous_output, round_idx
         )  # fmt: skip
 
     place = ("shapes", "test")
     requests = [
-        tasks.request("generate_until_multi_round", ASKED[i].question, {}, drawn, ask, i, *place) for i in range(8)
+        tasks.request("generate_until_multi_round", ASKED[i].question, {}, draw_pictures, ask, i, *place)
+        for i in range(8)
     ]
     answers = lmm.generate_until_multi_round(requests)
     assert answers == [expected[i : i + 1 + i % 3] for i in range(8)]
@@ -383,27 +383,30 @@ def test_lmms_eval_rounds_go_on_until_the_task_stops(lmm, tasks, expected):
     assert (2, 1, None, 1) in calls and (2, 2, 1, 2) in calls and (2, 3, 2, 3) in calls
 
 
-def test_lmms_eval_scores_answers(lmm, tasks, expected):
-    """Of all answers the one that the model would give scores best, and it alone is greedy."""
+def test_lmms_eval_scores_the_generated_answer_best(lmm, tasks, expected):
+    """Of all answers the generated one has the highest log probability, and it alone is greedy."""
     place = ("shapes", "test")
     choices = sorted(set(expected))
     for number in (0, 1, 9):
         question = ASKED[number].question
         scored = lmm.loglikelihood(
-            [tasks.request("loglikelihood", question, f" {choice}", drawn, number, *place) for choice in choices]
+            [
+                tasks.request("loglikelihood", question, f" {choice}", draw_pictures, number, *place)
+                for choice in choices
+            ]
         )
         assert choices[max(range(len(choices)), key=lambda i: scored[i][0])] == expected[number]
         assert [greedy for _, greedy in scored] == [choice == expected[number] for choice in choices]
-        target = tasks.request("loglikelihood", question, lambda one: one.answer, drawn, number, *place)
+        target = tasks.request("loglikelihood", question, lambda one: one.answer, draw_pictures, number, *place)
         assert lmm.loglikelihood([target])[0] == pytest.approx(scored[choices.index(ASKED[number].answer)])
 
 
-def test_lmms_eval_score_is_the_models_own_loss(lmm, tasks):
+def test_lmms_eval_score_is_the_models_loss(lmm, tasks):
     for number in (0, 9):
         one = ASKED[number]
-        request = tasks.request("loglikelihood", one.question, one.answer, drawn, number, "shapes", "test")
+        request = tasks.request("loglikelihood", one.question, one.answer, draw_pictures, number, "shapes", "test")
         ((score, _),) = lmm.loglikelihood([request])
-        pictures = [{"type": "image", "image": picture} for picture in drawn(one)]
+        pictures = [{"type": "image", "image": picture} for picture in draw_pictures(one)]
         turns = [{"role": "user", "content": [*pictures, {"type": "text", "text": one.question}]}]
         turns.append({"role": "assistant", "content": one.answer})
         inputs = lmm.processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
@@ -415,12 +418,12 @@ def test_lmms_eval_score_is_the_models_own_loss(lmm, tasks):
         with torch.no_grad():
             loss = lmm.model(**inputs, labels=labels).loss.item()
         assert score == pytest.approx(-loss * (end - start), abs=1e-4)
-    # Mutual information asks for the probability of an answer to nothing.
+    # Tasks that use mutual information ask for the probability of an answer without a question.
     ((score, _),) = lmm.loglikelihood([tasks.request("loglikelihood", "", "red")])
     assert math.isfinite(score)
 
 
-def test_lmms_eval_says_what_it_cannot_do(lmm, tasks):
+def test_lmms_eval_refuses_videos_and_automatic_batch_sizes(lmm, tasks):
     with pytest.raises(ValueError, match=r"film\.mp4 is a video"):
         lmm.generate_until(tasks.questions([0], to_pictures=lambda one: ["film.mp4"]))
     with pytest.raises(ValueError, match="batch_size='auto'"):
