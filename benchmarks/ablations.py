@@ -44,7 +44,7 @@ def stage_overrides(stage: int, steps: int) -> list[str]:
 
 
 def short_run(*stages: int) -> list[str]:
-    """Recipe overrides for a run of these stages, which share `BUDGET` 1 : 2 : 3; only mixers train, as published."""
+    """Overrides for these stages, which share `BUDGET` 1 : 2 : 3; stage 3 trains only the mixers, as published."""
     overrides = [f"stages={list(stages)}", "stage_3.trainable=mixers", "stage_3.hard_weight=0", "evaluate=500"]
     for stage in stages:
         overrides += stage_overrides(stage, steps=BUDGET * stage // sum(stages))

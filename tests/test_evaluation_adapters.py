@@ -23,16 +23,16 @@ from model_folders import modules_cache, self_contained_copy
 from PIL import Image
 
 import mmmamba
-from mmmamba.examples.shapes.world import example
+from mmmamba.examples.shapes import world
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessor
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 
 
-EXAMPLES = Path(mmmamba.__file__).parent / "examples"
-HYBRID = EXAMPLES / "shapes" / "hybrid"
-ADAPTERS = EXAMPLES / "evaluation"
-ASKED = [example("test", 0, index) for index in range(22)]  # two of each kind, with one to three pictures
+FOLDER = Path(mmmamba.__file__).parent / "examples"
+HYBRID = FOLDER / "shapes" / "hybrid"
+ADAPTERS = FOLDER / "evaluation"
+EXAMPLES = [world.example("test", 0, index) for index in range(22)]  # two of each kind, with one to three pictures
 
 
 def unpacked(config, distribution: str, version: str, package: str) -> Path:
@@ -108,16 +108,19 @@ def chat():
 
 @pytest.fixture(scope="module")
 def expected(chat):
-    """What `chat` answers to each question of `ASKED`."""
-    return [chat(draw_pictures(one), "<image>" * len(one.pictures) + "\n" + one.question) for one in ASKED]
+    """What `chat` answers to each question of `EXAMPLES`."""
+    return [
+        chat(draw_pictures(example), "<image>" * len(example.pictures) + "\n" + example.question)
+        for example in EXAMPLES
+    ]
 
 
-def draw_pictures(one) -> list[Image.Image]:
-    return [picture.draw() for picture in one.pictures]
+def draw_pictures(example) -> list[Image.Image]:
+    return [picture.draw() for picture in example.pictures]
 
 
 def count_right(answers) -> int:
-    return sum(answer == one.answer for answer, one in zip(answers, ASKED, strict=True))
+    return sum(answer == example.answer for answer, example in zip(answers, EXAMPLES, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -168,29 +171,32 @@ def test_register_adds_the_model_to_vlmevalkit_by_name(vlmevalkit, hub_folder):
 
 def test_vlmevalkit_answers_as_chat_does(vlm, expected, tmp_path):
     answers = []
-    for index, one in enumerate(ASKED):
+    for index, example in enumerate(EXAMPLES):
         message = []
-        for number, picture in enumerate(draw_pictures(one)):
+        for number, picture in enumerate(draw_pictures(example)):
             picture.save(tmp_path / f"{index}-{number}.png")
             message.append({"type": "image", "value": str(tmp_path / f"{index}-{number}.png")})
-        answers.append(vlm.generate([*message, {"type": "text", "value": one.question}], dataset="MMBench_DEV_EN"))
+        answers.append(vlm.generate([*message, {"type": "text", "value": example.question}], dataset="MMBench_DEV_EN"))
     assert answers == expected
     assert count_right(answers) >= 20
 
 
 def test_vlmevalkit_messages_may_be_strings_parts_or_lists_of_either(vlm, chat, tmp_path):
-    one = ASKED[0]
-    (picture,) = draw_pictures(one)
+    example = EXAMPLES[0]
+    (picture,) = draw_pictures(example)
     picture.save(tmp_path / "picture.png")
-    text, image = {"type": "text", "value": one.question}, {"type": "image", "value": str(tmp_path / "picture.png")}
-    plain = chat([picture], f"<image>\n{one.question}")
-    assert vlm.generate([str(tmp_path / "picture.png"), one.question]) == plain == one.answer
+    text, image = (
+        {"type": "text", "value": example.question},
+        {"type": "image", "value": str(tmp_path / "picture.png")},
+    )
+    plain = chat([picture], f"<image>\n{example.question}")
+    assert vlm.generate([str(tmp_path / "picture.png"), example.question]) == plain == example.answer
     assert vlm.generate_inner([{"type": "image", "value": picture}, text]) == plain
-    assert vlm.generate(one.question) == vlm.generate(text) == chat(None, one.question)
-    between = [{"type": "text", "value": "Look:\n"}, image, {"type": "text", "value": one.question}]
-    assert vlm.generate(between) == chat([picture], f"Look:\n<image>\n{one.question}")
+    assert vlm.generate(example.question) == vlm.generate(text) == chat(None, example.question)
+    between = [{"type": "text", "value": "Look:\n"}, image, {"type": "text", "value": example.question}]
+    assert vlm.generate(between) == chat([picture], f"Look:\n<image>\n{example.question}")
     # `<image>` in a benchmark's text is text.
-    assert isinstance(vlm.generate([image, {"type": "text", "value": f"<image> {one.question}"}]), str)
+    assert isinstance(vlm.generate([image, {"type": "text", "value": f"<image> {example.question}"}]), str)
     with pytest.raises(AssertionError, match="video"):
         vlm.generate([{"type": "video", "value": video(tmp_path)}])
 
@@ -201,14 +207,14 @@ def video(folder: Path) -> str:
 
 
 def test_vlmevalkit_answers_the_last_turn_of_a_conversation(vlm):
-    one = next(x for x in ASKED if len(x.pictures) == 1)
-    first = [{"type": "image", "value": draw_pictures(one)[0]}, {"type": "text", "value": one.question}]
+    example = next(x for x in EXAMPLES if len(x.pictures) == 1)
+    first = [{"type": "image", "value": draw_pictures(example)[0]}, {"type": "text", "value": example.question}]
     turns = [
         {"role": "user", "content": first},
-        {"role": "assistant", "content": [{"type": "text", "value": one.answer}]},
-        {"role": "user", "content": [{"type": "text", "value": one.question}]},
+        {"role": "assistant", "content": [{"type": "text", "value": example.answer}]},
+        {"role": "user", "content": [{"type": "text", "value": example.question}]},
     ]
-    assert vlm.chat_inner(turns) == one.answer
+    assert vlm.chat_inner(turns) == example.answer
 
 
 # --- lmms-eval -----------------------------------------------------------------------------------------------------
@@ -241,7 +247,7 @@ def lmms_eval(request, tmp_path_factory):
 
 
 class Tasks:
-    """lmms-eval's requests about `ASKED`, as its tasks make them."""
+    """lmms-eval's requests about `EXAMPLES`, as its tasks make them."""
 
     def __init__(self, instance):
         self.instance = instance
@@ -253,7 +259,8 @@ class Tasks:
     def questions(self, rows, to_pictures=draw_pictures, **generation):
         place = ("shapes", "test")
         return [
-            self.request("generate_until", ASKED[i].question, dict(generation), to_pictures, i, *place) for i in rows
+            self.request("generate_until", EXAMPLES[i].question, dict(generation), to_pictures, i, *place)
+            for i in rows
         ]
 
 
@@ -271,12 +278,12 @@ def lmm(lmms_eval, hub_folder):
     model = cls.create_from_arg_string(f"pretrained={hub_folder},max_new_tokens=48", more)
     assert isinstance(model, importlib.import_module("lmms_eval.api.model").lmms)
     assert type(model.model).__module__.startswith("transformers_modules.")
-    model.task_dict = {"shapes": {"test": ASKED}}
+    model.task_dict = {"shapes": {"test": EXAMPLES}}
     return model
 
 
 def test_lmms_eval_answers_as_chat_does(lmm, tasks, expected):
-    requests = tasks.questions(range(len(ASKED)), until=["\n\n"], max_new_tokens=48, temperature=0, do_sample=False)
+    requests = tasks.questions(range(len(EXAMPLES)), until=["\n\n"], max_new_tokens=48, temperature=0, do_sample=False)
     before = [dict(request.args[1]) for request in requests]
     answers = lmm.generate_until(requests)
     assert answers == expected
@@ -287,27 +294,29 @@ def test_lmms_eval_answers_as_chat_does(lmm, tasks, expected):
 def test_lmms_eval_answers_requests_of_different_tasks_in_one_call(lmm, tasks, expected, chat, tmp_path):
     """Requests of several tasks, arguments, splits and kinds of pictures in one call are answered in order."""
 
-    def as_paths(one):
-        for number, picture in enumerate(draw_pictures(one)):
-            picture.save(tmp_path / f"{ASKED.index(one)}-{number}.png")
-        return [str(tmp_path / f"{ASKED.index(one)}-{number}.png") for number in range(len(one.pictures))]
+    def as_paths(example):
+        for number, picture in enumerate(draw_pictures(example)):
+            picture.save(tmp_path / f"{EXAMPLES.index(example)}-{number}.png")
+        return [str(tmp_path / f"{EXAMPLES.index(example)}-{number}.png") for number in range(len(example.pictures))]
 
-    lmm.task_dict["reversed"] = {"val": ASKED[::-1]}
-    single = next(i for i, one in enumerate(ASKED) if len(one.pictures) == 1)
-    asked = ASKED[single].question
-    long = max(range(len(ASKED)), key=lambda i: len(expected[i]))
+    lmm.task_dict["reversed"] = {"val": EXAMPLES[::-1]}
+    single = next(i for i, example in enumerate(EXAMPLES) if len(example.pictures) == 1)
+    asked = EXAMPLES[single].question
+    long = max(range(len(EXAMPLES)), key=lambda i: len(expected[i]))
     requests = [
         *tasks.questions([3, 4], to_pictures=as_paths),
-        tasks.request("generate_until", ASKED[-1].question, {}, draw_pictures, 0, "reversed", "val"),
+        tasks.request("generate_until", EXAMPLES[-1].question, {}, draw_pictures, 0, "reversed", "val"),
         *tasks.questions([long, long], max_new_tokens=1),
         *tasks.questions([long]),
-        *tasks.questions([6], to_pictures=lambda one: [draw_pictures(one)]),
-        tasks.request("generate_until", asked, {}, lambda one: None, 0, "shapes", "test"),
+        *tasks.questions([6], to_pictures=lambda example: [draw_pictures(example)]),
+        tasks.request("generate_until", asked, {}, lambda example: None, 0, "shapes", "test"),
         tasks.request("generate_until", f"Look:\n<image>\n{asked}", {}, draw_pictures, single, "shapes", "test"),
         tasks.request("generate_until", f"<image><image>\n{asked}", {}, draw_pictures, single, "shapes", "test"),
     ]
-    one = ASKED[long]
-    one_token = chat(draw_pictures(one), "<image>" * len(one.pictures) + "\n" + one.question, max_new_tokens=1)
+    example = EXAMPLES[long]
+    one_token = chat(
+        draw_pictures(example), "<image>" * len(example.pictures) + "\n" + example.question, max_new_tokens=1
+    )
     assert one_token != expected[long]
     assert lmm.generate_until(requests) == [
         expected[3],
@@ -318,13 +327,13 @@ def test_lmms_eval_answers_requests_of_different_tasks_in_one_call(lmm, tasks, e
         expected[long],
         expected[6],
         chat(None, asked),
-        chat(draw_pictures(ASKED[single]), f"Look:\n<image>\n{asked}"),
+        chat(draw_pictures(EXAMPLES[single]), f"Look:\n<image>\n{asked}"),
         expected[single],
     ]
 
 
 def test_lmms_eval_answers_end_before_the_tasks_stop_strings(lmm, tasks, expected):
-    number = max(range(len(ASKED)), key=lambda i: len(expected[i]))
+    number = max(range(len(EXAMPLES)), key=lambda i: len(expected[i]))
     answer = expected[number]
     middle = answer[len(answer) // 2]
     for until in (middle, [middle], ["never", middle, ""]):
@@ -363,17 +372,17 @@ def test_lmms_eval_asks_rounds_until_the_task_stops(lmm, tasks, expected):
     calls = []
 
     def ask(document, previous_output, round_idx, previous_round_info):
-        start = ASKED.index(document)
+        start = EXAMPLES.index(document)
         calls.append((start, round_idx, previous_round_info, len(previous_output)))
         stop = round_idx == 1 + start % 3
-        follow = ASKED[start + round_idx]
+        follow = EXAMPLES[start + round_idx]
         return (None, None, True, previous_output, None) if stop else (
             draw_pictures(follow), follow.question, False, previous_output, round_idx
         )  # fmt: skip
 
     place = ("shapes", "test")
     requests = [
-        tasks.request("generate_until_multi_round", ASKED[i].question, {}, draw_pictures, ask, i, *place)
+        tasks.request("generate_until_multi_round", EXAMPLES[i].question, {}, draw_pictures, ask, i, *place)
         for i in range(8)
     ]
     answers = lmm.generate_until_multi_round(requests)
@@ -388,7 +397,7 @@ def test_lmms_eval_scores_the_generated_answer_best(lmm, tasks, expected):
     place = ("shapes", "test")
     choices = sorted(set(expected))
     for number in (0, 1, 9):
-        question = ASKED[number].question
+        question = EXAMPLES[number].question
         scored = lmm.loglikelihood(
             [
                 tasks.request("loglikelihood", question, f" {choice}", draw_pictures, number, *place)
@@ -397,22 +406,26 @@ def test_lmms_eval_scores_the_generated_answer_best(lmm, tasks, expected):
         )
         assert choices[max(range(len(choices)), key=lambda i: scored[i][0])] == expected[number]
         assert [greedy for _, greedy in scored] == [choice == expected[number] for choice in choices]
-        target = tasks.request("loglikelihood", question, lambda one: one.answer, draw_pictures, number, *place)
-        assert lmm.loglikelihood([target])[0] == pytest.approx(scored[choices.index(ASKED[number].answer)])
+        target = tasks.request(
+            "loglikelihood", question, lambda example: example.answer, draw_pictures, number, *place
+        )
+        assert lmm.loglikelihood([target])[0] == pytest.approx(scored[choices.index(EXAMPLES[number].answer)])
 
 
 def test_lmms_eval_score_is_the_models_loss(lmm, tasks):
     for number in (0, 9):
-        one = ASKED[number]
-        request = tasks.request("loglikelihood", one.question, one.answer, draw_pictures, number, "shapes", "test")
+        example = EXAMPLES[number]
+        request = tasks.request(
+            "loglikelihood", example.question, example.answer, draw_pictures, number, "shapes", "test"
+        )
         ((score, _),) = lmm.loglikelihood([request])
-        pictures = [{"type": "image", "image": picture} for picture in draw_pictures(one)]
-        turns = [{"role": "user", "content": [*pictures, {"type": "text", "text": one.question}]}]
-        turns.append({"role": "assistant", "content": one.answer})
+        pictures = [{"type": "image", "image": picture} for picture in draw_pictures(example)]
+        turns = [{"role": "user", "content": [*pictures, {"type": "text", "text": example.question}]}]
+        turns.append({"role": "assistant", "content": example.answer})
         inputs = lmm.processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
         ids = inputs["input_ids"]
         end = ids.shape[1] - 1  # <|im_end|>
-        start = next(i for i in range(end, 0, -1) if lmm.processor.decode(ids[0, i:end]).strip() == one.answer)
+        start = next(i for i in range(end, 0, -1) if lmm.processor.decode(ids[0, i:end]).strip() == example.answer)
         labels = torch.full_like(ids, -100)
         labels[0, start:end] = ids[0, start:end]
         with torch.no_grad():
@@ -425,6 +438,6 @@ def test_lmms_eval_score_is_the_models_loss(lmm, tasks):
 
 def test_lmms_eval_refuses_videos_and_automatic_batch_sizes(lmm, tasks):
     with pytest.raises(ValueError, match=r"film\.mp4 is a video"):
-        lmm.generate_until(tasks.questions([0], to_pictures=lambda one: ["film.mp4"]))
+        lmm.generate_until(tasks.questions([0], to_pictures=lambda example: ["film.mp4"]))
     with pytest.raises(ValueError, match="batch_size='auto'"):
         type(lmm)(str(HYBRID), batch_size="auto")

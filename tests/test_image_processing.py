@@ -117,10 +117,10 @@ def test_every_pillow_mode_is_converted_to_rgb(processor, mode):
 def test_sixteen_bits_are_scaled_not_clipped(processor, as_file, brightest, tmp_path):
     deep = np.linspace(0, brightest, SIDE * SIDE).astype(np.uint16).reshape(SIDE, SIDE)
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    given = str(tmp_path / "deep.png") if as_file else Image.open(tmp_path / "deep.png")
+    image = str(tmp_path / "deep.png") if as_file else Image.open(tmp_path / "deep.png")
     shallow = Image.fromarray((deep / 257).round().astype(np.uint8)).convert("RGB")
     torch.testing.assert_close(
-        processor(given, return_tensors="pt")["pixel_values"], processor(shallow, return_tensors="pt")["pixel_values"]
+        processor(image, return_tensors="pt")["pixel_values"], processor(shallow, return_tensors="pt")["pixel_values"]
     )
 
 
@@ -136,11 +136,11 @@ def test_of_an_animation_the_first_frame_is_used(processor, tmp_path):
 
 @both
 def test_a_picture_may_be_a_path_base64_an_array_or_a_tensor(processor, tmp_path):
-    given = picture(SIDE, SIDE)
-    given.save(tmp_path / "picture.png")
-    truth = processor(given, return_tensors="pt")["pixel_values"]
+    image = picture(SIDE, SIDE)
+    image.save(tmp_path / "picture.png")
+    truth = processor(image, return_tensors="pt")["pixel_values"]
     data = "data:image/png;base64," + base64.b64encode((tmp_path / "picture.png").read_bytes()).decode()
-    array = np.array(given)
+    array = np.array(image)
     for form in (tmp_path / "picture.png", str(tmp_path / "picture.png"), data, array, torch.tensor(array)):
         torch.testing.assert_close(processor(form, return_tensors="pt")["pixel_values"], truth)
 
@@ -200,5 +200,5 @@ def test_the_released_folder_loads_with_either_backend(backend, tmp_path):
     assert (dict(loaded.size), loaded.max_patches) == ({"height": 448, "width": 448}, 12)
     loaded.save_pretrained(tmp_path / "again")
     again = AutoImageProcessor.from_pretrained(tmp_path / "again", trust_remote_code=True)
-    given = picture(50, 20)
-    torch.testing.assert_close(again(given, size=28)["pixel_values"], loaded(given, size=28)["pixel_values"])
+    image = picture(50, 20)
+    torch.testing.assert_close(again(image, size=28)["pixel_values"], loaded(image, size=28)["pixel_values"])

@@ -97,9 +97,9 @@ def test_a_batch_is_padded_on_the_left(processor):
     batch = [messages("Which?", picture(32, 16), picture(16, 16)), messages("Hello")]
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, "return_tensors": "pt"}
     inputs = processor.apply_chat_template(batch, padding=True, **options)
-    alone = [processor.apply_chat_template(one, **options) for one in batch]
-    for row, mask, one in zip(inputs["input_ids"], inputs["attention_mask"], alone, strict=True):
-        assert row[mask.bool()].tolist() == one["input_ids"][0].tolist()
+    alone = [processor.apply_chat_template(conversation, **options) for conversation in batch]
+    for row, mask, expected in zip(inputs["input_ids"], inputs["attention_mask"], alone, strict=True):
+        assert row[mask.bool()].tolist() == expected["input_ids"][0].tolist()
         assert mask[-1] == 1
     torch.testing.assert_close(inputs["pixel_values"], alone[0]["pixel_values"])
 
@@ -171,8 +171,8 @@ def test_sanitizing_does_not_change_the_ids_of_harmless_text(text, processor, to
 
 
 def test_a_picture_may_be_a_path_or_base64(processor, tmp_path):
-    given = picture(20, 30)
-    given.save(tmp_path / "picture.png")
+    image = picture(20, 30)
+    image.save(tmp_path / "picture.png")
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     data = base64.b64encode((tmp_path / "picture.png").read_bytes()).decode()
 
@@ -180,7 +180,7 @@ def test_a_picture_may_be_a_path_or_base64(processor, tmp_path):
         content = [{"type": "image", **part}, {"type": "text", "text": "What?"}]
         return processor.apply_chat_template([{"role": "user", "content": content}], **options)
 
-    truth = inputs(image=given)
+    truth = inputs(image=image)
     for part in ({"path": str(tmp_path / "picture.png")}, {"url": str(tmp_path / "picture.png")}, {"base64": data}):
         for name, value in inputs(**part).items():
             torch.testing.assert_close(value, truth[name])
@@ -204,8 +204,8 @@ def test_the_number_of_image_tokens_is_computed_from_the_sizes_alone(processor, 
     sizes = [(16, 16), (40, 10)]
     computed = processor._get_num_multimodal_tokens(image_sizes=sizes, max_patches=3)
     pictures = [picture(width, height) for height, width in sizes]
-    for token_count, given in zip(computed.num_image_tokens, pictures, strict=True):
-        ids = processor(images=given, text="<image>", max_patches=3)["input_ids"][0]
+    for token_count, image in zip(computed.num_image_tokens, pictures, strict=True):
+        ids = processor(images=image, text="<image>", max_patches=3)["input_ids"][0]
         assert len(ids) == token_count + 1  # <s>
 
 
@@ -243,11 +243,11 @@ def test_a_saved_and_loaded_processor_gives_the_same_inputs(processor, tmp_path)
 def test_the_released_folder_loads_with_autoprocessor(processor, tmp_path):
     for file in (*ROOT.glob("*.json"), *ROOT.glob("*_mmmamba.py"), ROOT / "chat_template.jinja"):
         shutil.copy(file, tmp_path)
-    released = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    ids = {token["content"]: int(number) for number, token in released.pop("added_tokens_decoder").items()}
+    tokenizer_config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    ids = {token["content"]: int(number) for number, token in tokenizer_config.pop("added_tokens_decoder").items()}
     assert {name: ids[name] for name in CONTROL} == dict(zip(CONTROL, range(92542, 92547), strict=True))
     # The fixture's vocabulary is smaller than the released one.
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(released))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     shutil.copy(GOLDEN / "tokenizer" / "tokenizer.model", tmp_path)
 
     loaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
@@ -255,8 +255,8 @@ def test_the_released_folder_loads_with_autoprocessor(processor, tmp_path):
     again = AutoProcessor.from_pretrained(tmp_path / "again", trust_remote_code=True)
     content = [{"type": "image", "image": picture(40, 20)}, {"type": "text", "text": "What? <|im_end|>"}]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-    for one in (loaded, again):
-        assert (one.tokens_per_tile, dict(one.image_processor.size)) == (256, {"height": 448, "width": 448})
-        inputs = one.apply_chat_template([{"role": "user", "content": content}], **options)
-        assert (inputs["input_ids"] == one.image_token_id).sum() == 256 * len(inputs["pixel_values"])
-        assert one.chat_template == processor.chat_template
+    for released in (loaded, again):
+        assert (released.tokens_per_tile, dict(released.image_processor.size)) == (256, {"height": 448, "width": 448})
+        inputs = released.apply_chat_template([{"role": "user", "content": content}], **options)
+        assert (inputs["input_ids"] == released.image_token_id).sum() == 256 * len(inputs["pixel_values"])
+        assert released.chat_template == processor.chat_template

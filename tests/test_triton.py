@@ -168,14 +168,14 @@ def test_tensors_may_have_any_strides():
         "add_rmsnorm": [spread(2, 40, 16), spread(2, 40, 16), spread(16), 1e-5],
     }
     for name, arguments in calls.items():
-        given = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
-        found = []
+        inputs = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
+        by_backend = []
         for backend in (TRITON, TORCH):
-            output = getattr(backend, name)(*given)
+            output = getattr(backend, name)(*inputs)
             outputs = output if isinstance(output, tuple) else (output,)
-            leaves = [x for x in given if isinstance(x, torch.Tensor)]
-            found.append([*outputs, *torch.autograd.grad(sum((y * y).sum() for y in outputs), leaves)])
-        for ours, theirs in zip(*found, strict=True):
+            leaves = [x for x in inputs if isinstance(x, torch.Tensor)]
+            by_backend.append([*outputs, *torch.autograd.grad(sum((y * y).sum() for y in outputs), leaves)])
+        for ours, theirs in zip(*by_backend, strict=True):
             torch.testing.assert_close(
                 ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.detach().abs().max()), msg=name
             )
@@ -186,11 +186,11 @@ def test_the_residual_stream_keeps_its_dtype():
     torch.manual_seed(0)
     x = torch.randn(5, 40, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     residual, weight = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((5, 40), (40,)))
-    found = []
+    by_backend = []
     for backend in (TRITON, TORCH):
         normed, total = backend.add_rmsnorm(x, residual, weight, 1e-5)
-        found.append([normed, total, *torch.autograd.grad((normed**2 + total).sum(), [x, residual, weight])])
-    for ours, theirs in zip(*found, strict=True):
+        by_backend.append([normed, total, *torch.autograd.grad((normed**2 + total).sum(), [x, residual, weight])])
+    for ours, theirs in zip(*by_backend, strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs)
 
@@ -216,8 +216,8 @@ def test_kernels_are_not_specialised_for_lengths():
     for module in (triton_mmmamba, attention_mmmamba):
         for function in ast.walk(ast.parse(Path(module.__file__).read_text())):
             if isinstance(function, ast.FunctionDef) and function.name.endswith("_kernel"):
-                given = varying & {argument.arg for argument in function.args.args}
-                assert given == set(re.findall(r"'(\w+)'", ast.unparse(function.decorator_list[0]))), function.name
+                lengths = varying & {argument.arg for argument in function.args.args}
+                assert lengths == set(re.findall(r"'(\w+)'", ast.unparse(function.decorator_list[0]))), function.name
 
 
 def test_strong_decay_over_a_long_sequence_does_not_overflow():
