@@ -9,6 +9,7 @@ import os
 from functools import lru_cache
 
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from .ssm_mmmamba import TORCH, Backend
@@ -98,3 +99,21 @@ def unavailable_reason(name: str, device_type: str, dtype: torch.dtype) -> str |
         found, why = find(name)
         reason = why if found is None else None
     return reason
+
+
+def are_plain(modules: dict[nn.Module, type], device: torch.device) -> bool:
+    """Whether a fused kernel may read the weights of modules instead of calling them.
+
+    Args:
+        modules: Each with the type that it had when the model was made.
+        device: Where their weights should be.
+
+    Returns:
+        False where somebody replaced one, hooked it, or keeps its weights elsewhere until it is called.
+    """
+    return all(
+        type(module) is kind
+        and module.weight.device == device
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        for module, kind in modules.items()
+    )

@@ -1,7 +1,7 @@
-"""What an mmMamba model is: one decoder stack, fed by a patch embedding and a token embedding.
+"""Configuration of mmMamba models: one decoder stack, whose input comes from a patch embedding and a token embedding.
 
-`layer_types` is the one list that tells the models apart: all `full_attention` is the teacher (HoVLE), all
-`linear_attention` the linear student, a mixture the hybrid student (arXiv 2502.13145, section 3).
+`layer_types` distinguishes the models: all `full_attention` is the teacher (HoVLE), all `linear_attention` the linear
+student, a mixture the hybrid student (arXiv 2502.13145, section 3).
 """
 
 from typing import Any, ClassVar
@@ -15,13 +15,13 @@ LAYER_TYPES = ("full_attention", "linear_attention")
 SSM_IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
 
 
-def _positive(config: PreTrainedConfig, *names: str) -> None:
+def _check_positive(config: PreTrainedConfig, *names: str) -> None:
     for name in names:
         if getattr(config, name) <= 0:
             raise ValueError(f"{name}={getattr(config, name)} is not a positive number; give a value above 0.")
 
 
-def _known(ssm_implementation: str) -> None:
+def _check_known(ssm_implementation: str) -> None:
     if ssm_implementation not in SSM_IMPLEMENTATIONS:
         raise ValueError(
             f"ssm_implementation={ssm_implementation!r} is unknown; use {', '.join(SSM_IMPLEMENTATIONS)}."
@@ -30,7 +30,7 @@ def _known(ssm_implementation: str) -> None:
 
 @strict
 class MmMambaVisionConfig(PreTrainedConfig):
-    """How a picture tile becomes rows of the decoder's input.
+    """The patch embedding, which turns a picture tile into rows of the decoder's input.
 
     Args:
         image_size: Side of a square tile, in pixels.
@@ -61,7 +61,7 @@ class MmMambaVisionConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses sizes that no model can have. Raises ValueError."""
-        _positive(self, "image_size", "patch_size", "num_channels")
+        _check_positive(self, "image_size", "patch_size", "num_channels")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; choose sizes where "
@@ -82,8 +82,8 @@ class MmMambaTextConfig(PreTrainedConfig):
         vocab_size: Rows of the token embedding and of the output head.
         hidden_size: Width of the residual stream.
         intermediate_size: Width of the SwiGLU MLP.
-        num_hidden_layers: All decoder layers, embedding layers included.
-        num_embedding_layers: How many of them, counted from the input, form the holistic embedding.
+        num_hidden_layers: Number of decoder layers, embedding layers included.
+        num_embedding_layers: How many of the first layers form the holistic embedding.
         layer_types: `"full_attention"` or `"linear_attention"` (Mamba-2) per layer; all attention if not given.
         num_attention_heads: Query heads of both mixers.
         num_key_value_heads: Key/value heads of both mixers (grouped-query attention).
@@ -93,14 +93,14 @@ class MmMambaTextConfig(PreTrainedConfig):
         embedding_rope_parameters: RoPE of the embedding layers.
         rms_norm_eps: Epsilon of the RMS norms of the language layers.
         embedding_rms_norm_eps: The same for the embedding layers; `rms_norm_eps` if not given.
-        normalize_embedding_output: Whether rows are divided by their L2 norm between the two stacks.
+        normalize_embedding_output: Whether hidden states are divided by their L2 norm between the two stacks.
         conv_kernel: Taps of the mixer's causal convolution.
-        ssm_chunk_size: Steps that the chunked scan treats with one matrix product.
+        ssm_chunk_size: Steps of a chunk of the chunked scan.
         ssm_norm_eps: Epsilon of the mixer's gated norm.
-        ssm_implementation: What runs the mixer: "torch", "triton", "cuda" (mamba_ssm), or "auto" for the fastest that
-            can run where the tensors are.
-        prefill_chunk_size: Tokens of a prompt that are read at once; by device, batch and length if not given. Peak
-            memory grows with it, not with the prompt.
+        ssm_implementation: Backend of the mixer: "torch", "triton", "cuda" (mamba_ssm), or "auto" for the fastest that
+            runs on the device of the tensors.
+        prefill_chunk_size: Tokens of a prompt that are read at once; chosen by device, batch and length if not given.
+            Peak memory grows with it, not with the prompt.
     """
 
     model_type = "mmmamba_text"
@@ -153,7 +153,7 @@ class MmMambaTextConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses sizes that no model can have. Raises ValueError."""
-        _positive(
+        _check_positive(
             self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "ssm_chunk_size",
         )  # fmt: skip
@@ -173,11 +173,11 @@ class MmMambaTextConfig(PreTrainedConfig):
             raise ValueError(
                 f"conv_kernel={self.conv_kernel} is below 2, the fewest taps that reach a previous token."
             )
-        _known(self.ssm_implementation)
+        _check_known(self.ssm_implementation)
         if self.prefill_chunk_size is not None:
-            _positive(self, "prefill_chunk_size")
+            _check_positive(self, "prefill_chunk_size")
         if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is no activation that Transformers knows; use 'silu'.")
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation of Transformers; use 'silu'.")
 
     def validate_layer_type(self):
         """Refuses layer types this network does not have. Raises ValueError."""
@@ -198,7 +198,7 @@ class MmMambaConfig(PreTrainedConfig):
     Args:
         text_config: `MmMambaTextConfig`, or its fields as a dict.
         vision_config: `MmMambaVisionConfig`, or its fields as a dict.
-        image_token_id: Id of `<IMG_CONTEXT>`; such positions are overwritten by picture rows.
+        image_token_id: Id of `<IMG_CONTEXT>`, whose embeddings are replaced by those of the pictures.
     """
 
     model_type = "mmmamba"
@@ -224,7 +224,7 @@ class MmMambaConfig(PreTrainedConfig):
 
     @ssm_implementation.setter
     def ssm_implementation(self, value: str):
-        _known(value)
+        _check_known(value)
         self.text_config.ssm_implementation = value
 
     def validate_architecture(self):

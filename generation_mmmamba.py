@@ -297,7 +297,7 @@ class MmMambaGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def _start(self, call: _Call) -> None:
-        """Reads a prompt but for its last piece; called by the first step, when Transformers has checked all arguments."""
+        """Reads a prompt but for its last piece; called by the loop's first step, when all arguments are checked."""
         call.started = True
         if call.cache is None or not call.prompt:
             return

@@ -1,7 +1,7 @@
-"""Dynamic tiling: a picture becomes a grid of square tiles that fits its shape, and a thumbnail of the whole.
+"""Dynamic tiling: a picture becomes a grid of square tiles near its aspect ratio, and a thumbnail of the whole.
 
-Two classes share the tiling: one computes with Pillow and numpy (pixels equal to upstream's), one with torchvision
-(faster; its bicubic filter differs from Pillow's by at most three of 255 levels).
+There are two backends: Pillow and numpy, whose pixels equal upstream's, and torchvision, which is faster and whose
+bicubic filter differs from Pillow's by at most three of 255 levels.
 """
 
 import os
@@ -33,19 +33,21 @@ def grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
         raise ValueError(
             f"min_patches={min_tiles} and max_patches={max_tiles} allow no grid; give 1 <= min_patches <= max_patches."
         )
-    # Ties keep the order of upstream's set of pairs, which follows from how Python hashes pairs of small integers.
-    pairs = {
+    # Upstream sorts a set, whose order decides among grids of as many tiles: it depends on how the set was filled.
+    candidates = {
         (columns, rows)
-        for most in range(min_tiles, max_tiles + 1)
-        for columns in range(1, most + 1)
-        for rows in range(1, most + 1)
+        for limit in range(min_tiles, max_tiles + 1)
+        for columns in range(1, limit + 1)
+        for rows in range(1, limit + 1)
         if min_tiles <= columns * rows <= max_tiles
     }
-    return tuple(sorted(pairs, key=lambda pair: pair[0] * pair[1]))
+    return tuple(sorted(candidates, key=lambda grid: grid[0] * grid[1]))
 
 
 def choose_grid(width: int, height: int, tile_size: int, min_tiles: int = 1, max_tiles: int = 12) -> tuple[int, int]:
-    """The (columns, rows) whose shape is nearest to the picture's; of equally near ones the larger if pixels fill it.
+    """The (columns, rows) whose aspect ratio is nearest to the picture's.
+
+    Of equally near grids the larger one is taken if the picture has more than half of its pixels.
 
     Args:
         width, height: Size of the picture in pixels.
@@ -61,22 +63,22 @@ def choose_grid(width: int, height: int, tile_size: int, min_tiles: int = 1, max
     return best
 
 
-def rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode as 8-bit RGB: the first frame, 16 bits scaled to 8, alpha dropped.
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB: its first frame, 16 bits scaled to 8, alpha dropped.
 
     Raises:
-        ValueError: if its file is damaged.
+        ValueError: if the file is damaged.
     """
     try:
         picture.load()
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
             levels = np.asarray(picture, dtype=np.float64)
-            # 32-bit integers and floats hold 16-bit or 8-bit levels, depending on who wrote them.
+            # 32-bit integers and floats may hold levels of 8 or 16 bits; their values show which.
             if picture.mode.startswith("I;16") or levels.max(initial=0) > 255:
                 levels = levels / 257
             picture = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # palette transparency is dropped on purpose
+            warnings.simplefilter("ignore")  # that palette transparency is dropped
             return picture.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         name = getattr(picture, "filename", "") or "a picture"
@@ -95,10 +97,10 @@ class MmMambaImageProcessorKwargs(ImagesKwargs, total=False):
     use_thumbnail: bool
 
 
-class _Tiling:
-    """What both image processors share.
+class _TilingMixin:
+    """Cuts pictures into tiles, resized, rescaled and normalised.
 
-    Calling one with pictures returns `pixel_values` (tiles, 3, size, size), the tiles of all pictures in order, and
+    Calling it with pictures returns `pixel_values` (tiles, 3, size, size), the tiles of all pictures in order, and
     `num_patches` (pictures,), how many tiles each picture has, thumbnail included.
     """
 
@@ -117,7 +119,7 @@ class _Tiling:
     use_thumbnail = True
 
     def fetch_images(self, image_url_or_urls):
-        """Opens paths and URLs. Raises ValueError for one that is missing or no picture."""
+        """Opens paths, URLs and base64. Raises ValueError for one that is missing or no picture."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
         if not isinstance(image_url_or_urls, (str, os.PathLike)):
@@ -125,7 +127,7 @@ class _Tiling:
         source = os.fspath(image_url_or_urls)
         try:
             if not os.path.isfile(source):
-                return load_image(source)  # a URL or base64
+                return load_image(source)
             return ImageOps.exif_transpose(Image.open(source))  # load_image would clip 16-bit levels at 255
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             shown = source if len(source) < 200 else source[:60] + "…"
@@ -134,7 +136,7 @@ class _Tiling:
 
     def process_image(self, image, **kwargs):
         if isinstance(image, Image.Image):
-            image = rgb(image)
+            image = to_rgb(image)
         return super().process_image(image, **kwargs)
 
     def _preprocess(
@@ -159,16 +161,17 @@ class _Tiling:
                 raise ValueError(f"size {size.height} x {size.width} is no square; tiles need equal height and width.")
             side = size.height
             columns, rows = choose_grid(image.shape[2], image.shape[1], side, min_patches, max_patches)
-            canvas = self.resize(image, SizeDict(height=rows * side, width=columns * side), resample=resample)
-            cut = [
-                canvas[:, row * side : (row + 1) * side, column * side : (column + 1) * side]
+            resized = self.resize(image, SizeDict(height=rows * side, width=columns * side), resample=resample)
+            picture_tiles = [
+                resized[:, row * side : (row + 1) * side, column * side : (column + 1) * side]
                 for row in range(rows)
                 for column in range(columns)
             ]
-            if use_thumbnail and len(cut) > 1:
-                cut.append(self.resize(image, SizeDict(height=side, width=side), resample=resample))
-            counts.append(len(cut))
-            tiles += [self._scaled(t, do_rescale, rescale_factor, do_normalize, image_mean, image_std) for t in cut]
+            if use_thumbnail and len(picture_tiles) > 1:
+                picture_tiles.append(self.resize(image, SizeDict(height=side, width=side), resample=resample))
+            counts.append(len(picture_tiles))
+            options = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+            tiles += [self._rescale_and_normalize(tile, *options) for tile in picture_tiles]
         return BatchFeature({"pixel_values": tiles, "num_patches": counts}, tensor_type=return_tensors)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
@@ -180,19 +183,19 @@ class _Tiling:
         return columns * rows + (options["use_thumbnail"] and columns * rows > 1)
 
 
-class MmMambaImageProcessorPil(_Tiling, PilBackend):
-    __doc__ = _Tiling.__doc__
+class MmMambaImageProcessorPil(_TilingMixin, PilBackend):
+    __doc__ = _TilingMixin.__doc__
 
-    def _scaled(self, tile, do_rescale, rescale_factor, do_normalize, mean, std):
+    def _rescale_and_normalize(self, tile, do_rescale, rescale_factor, do_normalize, mean, std):
         if do_rescale:
             tile = self.rescale(tile, rescale_factor)
         return self.normalize(tile, mean, std) if do_normalize else tile
 
 
-class MmMambaImageProcessor(_Tiling, TorchvisionBackend):
-    __doc__ = _Tiling.__doc__
+class MmMambaImageProcessor(_TilingMixin, TorchvisionBackend):
+    __doc__ = _TilingMixin.__doc__
 
-    def _scaled(self, tile, do_rescale, rescale_factor, do_normalize, mean, std):
+    def _rescale_and_normalize(self, tile, do_rescale, rescale_factor, do_normalize, mean, std):
         return self.rescale_and_normalize(tile, do_rescale, rescale_factor, do_normalize, mean, std)
 
 

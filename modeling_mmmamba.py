@@ -27,7 +27,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
-from .backends_mmmamba import backend
+from .backends_mmmamba import are_plain, backend
 from .cache_mmmamba import CACHE, MmMambaCache
 from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig
 from .conversation_mmmamba import ConversationMixin
@@ -160,8 +160,8 @@ class MmMambaAttention(nn.Module):
         attend = attention_function or ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
-        dropout = self.config.attention_dropout if self.training else 0.0
-        heads, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
+        kwargs |= {"scaling": self.scaling, "dropout": self.config.attention_dropout if self.training else 0.0}
+        heads, weights = attend(self, q, k, v, attention_mask, **kwargs)
         if attention_weights is not None:
             attention_weights.append(weights)
         return self.o_proj(heads.flatten(2))
@@ -196,12 +196,6 @@ class MmMambaGatedRMSNorm(nn.Module):
         return ops.gated_rmsnorm(y, gate, self.weight, self.eps)
 
 
-def _is_plain(module: nn.Module, kind: type, device: torch.device) -> bool:
-    """Whether a fused kernel may read a module's weights instead of calling it: nobody replaced, hooked or moved it."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is kind and not hooked and module.weight.device == device
-
-
 class MmMambaMixer(nn.Module):
     """The Mamba-2 mixer with grouped keys and values (arXiv 2502.13145, section 3 and eq. 2)."""
 
@@ -229,12 +223,8 @@ class MmMambaMixer(nn.Module):
             conv_state, state = cache.conv_state(self.layer_idx), cache.recurrent_state(self.layer_idx)
         ops = backend(projected.device, projected.dtype, self.config.ssm_implementation)
         one_step = state is not None and projected.shape[1] == 1 and sequences is None and not torch.is_grad_enabled()
-        if (
-            one_step
-            and ops.decode_step is not None
-            and _is_plain(self.conv1d, MmMambaConv, projected.device)
-            and (_is_plain(self.norm, MmMambaGatedRMSNorm, projected.device))
-        ):
+        modules = {self.conv1d: MmMambaConv, self.norm: MmMambaGatedRMSNorm}
+        if one_step and ops.decode_step is not None and are_plain(modules, projected.device):
             conv = (self.conv1d.weight.squeeze(1), self.conv1d.bias)
             scales = (self.A_log, self.dt_bias, self.norm.weight, self.norm.eps)
             return ops.decode_step(projected[:, 0], *conv, *scales, conv_state, state)[:, None]
@@ -520,10 +510,8 @@ class MmMambaModel(MmMambaPreTrainedModel):
             )
         if attention_mask is not None and "linear_attention" in self.config.text_config.layer_types:
             if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
-                raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}; give (batch, tokens read before + "
-                    f"{length}), 1 for valid tokens: Mamba-2 layers know no other masks."
-                )
+                shape = tuple(attention_mask.shape)
+                raise ValueError(f"attention_mask has shape {shape}; Mamba-2 layers need (batch, tokens so far).")
             masks["linear_attention"] = Sequences.from_mask(attention_mask[:, -length:])
         return masks
 

@@ -1,8 +1,8 @@
 """Pictures and text to model inputs, and the prompt of a conversation.
 
-`<image>` stands for a picture in a prompt; it becomes `<img>`, one `<IMG_CONTEXT>` per row that the picture's tiles
-give to the decoder, `</img>`. What a user types can never do that by accident or on purpose: control tokens and
-placeholders in messages are encoded as the plain text they are (see `as_text`).
+`<image>` is a picture's placeholder in a prompt. It becomes `<img>`, one `<IMG_CONTEXT>` for each decoder row of the
+picture's tiles, and `</img>`. Users cannot inject any of these: control tokens and placeholders that are typed in
+messages are encoded as plain text (see `as_text`).
 """
 
 import re
@@ -17,21 +17,21 @@ from .tokenization_mmmamba import PLAIN_TEXT_MARK, RESERVED_PIECE, MmMambaTokeni
 
 
 PLACEHOLDER = "<image>"
-MARK = "\x00"  # stands for what is said while a chat template is taken apart; no tokenizer meets it
-NOT_TEXT = {"role", "type", "image", "url", "path", "base64"}  # of a message, never part of what it says
+CONTENT_MARK = "\x00"  # marks a message's content in a rendered chat template; never encoded
+NON_TEXT_KEYS = {"role", "type", "image", "url", "path", "base64"}  # of messages and their parts
 
 
 def as_text(text: str, tokenizer: MmMambaTokenizer) -> str:
     """Marks `text` so that the tokenizer encodes control tokens and placeholders in it as plain text."""
-    control = sorted([*tokenizer.get_added_vocab(), PLACEHOLDER], key=len, reverse=True)
-    pattern = "|".join([*map(re.escape, control), RESERVED_PIECE.pattern])
+    tokens = sorted([*tokenizer.get_added_vocab(), PLACEHOLDER], key=len, reverse=True)
+    pattern = "|".join([*map(re.escape, tokens), RESERVED_PIECE.pattern])
     text = re.sub(pattern, lambda match: match[0][0] + PLAIN_TEXT_MARK + match[0][1:], text)
-    # Marks at both ends keep two texts from joining to a control token.
+    # Marks at both ends keep adjacent texts from forming a control token.
     return PLAIN_TEXT_MARK + text + PLAIN_TEXT_MARK if text else text
 
 
 def expand_placeholders(prompts: list[str], num_patches_list: list[int], tokens_per_tile: int) -> list[str]:
-    """Replaces each `<image>`, in order over the prompts, by its picture's image tokens.
+    """Replaces each `<image>`, in order over all prompts, by its picture's image tokens.
 
     Args:
         prompts: Rendered prompts.
@@ -41,11 +41,11 @@ def expand_placeholders(prompts: list[str], num_patches_list: list[int], tokens_
     Raises:
         ValueError: if placeholders and pictures differ in number.
     """
-    places = sum(prompt.count(PLACEHOLDER) for prompt in prompts)
-    if places != len(num_patches_list):
+    placeholders = sum(prompt.count(PLACEHOLDER) for prompt in prompts)
+    if placeholders != len(num_patches_list):
         raise ValueError(
-            f"The prompt has {places} {PLACEHOLDER} placeholders but there are {len(num_patches_list)} pictures; "
-            f"write one {PLACEHOLDER} per picture."
+            f"The prompt has {placeholders} {PLACEHOLDER} placeholders but there are {len(num_patches_list)} "
+            f"pictures; write one {PLACEHOLDER} per picture."
         )
     counts = iter(num_patches_list)
     return [
@@ -55,9 +55,9 @@ def expand_placeholders(prompts: list[str], num_patches_list: list[int], tokens_
 
 
 def answers_show_pictures(history: list[tuple[str, str]] | None, question: str, num_patches_list: list[int]) -> bool:
-    """Whether there are more pictures than the questions ask for: an answer's `<image>` is one then, else text."""
-    asked = sum(text.count(PLACEHOLDER) for text in [*(turn[0] for turn in history or []), question])
-    return asked != len(num_patches_list)
+    """Whether `<image>` in answers is a placeholder, too; it is text if the questions' placeholders suffice."""
+    questions = [*(earlier for earlier, _ in history or []), question]
+    return sum(text.count(PLACEHOLDER) for text in questions) != len(num_patches_list)
 
 
 def encode_conversation(
@@ -68,12 +68,12 @@ def encode_conversation(
     tokens_per_tile: int,
     system_message: str | None = None,
 ) -> list[int]:
-    """Ids of a conversation up to where the answer begins.
+    """Token ids of a conversation up to the start of the answer.
 
     Args:
-        tokenizer: Brings the chat template.
-        question: The last question; `<image>` stands for a picture here and in the history.
-        history: Earlier (question, answer) pairs; in answers `<image>` is text, unless pictures are left over for it.
+        tokenizer: Has the chat template.
+        question: The last question; `<image>` is a placeholder here and in the history's questions.
+        history: Earlier (question, answer) pairs; for `<image>` in answers see `answers_show_pictures`.
         num_patches_list: Tiles of each picture, in the order of the placeholders.
         tokens_per_tile: Decoder rows of a tile.
         system_message: Replaces the template's own.
@@ -81,15 +81,15 @@ def encode_conversation(
     Raises:
         ValueError: if the question is empty, or placeholders and pictures differ in number.
     """
-    all_say = answers_show_pictures(history, question, num_patches_list)
+    in_answers = answers_show_pictures(history, question, num_patches_list)
     messages = [] if system_message is None else [{"role": "system", "content": system_message}]
-    for asked, answered in [*(history or []), (question, None)]:
-        messages.append({"role": "user", "content": asked})
-        if answered is not None:
-            messages.append({"role": "assistant", "content": answered})
+    for earlier, answer in history or []:
+        messages += [{"role": "user", "content": earlier}, {"role": "assistant", "content": answer}]
+    messages.append({"role": "user", "content": question})
     for message in messages:
-        # Control tokens become text; placeholders keep their meaning, as in upstream's chat().
-        parts = message["content"].split(PLACEHOLDER) if all_say or message["role"] == "user" else [message["content"]]
+        # Control tokens become text; placeholders stay placeholders, as in upstream's chat().
+        content = message["content"]
+        parts = content.split(PLACEHOLDER) if in_answers or message["role"] == "user" else [content]
         message["content"] = PLACEHOLDER.join(as_text(part, tokenizer) for part in parts)
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     (prompt,) = expand_placeholders([prompt], num_patches_list, tokens_per_tile)
@@ -99,7 +99,7 @@ def encode_conversation(
 
 
 def check_tiles(num_patches_list: list[int], pixel_values: Tensor | None) -> None:
-    """Raises ValueError if the tiles of all pictures are not as many as there are."""
+    """Raises ValueError if `num_patches_list` does not add up to the tiles of `pixel_values`."""
     tiles = 0 if pixel_values is None else len(pixel_values)
     if sum(num_patches_list) != tiles:
         raise ValueError(
@@ -109,46 +109,46 @@ def check_tiles(num_patches_list: list[int], pixel_values: Tensor | None) -> Non
 
 
 def decode_answer(tokenizer, ids: list[int], ends: list[int]) -> str:
-    """The answer in generated ids, up to the first of `ends`."""
+    """The text of generated ids up to the first id that is in `ends`."""
     end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
 
 class TemplateError(ValueError):
-    """A chat template whose turns cannot be rendered one by one."""
+    """The chat template cannot be rendered turn by turn."""
 
 
 def template_parts(tokenizer: MmMambaTokenizer, system_message: str | None = None) -> dict[str, str]:
-    """What a chat template writes around what is said, so that a conversation can be rendered as it grows.
+    """The text that a chat template puts around messages, so that a conversation can be rendered turn by turn.
 
     Args:
-        tokenizer: Brings the chat template.
+        tokenizer: Has the chat template.
         system_message: Replaces the template's own.
 
     Returns:
-        "start" (before the first question), "turn" (before a later one), "end of turn", "prompt" (before an answer
-        that is to come), "answer" (before a known one), "end of answer"; and "empty start", "empty turn" and "empty
-        answer" for turns in which nothing is said.
+        "start" (before the first question), "turn" (before a later one), "end of turn", "prompt" (before an answer to
+        be generated), "answer" (before a given one), "end of answer"; and "empty start", "empty turn" and "empty
+        answer" for empty messages.
 
     Raises:
-        TemplateError: if the template renders a turn otherwise the more turns there are.
+        TemplateError: if the template renders a turn differently when more turns follow or precede it.
     """
 
-    def render(*said: str, prompt: bool = False) -> str:
-        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    def render(*contents: str, prompt: bool = False) -> str:
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
         if system_message is not None:
             messages.insert(0, {"role": "system", "content": as_text(system_message, tokenizer)})
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
     try:
-        start, _ = render(MARK).split(MARK)
-        before, end_of_answer = render("a", MARK).split(MARK)
-        turn, end_of_turn = render("a", "b", MARK).removeprefix(render("a", "b")).split(MARK)
+        start, _ = render(CONTENT_MARK).split(CONTENT_MARK)
+        before, end_of_answer = render("a", CONTENT_MARK).split(CONTENT_MARK)
+        turn, end_of_turn = render("a", "b", CONTENT_MARK).removeprefix(render("a", "b")).split(CONTENT_MARK)
         parts = {
             "start": start,
             "turn": turn,
             "end of turn": end_of_turn,
-            "prompt": render(MARK, prompt=True).removeprefix(start + MARK + end_of_turn),
+            "prompt": render(CONTENT_MARK, prompt=True).removeprefix(start + CONTENT_MARK + end_of_turn),
             "answer": before.removeprefix(start + "a" + end_of_turn),
             "end of answer": end_of_answer,
             "empty start": render(""),
@@ -157,13 +157,13 @@ def template_parts(tokenizer: MmMambaTokenizer, system_message: str | None = Non
         }
     except (ValueError, jinja2.TemplateError) as error:  # such as one that writes what is said twice
         raise TemplateError(f"The tokenizer's chat template cannot be rendered turn by turn ({error}).") from None
-    by_parts = start + "a" + end_of_turn + parts["answer"] + "b" + end_of_answer
-    by_parts += turn + "c" + end_of_turn + parts["answer"] + "d" + end_of_answer
-    by_parts += turn + "e" + end_of_turn + parts["prompt"]
-    if by_parts != render("a", "b", "c", "d", "e", prompt=True):
+    joined = start + "a" + end_of_turn + parts["answer"] + "b" + end_of_answer
+    joined += turn + "c" + end_of_turn + parts["answer"] + "d" + end_of_answer
+    joined += turn + "e" + end_of_turn + parts["prompt"]
+    if joined != render("a", "b", "c", "d", "e", prompt=True):
         raise TemplateError(
-            "The tokenizer's chat template renders a turn otherwise the more turns there are, so nothing that was "
-            "read can be kept; use chat() with its history."
+            "The tokenizer's chat template renders a turn otherwise when other turns surround it, so a state "
+            "cannot continue the conversation; use chat() with its history."
         )
     return parts
 
@@ -174,7 +174,7 @@ class MmMambaProcessorKwargs(ProcessingKwargs, total=False):
 
 
 class MmMambaProcessor(ProcessorMixin):
-    """Image processor and tokenizer in one.
+    """Combines an image processor and a tokenizer.
 
     Args:
         image_processor: Cuts pictures into tiles.
@@ -200,8 +200,8 @@ class MmMambaProcessor(ProcessorMixin):
         """Model inputs from prompts and pictures.
 
         Args:
-            images: One picture or a list of them (PIL, array, path or URL), nested per prompt if you like.
-            text: One prompt or a list of them, with one `<image>` per picture. Control tokens in it count.
+            images: One picture or a list of them (PIL, array, path or URL), or a list of pictures per prompt.
+            text: One prompt or a list of them, with one `<image>` per picture. Its control tokens stay control tokens.
 
         Returns:
             `input_ids` and `attention_mask` (batch, length), and `pixel_values` (tiles, 3, size, size) if there are
@@ -245,21 +245,21 @@ class MmMambaProcessor(ProcessorMixin):
         if not conversation:
             raise ValueError("The conversation has no messages; give at least one.")
         if sanitize_control_tokens and kwargs.get("tokenize"):
-            conversation = self._marked(conversation)
+            conversation = self._mark_texts(conversation)
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
-    def _marked(self, messages):
-        """A copy of (lists of) messages whose texts are marked by `as_text`; pictures are shared, not copied."""
+    def _mark_texts(self, messages):
+        """A copy of (lists of) messages with `as_text` applied to all texts; pictures are shared, not copied."""
         if isinstance(messages, str):
             return as_text(messages, self.tokenizer)
         if isinstance(messages, (list, tuple)):
-            return [self._marked(message) for message in messages]
+            return [self._mark_texts(message) for message in messages]
         if isinstance(messages, dict):
-            return {key: value if key in NOT_TEXT else self._marked(value) for key, value in messages.items()}
+            return {key: value if key in NON_TEXT_KEYS else self._mark_texts(value) for key, value in messages.items()}
         return messages
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """Tokens and tiles of pictures with these (height, width) in pixels, for servers that plan ahead."""
+        """Number of tokens and tiles of pictures of these sizes, (height, width) in pixels, as vLLM asks for them."""
         if image_sizes is None:
             return MultiModalData()
         tiles = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes]
@@ -269,7 +269,7 @@ class MmMambaProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the model takes of the processor's output."""
+        """Names of the model inputs that calling the processor returns."""
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
 

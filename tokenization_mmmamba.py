@@ -1,7 +1,7 @@
-"""The SentencePiece tokenizer of InternLM2, with the tokens that mark turns and pictures.
+"""The SentencePiece tokenizer of InternLM2, with special tokens for turns and pictures.
 
-Special tokens are split off first; every piece of text between them is encoded on its own and so gets SentencePiece's
-dummy prefix again. Checked against upstream's tokenizer on the fixture `tokenizer`.
+Special tokens are split off first; each text between them is encoded by itself, so SentencePiece puts its dummy prefix
+before it. Checked against upstream's tokenizer on the fixture `tokenizer`.
 """
 
 import re
@@ -15,12 +15,12 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 CONTROL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|action_start|>", "<|action_end|>", "<|interpreter|>", "<|plugin|>"]
 PICTURE_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
 
-# A character that Unicode reserves for inside use: put into a control token, it keeps the token from being recognised,
-# and it is dropped before text is encoded.
+# A Unicode noncharacter. Inside a control token it keeps the token from being recognised; it is removed before text is
+# encoded.
 PLAIN_TEXT_MARK = "\ufdd0"
 
-# InternLM2's SentencePiece model has these as whole pieces, some with ids of control tokens. A mark inside asks for
-# the text instead.
+# InternLM2's SentencePiece model has these as pieces, some with the ids of control tokens. With a mark inside, they
+# are spelled out in characters instead.
 RESERVED_PIECE = re.compile(r"\[UNUSED_TOKEN_\d+\]")
 
 
@@ -29,11 +29,11 @@ class MmMambaTokenizer(SentencePieceBackend):
 
     Args:
         vocab_file: Path of a SentencePiece BPE model, `tokenizer.model`.
-        unk_token, bos_token, eos_token, pad_token: Pieces of that model.
+        unk_token, bos_token, eos_token, pad_token: Pieces of the model.
         add_bos_token: Whether a text starts with `bos_token`.
         add_eos_token: Whether a text ends with `eos_token`.
-        extra_special_tokens: Tokens after those of the model, in the order of their ids; those of turns and pictures
-            if not given.
+        extra_special_tokens: Tokens appended to the model's vocabulary, in this order; `CONTROL_TOKENS` and
+            `PICTURE_TOKENS` if not given.
 
     Raises:
         ValueError: if `vocab_file` is missing or damaged.
@@ -58,7 +58,7 @@ class MmMambaTokenizer(SentencePieceBackend):
             raise ValueError(f"vocab_file={vocab_file!r} is no file; put the SentencePiece `tokenizer.model` there.")
         if extra_special_tokens is None:
             extra_special_tokens = CONTROL_TOKENS + PICTURE_TOKENS
-        kwargs.setdefault("clean_up_tokenization_spaces", True)  # as upstream's decode does: "one ." becomes "one."
+        kwargs.setdefault("clean_up_tokenization_spaces", True)  # as upstream: decodes "one ." to "one."
         try:
             super().__init__(
                 vocab_file=vocab_file,
@@ -80,26 +80,28 @@ class MmMambaTokenizer(SentencePieceBackend):
         pieces = super()._tokenize(unmarked, **kwargs)
         if unmarked == text:
             return pieces
-        *starts, _ = accumulate(len(part) for part in text.split(PLAIN_TEXT_MARK))  # where marks were
-        names = [match for match in RESERVED_PIECE.finditer(unmarked) if self._has_piece(match[0])]
-        as_text = iter([any(name.start() < start < name.end() for start in starts) for name in names])
-        spelled = []
+        *marks, _ = accumulate(len(part) for part in text.split(PLAIN_TEXT_MARK))  # their offsets in `unmarked`
+        reserved = [match for match in RESERVED_PIECE.finditer(unmarked) if self._has_piece(match[0])]
+        is_marked = iter([any(match.start() < mark < match.end() for mark in marks) for match in reserved])
+        tokens = []
         for piece in pieces:
-            is_text = RESERVED_PIECE.fullmatch(piece) and next(as_text)
-            spelled += [part for letter in piece for part in self._letter(letter)] if is_text else [piece]
-        return spelled
+            if RESERVED_PIECE.fullmatch(piece) and next(is_marked):
+                tokens += [token for character in piece for token in self._spell(character)]
+            else:
+                tokens.append(piece)
+        return tokens
 
     @cached_property
     def splits_at_spaces(self) -> bool:
-        """Whether text before a space and the space with what follows are encoded apart: no piece has both."""
+        """Whether a text can be cut before any space and its parts encoded apart: no piece has a space inside."""
         pieces = map(self.sp_model.id_to_piece, range(self.sp_model.get_piece_size()))
         return not any("▁" in piece.lstrip("▁") for piece in pieces)
 
     def _has_piece(self, piece: str) -> bool:
         return self.sp_model.piece_to_id(piece) != self.sp_model.unk_id()
 
-    def _letter(self, letter: str) -> list[str]:
-        return [letter] if self._has_piece(letter) else [f"<0x{byte:02X}>" for byte in letter.encode()]
+    def _spell(self, character: str) -> list[str]:
+        return [character] if self._has_piece(character) else [f"<0x{byte:02X}>" for byte in character.encode()]
 
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None):
         """Adds beginning and end tokens as `add_bos_token` and `add_eos_token` say."""
@@ -111,7 +113,7 @@ class MmMambaTokenizer(SentencePieceBackend):
         return self.sp_model.decode(tokens)
 
     def save_chat_templates(self, save_directory, tokenizer_config: dict, *args, **kwargs):
-        """As in Transformers; also keeps the two options that it leaves out of tokenizer_config.json."""
+        """As in Transformers; also adds the two options that it leaves out of tokenizer_config.json."""
         tokenizer_config |= {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
         return super().save_chat_templates(save_directory, tokenizer_config, *args, **kwargs)
 

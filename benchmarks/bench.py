@@ -1,4 +1,4 @@
-"""`mmmamba bench`: speed and memory, every peer in the same run; prints a table, keeps JSON and a plot on request."""
+"""`mmmamba bench`: speed and memory beside peers in the same run, as a table and, if asked for, JSON and a plot."""
 
 import argparse
 from functools import partial
@@ -8,32 +8,32 @@ from pathlib import Path
 from mmmamba.cli import arguments
 
 
-NAMES = {
+BENCHMARKS = {
     "scan": "the scan: our backends, Transformers' PyTorch path, mamba_ssm",
     "decode": "one more token at growing context: linear, hybrid, teacher and peers of the same size",
     "prefill": "reading a prompt: the same models",
-    "memory": "the most memory that reading a prompt takes: the same models",
-    "distillation": "memory and time of the distillation stages, against straightforward implementations",
+    "memory": "peak memory of reading a prompt: the same models",
+    "distillation": "memory and time of the distillation stages, beside naive implementations",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `mmmamba bench`, and of a benchmark, whose import is slow, only if it is named."""
+    """Declares the arguments of `mmmamba bench`; those of a benchmark, whose import is slow, only if it is named."""
     benchmarks = parser.add_subparsers(dest="bench", required=True, metavar="NAME")
-    for name, summary in NAMES.items():
-        benchmarks.add_parser(name, help=summary, declare=partial(_add_arguments_of, name))
+    for name, summary in BENCHMARKS.items():
+        benchmarks.add_parser(name, help=summary, declare=partial(_add_benchmark_arguments, name))
 
 
-def _add_arguments_of(name: str, parser: argparse.ArgumentParser) -> None:
+def _add_benchmark_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     arguments.device(parser)
-    parser.add_argument("--threads", type=int, help="processor threads (default: torch's choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--rounds", type=int, default=7, help="times that each candidate is timed")
-    parser.add_argument("--results", type=Path, help="folder for JSON and plot (default: none is kept)")
+    parser.add_argument("--results", type=Path, help="folder for JSON and plot (default: neither is written)")
     import_module(f"mmmamba.benchmarks.{name}").add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `mmmamba bench`. Raises ValueError for a device that is not there."""
+    """Runs `mmmamba bench`. Raises ValueError for a device that is not available."""
     import torch
 
     from mmmamba.cli.env import usable_device

@@ -3,67 +3,63 @@
 mmmamba bench decode --lengths 1024 4096 16384 65536
 mmmamba bench decode --device cuda --size released --dtype bf16 --lengths 1024 103000 --batch 1
 
-Our models run eagerly with a cache that grows, as upstream's users run theirs, and on CUDA also recorded with a fixed
-cache. Bytes are counted exactly; the share is of the read bandwidth measured on the same machine in the same run.
+Our models run eagerly with a cache that grows, as upstream's users run theirs, and on CUDA also as a recorded CUDA
+graph with a cache of fixed length. Bytes moved are counted exactly; the share is of the read bandwidth measured on the
+same machine in the same run.
 """
 
 import argparse
 
 import torch
 
-from .models import DTYPES, OURS, decode_work, make, read, stepper
-from .models import add_arguments as add_models
-from .plot import lines
-from .timing import ceilings, in_turns, table, write
+from .models import DTYPES, OURS, cache_of_length, decode_bytes, decode_step, make_model
+from .models import add_arguments as add_model_arguments
+from .plot import line_plot
+from .timing import format_table, roofline_ceilings, time_in_turns, write_result
 
 
 COLUMNS = ["context", "model", "way", "ms", "least ms", "most ms", "tokens/s", "GB/s", "share", "roofline ms"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_models(parser)
+    add_model_arguments(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--together", action="store_true", help="time all lengths in turns, to compare them")
     parser.add_argument("--steps", type=int, default=8, help="tokens in one timing")
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
-    limits = ceilings(device, DTYPES[args.dtype])
-    models = {name: make(name, args, device) for name in args.models}
+    ceilings = roofline_ceilings(device, DTYPES[args.dtype])
+    models = {name: make_model(name, args, device) for name in args.models}
     rows, settings = [], {name: getattr(args, name) for name in ("size", "layers", "dtype", "batch", "steps")}
     for lengths in [args.lengths] if args.together else [[length] for length in args.lengths]:
-        runs, work = {}, {}
+        candidates, bytes_moved = {}, {}
         for length in lengths:
             for name, model in models.items():
                 for way in ["eager", "recorded"] if device.type == "cuda" and name in OURS else ["eager"]:
                     try:
-                        cache = read(model, length, args.batch)
-                        work[length, name, way] = decode_work(model, cache, args.batch)
-                        step = stepper(model, cache, args.batch, way == "recorded", (args.rounds + 1) * args.steps)
-                        runs[length, name, way] = several(step, args.steps)
+                        cache = cache_of_length(model, length, args.batch)
+                        bytes_moved[length, name, way] = decode_bytes(model, cache, args.batch)
+                        max_steps = (args.rounds + 1) * args.steps  # with those of the warm-up
+                        step = decode_step(model, cache, args.batch, way == "recorded", max_steps)
+                        candidates[length, name, way] = lambda step=step: [step() for _ in range(args.steps)]
                     except torch.OutOfMemoryError:
                         rows.append({"context": length, "model": name, "way": f"{way}: out of memory"})
-        for (length, name, way), found in in_turns(runs, device, args.rounds).items():
-            seconds, bytes_ = found["median"] / args.steps, work[length, name, way].bytes
+        for (length, name, way), timing in time_in_turns(candidates, device, args.rounds).items():
+            seconds, least, most = (value / args.steps for value in timing)
+            bandwidth = bytes_moved[length, name, way] / seconds
             rows.append(
                 {
-                    "context": length, "model": name, "way": way, "ms": 1e3 * seconds,
-                    "least ms": 1e3 * found["least"] / args.steps, "most ms": 1e3 * found["most"] / args.steps,
-                    "tokens/s": args.batch / seconds, "GB/s": bytes_ / seconds / 1e9,
-                    "share": bytes_ / seconds / limits["bytes_per_second"],
-                    "roofline ms": 1e3 * bytes_ / limits["bytes_per_second"],
+                    "context": length, "model": name, "way": way,
+                    "ms": 1e3 * seconds, "least ms": 1e3 * least, "most ms": 1e3 * most,
+                    "tokens/s": args.batch / seconds, "GB/s": bandwidth / 1e9,
+                    "share": bandwidth / ceilings["bytes_per_second"],
+                    "roofline ms": 1e3 * bytes_moved[length, name, way] / ceilings["bytes_per_second"],
                 }
             )  # fmt: skip
-        file = write("decode", device, {"settings": settings, "ceilings": limits, "rows": rows}, args.results)
-    print(f"read bandwidth {limits['bytes_per_second'] / 1e9:.1f} GB/s, {args.dtype}, batch {args.batch}\n")
-    print(table(rows, COLUMNS))
+        result = {"settings": settings, "ceilings": ceilings, "rows": rows}
+        file = write_result("decode", device, result, args.results)
+    print(f"read bandwidth {ceilings['bytes_per_second'] / 1e9:.1f} GB/s, {args.dtype}, batch {args.batch}\n")
+    print(format_table(rows, COLUMNS))
     if file is not None:
-        lines(file.with_suffix(".png"), rows, "context", "ms", "context (tokens)", "ms per token", "roofline ms")
-
-
-def several(step, steps: int):
-    def run():
-        for _ in range(steps):
-            step()
-
-    return run
+        line_plot(file.with_suffix(".png"), rows, "context", "ms", "context (tokens)", "ms per token", "roofline ms")

@@ -1,14 +1,14 @@
-"""Peak memory and time of the three distillation stages, against straightforward implementations of the same losses.
+"""Peak memory and time of the three distillation stages, beside naive implementations of the same losses.
 
 mmmamba bench distillation                          # 32 layers
 mmmamba bench distillation --layers 8 --length 512   # smaller
 
-`straight` is what one writes first: the teacher in full, whose attention inputs and heads are kept; the student in
-full with autograd over all its layers, each mixer reading the teacher's input; one backward pass. `mixers` is more
-careful: it runs nothing of the student but the mixers, and still one backward pass over all of them. In stage 3,
-`straight` holds both models' logits of all positions. The losses are checked to be equal. Every measurement is a
-process of its own, and the implementations take turns. Gradients and the optimiser's state, the same for all, are
-there before.
+`naive` is what one writes first. In stages 1 and 2 it runs the teacher in full and keeps its attention inputs and
+heads, runs the student in full with autograd over all its layers, each mixer reading the teacher's input, and does one
+backward pass; in stage 3 it holds both models' logits of all positions. `mixers` (stages 1 and 2) runs nothing of the
+student but the mixers, still with one backward pass over all of them. The losses are checked to be equal. Every
+measurement runs in a process of its own, and the implementations take turns. Gradients and optimiser state, the same
+for all, exist before measuring starts.
 """
 
 import argparse
@@ -27,11 +27,12 @@ from mmmamba.conversion.distillation.layerwise import LOSS_SCALE, LayerwiseDisti
 from mmmamba.conversion.seeding import seed_state_dict
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
-from .memory import in_a_process, most, now
-from .timing import table, write
+from .memory import bench_in_subprocess, peak_memory, reset_peak_memory
+from .timing import format_table, write_result
 
 
-WAYS = {1: ("ours", "straight", "mixers"), 2: ("ours", "straight", "mixers"), 3: ("ours", "straight")}
+IMPLEMENTATIONS = {1: ("ours", "naive", "mixers"), 2: ("ours", "naive", "mixers"), 3: ("ours", "naive")}  # by stage
+COLUMNS = ["stage", "way", "MiB", "seconds", "times ours' MiB", "times ours' seconds"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,46 +42,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens of the one conversation in a step")
     parser.add_argument("--steps", type=int, default=3, help="steps that each process times")
     parser.set_defaults(rounds=3)
-    parser.add_argument("--one", nargs=2, metavar=("STAGE", "WAY"), help=argparse.SUPPRESS)
+    # Set for the subprocesses.
+    parser.add_argument("--measure-here", nargs=2, metavar=("STAGE", "IMPLEMENTATION"), help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
-    if args.one:
-        print(json.dumps(measure(args, int(args.one[0]), args.one[1], device)))
+    if args.measure_here:
+        stage, implementation = args.measure_here
+        print(json.dumps(measure(args, int(stage), implementation, device)))
         return
     settings = {name: getattr(args, name) for name in ("layers", "hidden", "vocabulary", "length", "steps")}
     command = ["distillation", f"--device={args.device}", f"--threads={torch.get_num_threads()}"]
     command += [f"--{name}={value}" for name, value in settings.items()]
     rows = []
-    for stage, ways in WAYS.items():
-        found = {way: [] for way in ways}
+    for stage, implementations in IMPLEMENTATIONS.items():
+        results = {name: [] for name in implementations}
         for turn in range(args.rounds):
-            for way in (ways, ways[::-1])[turn % 2]:
-                found[way].append(in_a_process([*command, "--one", str(stage), way]))
-        losses = [results[0]["loss"] for results in found.values()]
+            for name in implementations if turn % 2 == 0 else reversed(implementations):
+                results[name].append(bench_in_subprocess([*command, "--measure-here", str(stage), name]))
+        losses = [runs[0]["loss"] for runs in results.values()]
         if max(losses) - min(losses) > 1e-3 * abs(losses[0]):
             raise RuntimeError(f"stage {stage}: the losses {losses} differ, so these are not the same computation.")
-        memory = {way: statistics.median(one["MiB"] for one in results) for way, results in found.items()}
+        memory = {name: statistics.median(run["MiB"] for run in runs) for name, runs in results.items()}
         seconds = {
-            way: statistics.median(s for one in results for s in one["seconds"]) for way, results in found.items()
+            name: statistics.median(s for run in runs for s in run["seconds"]) for name, runs in results.items()
         }
         rows += [
             {
-                "stage": stage, "way": way, "MiB": memory[way], "seconds": seconds[way],
-                "times ours' MiB": memory[way] / memory["ours"], "times ours' seconds": seconds[way] / seconds["ours"],
-                "all": found[way],
+                "stage": stage, "way": name, "MiB": memory[name], "seconds": seconds[name],
+                "times ours' MiB": memory[name] / memory["ours"],
+                "times ours' seconds": seconds[name] / seconds["ours"], "all": results[name],
             }
-            for way in ways
+            for name in implementations
         ]  # fmt: skip
-    print("peak memory above models, gradients and optimiser; time of forward and backward; medians")
-    print(table(rows, ["stage", "way", "MiB", "seconds", "times ours' MiB", "times ours' seconds"]))
-    write("distillation-cost", device, {"settings": settings, "rows": rows}, args.results)
+    print("peak memory above models, gradients and optimiser state; time of forward and backward; medians")
+    print(format_table(rows, COLUMNS))
+    write_result("distillation-cost", device, {"settings": settings, "rows": rows}, args.results)
 
 
-def measure(args: argparse.Namespace, stage: int, way: str, device: torch.device) -> dict:
-    """One way through one stage: loss, seconds of each step, MiB."""
-    teacher, student = models(args, device)
-    loss_of, trained = prepared(teacher, student, stage, way)
+def measure(args: argparse.Namespace, stage: int, implementation: str, device: torch.device) -> dict:
+    """Loss, seconds of each step, and peak memory in MiB."""
+    teacher, student = make_models(args, device)
+    loss_function, trained = make_loss(teacher, student, stage, implementation)
     generator = torch.Generator().manual_seed(1)
     batch = {"input_ids": torch.randint(4, args.vocabulary, (1, args.length), generator=generator).to(device)}
     optimizer = torch.optim.AdamW(trained, lr=0.0)
@@ -88,19 +91,19 @@ def measure(args: argparse.Namespace, stage: int, way: str, device: torch.device
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     seconds = []
-    before = now(device, reset=True)
+    before = reset_peak_memory(device)
     for _ in range(args.steps + 1):
         start = time.perf_counter()
-        loss = loss_of(batch)
+        loss = loss_function(batch)
         loss.backward()
         value = loss.item()  # waits for the device
         seconds.append(time.perf_counter() - start)
         del loss
         optimizer.zero_grad(set_to_none=False)
-    return {"loss": value, "seconds": seconds[1:], "MiB": (most(device) - before) / 2**20}
+    return {"loss": value, "seconds": seconds[1:], "MiB": (peak_memory(device) - before) / 2**20}
 
 
-def models(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module]:
+def make_models(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module]:
     """A teacher with random weights, and a linear student seeded from it."""
     torch.manual_seed(0)
     text = {
@@ -116,44 +119,45 @@ def models(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, n
     return teacher.to(device), student.to(device).requires_grad_(False)
 
 
-def prepared(
-    teacher, student, stage: int, way: str
-) -> tuple[Callable[[dict[str, Tensor]], Tensor], list[nn.Parameter]]:
+Loss = Callable[[dict[str, Tensor]], Tensor]
+
+
+def make_loss(teacher, student, stage: int, implementation: str) -> tuple[Loss, list[nn.Parameter]]:
     """A function from a batch to the stage's loss, and the parameters that it trains."""
+    distiller = EndToEndDistiller(teacher, student) if stage == 3 else LayerwiseDistiller(teacher, student, stage)
+    trained = [p for p in distiller.parameters() if p.requires_grad]
+    if implementation == "ours":
+        return lambda batch: distiller(**batch), trained
     if stage == 3:
-        distiller = EndToEndDistiller(teacher, student)
-        loss = (
-            (lambda batch: distiller(**batch))
-            if way == "ours"
-            else (lambda batch: full_logits(teacher, student, batch))
-        )
-    else:
-        distiller = LayerwiseDistiller(teacher, student, stage)
-        loss = (lambda batch: distiller(**batch)) if way == "ours" else all_layers(teacher, student, way == "mixers")
-    return loss, [p for p in distiller.parameters() if p.requires_grad]
+        return naive_end_to_end_loss(teacher, student), trained
+    return naive_layerwise_loss(teacher, student, mixers_only=implementation == "mixers"), trained
 
 
-def full_logits(teacher, student, batch: dict[str, Tensor]) -> Tensor:
+def naive_end_to_end_loss(teacher, student) -> Loss:
     """Stage 3 with both models' logits of all positions."""
-    with torch.no_grad():
-        truth = teacher(**batch, use_cache=False).logits.float()
-    logits = student(**batch, use_cache=False).logits.float()
-    kl = F.kl_div(logits.log_softmax(-1), truth.log_softmax(-1), reduction="sum", log_target=True)
-    return kl / batch["input_ids"].numel()
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            teacher_logits = teacher(**batch, use_cache=False).logits.float()
+        logits = student(**batch, use_cache=False).logits.float()
+        kl = F.kl_div(logits.log_softmax(-1), teacher_logits.log_softmax(-1), reduction="sum", log_target=True)
+        return kl / batch["input_ids"].numel()
+
+    return loss
 
 
-def all_layers(teacher, student, mixers_alone: bool) -> Callable[[dict[str, Tensor]], Tensor]:
+def naive_layerwise_loss(teacher, student, mixers_only: bool) -> Loss:
     """Stages 1 and 2 with one backward pass over all layers."""
-    inputs, targets, heads = {}, {}, {}
+    inputs, teacher_heads, student_heads = {}, {}, {}  # by layer
     mixers = mamba_mixers(student)
 
-    def keep(found: dict[int, Tensor], layer: int):
+    def store_input(tensors: dict[int, Tensor], layer: int):
         def hook(module, args, kwargs):
-            found[layer] = args[0] if args else kwargs["hidden_states"]
+            tensors[layer] = args[0] if args else kwargs["hidden_states"]
 
         return hook
 
-    def exchange(layer: int):
+    def replace_input(layer: int):
         def hook(module, args, kwargs):
             return ((inputs[layer], *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": inputs[layer]})
 
@@ -161,20 +165,20 @@ def all_layers(teacher, student, mixers_alone: bool) -> Callable[[dict[str, Tens
 
     for layer, mixer in mixers.items():
         attention = teacher.model.layers[layer].self_attn
-        attention.register_forward_pre_hook(keep(inputs, layer), with_kwargs=True)
-        attention.o_proj.register_forward_pre_hook(keep(targets, layer), with_kwargs=True)
-        if not mixers_alone:
-            mixer.register_forward_pre_hook(exchange(layer), with_kwargs=True)
-            mixer.out_proj.register_forward_pre_hook(keep(heads, layer), with_kwargs=True)
+        attention.register_forward_pre_hook(store_input(inputs, layer), with_kwargs=True)
+        attention.o_proj.register_forward_pre_hook(store_input(teacher_heads, layer), with_kwargs=True)
+        if not mixers_only:
+            mixer.register_forward_pre_hook(replace_input(layer), with_kwargs=True)
+            mixer.out_proj.register_forward_pre_hook(store_input(student_heads, layer), with_kwargs=True)
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
             teacher.model(**batch, use_cache=False)
-        if mixers_alone:
-            heads.update({layer: mixer.heads(inputs[layer]).flatten(2) for layer, mixer in mixers.items()})
+        if mixers_only:
+            student_heads.update({layer: mixer.heads(inputs[layer]).flatten(2) for layer, mixer in mixers.items()})
         else:
             student.model(**batch, use_cache=False)
-        errors = [(heads.pop(layer) - targets.pop(layer)).square().mean() for layer in mixers]
+        errors = [(student_heads.pop(layer) - teacher_heads.pop(layer)).square().mean() for layer in mixers]
         return LOSS_SCALE * torch.stack(errors).mean()
 
     return loss

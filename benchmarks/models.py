@@ -1,12 +1,12 @@
-"""The models that are measured: ours of three kinds, and Transformers' own of the same width, depth and heads.
+"""The models that are measured: our three kinds, and peers from Transformers of the same width, depth and heads.
 
-Random weights, small vocabulary by default: neither changes speed but for the output head, which all share. Bamba has
-attention where our hybrid has it; Falcon-H1 has attention and Mamba-2 in every layer; Llama is what our teacher is
-without pictures.
+Weights are random and the default vocabulary is small; all models have an output head of the same size. Bamba has
+attention in the same layers as our hybrid, Falcon-H1 attention and Mamba-2 in every layer; Llama has the architecture
+of our teacher's decoder.
 """
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,17 +28,17 @@ SIZES = {  # layers, hidden, MLP, heads, key/value heads, vocabulary
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=OURS + PEERS, default=[*OURS, *PEERS])
-    parser.add_argument("--size", choices=list(SIZES), default="small", help="small, or that of the released model")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="small, or the released model's")
     parser.add_argument("--layers", type=int, help="fewer layers than the size has")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--batch", type=int, default=1)
 
 
-def make(name: str, args: argparse.Namespace, device: torch.device):
-    """One of the models, with random weights."""
+def make_model(name: str, args: argparse.Namespace, device: torch.device):
+    """A model of `OURS` or `PEERS` with random weights."""
     layers, hidden, mlp, heads, kv_heads, vocabulary = SIZES[args.size]
     layers = args.layers or layers
-    attention = {"linear": [], "hybrid": range(0, layers, 4), "teacher": range(layers)}.get(name, range(0, layers, 4))
+    attention_layers = {"linear": [], "teacher": range(layers)}.get(name, range(0, layers, 4))
     common = {
         "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 2**21,
@@ -49,32 +49,33 @@ def make(name: str, args: argparse.Namespace, device: torch.device):
     }  # fmt: skip
     torch.manual_seed(0)
     if name in OURS:
-        kinds = ["full_attention" if layer in attention else "linear_attention" for layer in range(layers)]
-        text = common | {"num_embedding_layers": layers // 4, "layer_types": kinds}
+        types = ["full_attention" if i in attention_layers else "linear_attention" for i in range(layers)]
+        text = common | {"num_embedding_layers": layers // 4, "layer_types": types}
         config = MmMambaConfig(text_config=text, image_token_id=3)
-        build = MmMambaForConditionalGeneration
+        model_class = MmMambaForConditionalGeneration
     elif name == "llama":
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        config, build = LlamaConfig(**common), LlamaForCausalLM
+        config, model_class = LlamaConfig(**common), LlamaForCausalLM
     elif name == "bamba":
         from transformers import BambaConfig, BambaForCausalLM
 
-        config, build = BambaConfig(**common, **mamba, attn_layer_indices=list(attention)), BambaForCausalLM
+        config = BambaConfig(**common, **mamba, attn_layer_indices=list(attention_layers))
+        model_class = BambaForCausalLM
     else:
         from transformers import FalconH1Config, FalconH1ForCausalLM
 
-        config, build = FalconH1Config(**common, **mamba, mamba_d_ssm=hidden), FalconH1ForCausalLM
+        config, model_class = FalconH1Config(**common, **mamba, mamba_d_ssm=hidden), FalconH1ForCausalLM
     with torch.device(device):
-        model = build._from_config(config, dtype=DTYPES[args.dtype])
+        model = model_class._from_config(config, dtype=DTYPES[args.dtype])
     return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def read(model, length: int, batch: int = 1):
-    """A cache that has `length` tokens behind it, made without reading them: keys and values are random.
+def cache_of_length(model, length: int, batch: int = 1):
+    """A cache of `length` tokens, made without reading them: all keys and values but the first 16 are random.
 
-    What a cache holds changes nothing in how long a step takes.
+    How long a step takes does not depend on what the cache holds.
     """
     start = 16
     ids = torch.randint(4, model.config.get_text_config().vocab_size, (batch, start), device=model.device)
@@ -89,69 +90,72 @@ def read(model, length: int, batch: int = 1):
     return cache
 
 
-def stepper(model, cache, batch: int, recorded: bool, steps: int):
-    """A function that runs one decoding step after `cache`, `steps` times at most."""
+def decode_step(model, cache, batch: int = 1, recorded: bool = False, max_steps: int = 0) -> Callable[[], Tensor]:
+    """A function that runs the decoding step after `cache`, which grows with every call.
+
+    Args:
+        model: One of `make_model`.
+        cache: Continued in place.
+        batch: Rows of the cache.
+        recorded: Whether to replay a CUDA graph, with a cache of fixed length for `max_steps`.
+        max_steps: The most calls, if recorded.
+    """
     ids = torch.full((batch, 1), 5, device=model.device)
     if recorded:
         with torch.no_grad():
-            step = RecordedStep(model, cache, None, batch, int(cache.get_seq_length()) + steps)
+            step = RecordedStep(model, cache, None, batch, int(cache.get_seq_length()) + max_steps)
         return lambda: step(ids)
-    lengths = {"position": int(cache.get_seq_length())}
+    positions = torch.full((batch, 1), int(cache.get_seq_length()), device=model.device)
 
     @torch.no_grad()
-    def run():
-        positions = torch.full((batch, 1), lengths["position"], device=model.device)
-        lengths["position"] += 1
-        return model(ids, **{CACHE: cache}, use_cache=True, position_ids=positions).logits
+    def step():
+        logits = model(ids, **{CACHE: cache}, use_cache=True, position_ids=positions).logits
+        positions.add_(1)
+        return logits
 
-    return run
-
-
-@dataclass
-class Work:
-    """What has to be moved and computed, counted exactly."""
-
-    bytes: int
-    flops: int
+    return step
 
 
-def bytes_of_cache(cache) -> tuple[int, int]:
-    """Keys and values, which a step reads; states, which it reads and writes."""
-    grown = fixed = 0
+def cache_bytes(cache) -> tuple[int, int]:
+    """Bytes of keys and values, which grow with length, and of convolution and recurrent states, which do not."""
+    key_value = state = 0
     for layer in cache.layers:
         for name in ("keys", "values"):
             tensor = getattr(layer, name, None)
-            grown += tensor.nbytes if isinstance(tensor, Tensor) else 0
+            key_value += tensor.nbytes if isinstance(tensor, Tensor) else 0
         for name in ("conv_states", "recurrent_states"):
             states = getattr(layer, name, None) or {}
             tensors = states.values() if isinstance(states, dict) else states
-            fixed += sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-    return grown, fixed
+            state += sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+    return key_value, state
 
 
-def decode_work(model, cache, batch: int) -> Work:
-    """Of one step: every weight once but the embedding, of which each token takes a row; the cache; products."""
+def decode_bytes(model, cache, batch: int) -> int:
+    """Bytes that one step moves.
+
+    It reads the weights, of the embedding one row per token, and keys and values; it reads and writes the states.
+    """
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
     weights = sum(p.nbytes for p in model.parameters()) - (0 if tied else embedding.nbytes)
     weights -= sum(p.nbytes for name, p in model.named_parameters() if "vision" in name)
-    grown, fixed = bytes_of_cache(cache)
-    rows = batch * embedding.shape[1] * embedding.element_size()
-    products = weights // embedding.element_size()
-    return Work(weights + rows + grown + 2 * fixed, 2 * batch * products + 2 * grown // embedding.element_size())
+    embedding_rows = batch * embedding.shape[1] * embedding.element_size()
+    key_value, state = cache_bytes(cache)
+    return weights + embedding_rows + key_value + 2 * state
 
 
 def prefill_flops(model, length: int, batch: int) -> int:
-    """Of reading a prompt with logits for its last token: products with weights, attention (causal), the scan."""
+    """FLOPs of reading a prompt, logits of its last token included: weights, causal attention, the scan."""
     config = model.config.get_text_config()
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     vision = sum(p.numel() for name, p in model.named_parameters() if "vision" in name)
     weights = sum(p.numel() for p in model.parameters()) - embedding.numel() - head.numel() - vision
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    attends = sum(kind in ("full_attention", "attention", "hybrid") for kind in kinds)
-    scans = sum(kind in ("linear_attention", "mamba", "hybrid") for kind in kinds)
-    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    attention = attends * 2 * heads * size * length * length
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    attention_layers = sum(name in ("full_attention", "attention", "hybrid") for name in types)
+    mamba_layers = sum(name in ("linear_attention", "mamba", "hybrid") for name in types)
+    heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    attention = attention_layers * 2 * heads * head_dim * length * length
     chunk = 128
-    scan = scans * heads * length * (2 * chunk * size + 4 * size * size)  # inside chunks, halved as causal; states
+    in_chunks, states = 2 * chunk * head_dim, 4 * head_dim * head_dim  # per step and head; in chunks half, as causal
+    scan = mamba_layers * heads * length * (in_chunks + states)
     return batch * (2 * weights * length + attention + scan) + 2 * batch * head.numel()

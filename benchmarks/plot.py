@@ -1,45 +1,47 @@
-"""Plots: a line per model over length, the roofline dashed; or bars side by side."""
+"""Plots: a line per model over length, its roofline dashed; or bars side by side."""
 
 from pathlib import Path
 
 
-def lines(file: Path, rows: list[dict], x: str, y: str, x_label: str, y_label: str, limit: str | None = None) -> None:
-    """Draws `y` over `x` for every model (and way), and `limit` in the same colour, dashed."""
+def line_plot(
+    file: Path, rows: list[dict], x: str, y: str, x_label: str, y_label: str, dashed: str | None = None
+) -> None:
+    """Draws column `y` over column `x` for every model (and way of running it), and `dashed` in the same colour."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    named = [(f"{row['model']} {row.get('way', '')}".strip(), row) for row in rows if row.get(y) is not None]
-    for name in dict.fromkeys(name for name, _ in named):
-        points = [row for label, row in named if label == name]
+    labelled = [(f"{row['model']} {row.get('way', '')}".strip(), row) for row in rows if row.get(y) is not None]
+    for name in dict.fromkeys(label for label, _ in labelled):
+        points = [row for label, row in labelled if label == name]
         (line,) = axes.plot([row[x] for row in points], [row[y] for row in points], marker="o", label=name)
-        if limit is not None and all(row.get(limit) for row in points):
-            bounds = [row[limit] for row in points]
-            axes.plot([row[x] for row in points], bounds, linestyle="--", linewidth=1, color=line.get_color())
+        if dashed is not None and all(row.get(dashed) for row in points):
+            values = [row[dashed] for row in points]
+            axes.plot([row[x] for row in points], values, linestyle="--", linewidth=1, color=line.get_color())
     axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
-    if limit is not None:
-        axes.plot([], [], linestyle="--", color="grey", label=limit)
+    if dashed is not None:
+        axes.plot([], [], linestyle="--", color="grey", label=dashed)
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=120)
 
 
-def bars(file: Path, groups: dict[str, dict[str, tuple[float, float, float]]], label: str) -> None:
-    """Draws a panel per group: for each name a bar with its value, and a line from least to most."""
+def bar_plot(file: Path, panels: dict[str, dict[str, tuple[float, float, float]]], y_label: str) -> None:
+    """Draws panels of bars side by side: each bar is (value, least, most), its error bar from least to most."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.5 + 0.5 * sum(map(len, groups.values())), 4.5), layout="constrained")
-    widths = {"width_ratios": [len(ones) for ones in groups.values()]}
-    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True, gridspec_kw=widths)[0]
-    for axes, (group, ones) in zip(panels, groups.items(), strict=True):
-        values, errors = [], ([], [])
-        for value, least, most in ones.values():
-            values.append(value)
-            errors[0].append(value - least)
-            errors[1].append(most - value)
-        axes.bar(range(len(ones)), values, yerr=errors, capsize=4)
-        axes.set_xticks(range(len(ones)), list(ones), rotation=60, ha="right", fontsize=8)
-        axes.set_title(group, fontsize=9)
+    figure = Figure(figsize=(1.5 + 0.5 * sum(map(len, panels.values())), 4.5), layout="constrained")
+    widths = {"width_ratios": [len(bars) for bars in panels.values()]}
+    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True, gridspec_kw=widths)[0]
+    for axes, (title, bars) in zip(all_axes, panels.items(), strict=True):
+        values = [value for value, _, _ in bars.values()]
+        errors = [
+            [value - least for value, least, _ in bars.values()],
+            [most - value for value, _, most in bars.values()],
+        ]
+        axes.bar(range(len(bars)), values, yerr=errors, capsize=4)
+        axes.set_xticks(range(len(bars)), list(bars), rotation=60, ha="right", fontsize=8)
+        axes.set_title(title, fontsize=9)
         axes.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel(label)
+    all_axes[0].set_ylabel(y_label)
     figure.savefig(file, dpi=120)

@@ -1,11 +1,10 @@
-"""Recall under length: what was said of one of n names, for n = 4 … 256?
+"""Recall by length: a list gives n names a word each, n = 4 … 256, and one of them is asked for.
 
-    python benchmarks/recall.py run      # trains a teacher for it, distils students with 0, 2 and 3 attention layers
+    python benchmarks/recall.py run      # trains a teacher on it, distils students with 0, 2 and 3 attention layers
     python benchmarks/recall.py report   # scores them; writes JSON and a plot
 
-The teacher has the picture world's shape and learns recall alone; the students learn from it with the package's
-recipes on the same conversations, of 4 to 256 names. Scores are exact matches of generated answers to held-out
-questions.
+The teacher has the architecture of the picture world's and learns recall alone; students are distilled from it with
+the package's recipes on lists of 4 to 256 names. Scores are exact matches of generated answers to held-out questions.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from mmmamba.benchmarks.timing import processor as processor_name
+from mmmamba.benchmarks.timing import processor_name
 from mmmamba.conversion.distillation.data import pad
 from mmmamba.examples.shapes.folder import make_processor, save
 from mmmamba.examples.shapes.recall import RecallConversations, recall, single_token_names
@@ -35,17 +34,17 @@ ATTENTION = {"linear": 0, "hybrid-2": 2, "hybrid-3": 3}  # layers of six that th
 ITEMS = (4, 8, 16, 32, 64, 128, 256)  # names in a list
 BATCH_SIZE = 32  # the students' is half of it
 MICRO_BATCH_SIZE = 8
-TARGET_ACCURACY = 0.95  # of the answers' tokens, at which lists double
-MAX_STEPS, DECAY = 1000, 150  # steps at most per list length; steps in which the learning rate falls to zero
+TARGET_ACCURACY = 0.95  # on the answers' tokens; then the longest list doubles
+MAX_STEPS, DECAY = 1000, 150  # steps at most per longest list; steps of learning rate decay at the end
 SCHEDULES = {"stage_1": 50, "stage_2": 100, "stage_3": 500}  # the students' steps
 
 
 def train_teacher() -> None:
-    """Trains a model of the picture world's shape, all attention, from nothing on recall alone.
+    """Trains an all-attention model from scratch on recall alone.
 
-    A model that cannot look things up finds no beginning in long lists of many names: they start with eight of ten
-    names, and double when answers come right. It finds the lookup sooner when queries begin as keys, so that like
-    attends to like, and with Muon (torch 2.9).
+    A curriculum, since long lists of many names give a model that cannot look up yet no signal: lists of at most eight
+    names of ten, doubled whenever answers come right. Lookup is learned sooner with query weights initialised to the
+    key weights, so that a token attends to its like, and with Muon (torch 2.9).
     """
     folder = FOLDER / "teacher"
     if folder.is_dir():
@@ -67,16 +66,16 @@ def train_teacher() -> None:
         torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.05): 2e-3,
     }
 
-    def train_step(rows: RecallConversations, number: int, lr_scale: float) -> float:
-        """One step on batch `number` at scaled learning rates; returns the accuracy on the answers' tokens."""
+    def train_step(rows: RecallConversations, index: int, lr_scale: float) -> float:
+        """One step on batch `index` at scaled learning rates; returns the accuracy on the answers' tokens."""
         accuracies = []
-        for part in range(number * BATCH_SIZE, (number + 1) * BATCH_SIZE, MICRO_BATCH_SIZE):
-            batch = pad([rows[i] for i in range(part, part + MICRO_BATCH_SIZE)], tokenizer.pad_token_id)
+        for start in range(index * BATCH_SIZE, (index + 1) * BATCH_SIZE, MICRO_BATCH_SIZE):
+            batch = pad([rows[i] for i in range(start, start + MICRO_BATCH_SIZE)], tokenizer.pad_token_id)
             with torch.autocast("cpu", torch.bfloat16):
                 output = model(**batch)
             (output.loss * MICRO_BATCH_SIZE / BATCH_SIZE).backward()
-            truth = batch["labels"][:, 1:]
-            accuracies.append((output.logits[:, :-1].argmax(-1) == truth)[truth != -100].float().mean().item())
+            labels = batch["labels"][:, 1:]
+            accuracies.append((output.logits[:, :-1].argmax(-1) == labels)[labels != -100].float().mean().item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in rates.items():
             for group in optimizer.param_groups:
@@ -99,12 +98,12 @@ def train_teacher() -> None:
                 print(f"step {steps}: up to {max_names} names, {accuracy:.1%} right", flush=True)
     for step in range(DECAY):
         accuracies.append(train_step(rows, len(accuracies), 1 - step / DECAY))
-    print(f"in the end: {statistics.mean(accuracies[-20:]):.1%} right", flush=True)
-    save(model, folder, "shapes-recall-teacher", f"Trained from nothing on recall, {steps + DECAY:,} steps.")
+    print(f"at the end: {statistics.mean(accuracies[-20:]):.1%} right", flush=True)
+    save(model, folder, "shapes-recall-teacher", f"Trained from scratch on recall, {steps + DECAY:,} steps.")
 
 
 def distill_student(job: tuple[str, int]) -> None:
-    """Makes one student in a process of its own."""
+    """Distils one student, (kind, seed), in a subprocess."""
     kind, seed = job
     folder = FOLDER / f"{kind}-{seed}"
     if (folder / "model").is_dir():
@@ -123,54 +122,57 @@ def distill_student(job: tuple[str, int]) -> None:
 
 
 def score(folder: Path, questions: int) -> dict[int, float]:
-    """Share of right answers by number of names."""
+    """Accuracy by number of names."""
     model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = make_processor().tokenizer
-    names, found = single_token_names(tokenizer), {}
+    names, accuracies = single_token_names(tokenizer), {}
     for items in ITEMS:
         examples = [recall(names, 10**6, index, items) for index in range(questions)]
         right = 0
         for start in range(0, questions, 25):
             batch = examples[start : start + 25]
-            asked = [f"{one.listing}\n{one.turns[0][0]}" for one in batch]
-            answers = model.batch_chat(tokenizer, None, asked, {"max_new_tokens": 10, "do_sample": False})
-            right += sum(answer.strip() == one.turns[0][1].strip() for answer, one in zip(answers, batch, strict=True))
-        found[items] = right / questions
-    return found
+            prompts = [f"{example.listing}\n{example.turns[0][0]}" for example in batch]
+            answers = model.batch_chat(tokenizer, None, prompts, {"max_new_tokens": 10, "do_sample": False})
+            expected = [example.turns[0][1].strip() for example in batch]
+            right += sum(answer.strip() == truth for answer, truth in zip(answers, expected, strict=True))
+        accuracies[items] = right / questions
+    return accuracies
 
 
 def report(file: Path, questions: int) -> None:
-    """Scores every model that is there, writes JSON and a plot, prints a Markdown table."""
+    """Scores every finished model, writes JSON and a plot, prints a Markdown table."""
     from matplotlib.figure import Figure
 
     folders = {"teacher": [FOLDER / "teacher"]}
     for kind in ATTENTION:
         folders[kind] = [FOLDER / f"{kind}-{seed}" / "model" for seed in SEEDS]
-    scores = {
-        kind: [score(folder, questions) for folder in of_kind if folder.is_dir()]
-        for kind, of_kind in folders.items()
-        if any(folder.is_dir() for folder in of_kind)
-    }
+    finished = {kind: [folder for folder in paths if folder.is_dir()] for kind, paths in folders.items()}
+    scores = {kind: [score(folder, questions) for folder in paths] for kind, paths in finished.items() if paths}
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     print(f"| names | {' | '.join(map(str, ITEMS))} |\n|---|{'---|' * len(ITEMS)}")
     for kind, results in scores.items():
-        means = [100 * statistics.mean(one[items] for one in results) for items in ITEMS]
-        spreads = [100 * statistics.stdev(o[i] for o in results) if len(results) > 1 else 0.0 for i in ITEMS]
+        percent = [[100 * accuracies[items] for accuracies in results] for items in ITEMS]
+        means = [statistics.mean(seeds) for seeds in percent]
+        spreads = [statistics.stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in percent]
         axes.errorbar(ITEMS, means, spreads, marker="o", capsize=3, label=kind)
         cells = [f"{m:.1f}" + f" ± {s:.1f}" * (len(results) > 1) for m, s in zip(means, spreads, strict=True)]
         print(f"| {kind} | {' | '.join(cells)} |")
     axes.set(
-        xscale="log", xticks=ITEMS, xticklabels=ITEMS, xlabel="names told", ylabel="exact match (%)", ylim=(0, 102)
+        xscale="log",
+        xticks=ITEMS,
+        xticklabels=ITEMS,
+        xlabel="names",
+        ylabel="exact match (%)",
+        ylim=(0, 102),
     )
     axes.legend()
     axes.grid(alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file.with_suffix(".png"), dpi=120)
-    measured = {"date": date.today().isoformat(), "processor": processor_name(), "cores": os.cpu_count()}
-    file.write_text(
-        json.dumps(measured | {"questions": questions, "scores": scores}, indent=2) + "\n", encoding="utf-8"
-    )
+    result = {"date": date.today().isoformat(), "processor": processor_name(), "cores": os.cpu_count()}
+    result |= {"questions": questions, "scores": scores}
+    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

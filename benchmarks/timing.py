@@ -1,4 +1,4 @@
-"""How things are timed here: candidates in turns, medians with their spread, ceilings measured on the same machine."""
+"""Timing: candidates in turns, median with least and most, and the roofline's ceilings, all on the same machine."""
 
 import json
 import os
@@ -9,24 +9,30 @@ from collections.abc import Callable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 
-RESULTS = Path(__file__).parent / "results"
+class Timing(NamedTuple):
+    """Seconds of repeated runs."""
+
+    median: float
+    least: float
+    most: float
 
 
-def machine(device: torch.device) -> dict:
-    """What a figure was measured on and with."""
+def machine_info(device: torch.device) -> dict:
+    """Hardware and software that a figure was measured with."""
     packages = {}
     for name in ("torch", "triton", "transformers", "mamba-ssm", "causal-conv1d", "flash-attn"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
-    found = {
+    info = {
         "date": date.today().isoformat(),
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -34,76 +40,69 @@ def machine(device: torch.device) -> dict:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    return found
+        info["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return info
 
 
-def processor() -> str:
+def processor_name() -> str:
     """The processor's name, as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def once(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds that one call takes, the device's work included."""
+def time_once(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    run()
+    function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
-def in_turns(
-    candidates: dict[str, Callable[[], object]], device: torch.device, rounds: int = 7, warm_up: int = 1
-) -> dict[str, dict[str, float]]:
-    """Times every candidate once per round, each round in another order.
-
-    Returns:
-        For each candidate the median, least and largest of its seconds.
-    """
+def time_in_turns(
+    candidates: dict[str, Callable[[], object]], device: torch.device, rounds: int = 7, warmup: int = 1
+) -> dict[str, Timing]:
+    """Times every candidate once per round, in another order each round, so that drift hits all of them alike."""
     names, seconds = list(candidates), {name: [] for name in candidates}
-    for _ in range(warm_up):
+    for _ in range(warmup):
         for name in names:
-            once(candidates[name], device)
+            time_once(candidates[name], device)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(once(candidates[name], device))
-    return {name: spread(found) for name, found in seconds.items()}
+            seconds[name].append(time_once(candidates[name], device))
+    return {name: Timing(statistics.median(times), min(times), max(times)) for name, times in seconds.items()}
 
 
-def spread(seconds: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
-
-
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What the machine can do: bytes read in a second by a reduction, and FLOPs in a second of a matrix product."""
+def roofline_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What the machine reaches at best: bytes per second read by a sum, FLOPs per second of a matrix product."""
     on_gpu = device.type == "cuda"
-    weights = torch.ones(2**31 if on_gpu else 2**28, dtype=torch.uint8, device=device).view(torch.float32)
+    data = torch.ones(2**31 if on_gpu else 2**28, dtype=torch.uint8, device=device).view(torch.float32)
     rounds = 20 if on_gpu else 7
-    read = in_turns({"read": weights.sum}, device, rounds)["read"]["least"]
+    seconds = time_in_turns({"sum": data.sum}, device, rounds)["sum"].least
     rates = []
     for size in (4096, 8192) if on_gpu else (512, 1024, 2048):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        rates.append(2 * size**3 / in_turns({"product": lambda a=a, b=b: a @ b}, device, rounds)["product"]["least"])
-    return {"bytes_per_second": weights.nbytes / read, "flops_per_second": max(rates)}
+        timing = time_in_turns({"matmul": lambda a=a, b=b: a @ b}, device, rounds)["matmul"]
+        rates.append(2 * size**3 / timing.least)
+    return {"bytes_per_second": data.nbytes / seconds, "flops_per_second": max(rates)}
 
 
-def write(name: str, device: torch.device, result: dict, folder: Path | None) -> Path | None:
-    """Writes a result with its machine as JSON; returns the file."""
+def write_result(name: str, device: torch.device, result: dict, folder: Path | None) -> Path | None:
+    """Writes a result with its machine as JSON to `folder`, if there is one; returns the file."""
     if folder is None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}-{device.type}.json"
-    file.write_text(json.dumps({"machine": machine(device)} | result, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps({"machine": machine_info(device)} | result, indent=2) + "\n", encoding="utf-8")
     return file
 
 
-def table(rows: list[dict], columns: list[str]) -> str:
-    """Rows as text; numbers with four digits."""
+def format_table(rows: list[dict], columns: list[str]) -> str:
+    """Rows as aligned text, numbers with four digits."""
 
     def cell(value) -> str:
         if isinstance(value, float):

@@ -1,9 +1,9 @@
-"""Compiles every Triton kernel for a GPU that need not be there, and prints what it needs, as JSON.
+"""Compiles every Triton kernel for a GPU, without one, and prints the resources that it needs as JSON.
 
     python compile_kernels.py CAPABILITY HEAD_DIM DTYPE     # python compile_kernels.py 90 128 bfloat16
 
-Each operation is called as in training, forward and backward; launches are caught and compiled instead. The result
-maps a kernel to the most shared memory, registers and spilled bytes that any of its variants takes.
+Each operation is called as in training, forward and backward, but kernels are compiled instead of launched. The result
+maps a kernel to the most shared memory in bytes, registers and spilled bytes of any of its variants.
 """
 
 import json
@@ -26,9 +26,9 @@ from mmmamba.triton_mmmamba import TRITON
 
 CAPABILITY, HEAD_DIM, DTYPE = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.uint8: "u8"}
-TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 HEADS, KV_HEADS, LENGTH = 16, 8, 512
-found = {}
+resources = {}  # by kernel: shared memory, registers, spilled bytes
 
 
 def signature(value) -> str:
@@ -55,10 +55,12 @@ def compile_instead(self, *args, grid, warmup, **kwargs):
     kernel = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run([TOOL, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
     registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
-    before = found.get(self.fn.__name__, (0, 0, 0))
-    found[self.fn.__name__] = [
+    before = resources.get(self.fn.__name__, (0, 0, 0))
+    resources[self.fn.__name__] = [
         max(pair) for pair in zip(before, (kernel.metadata.shared, registers, spilled), strict=True)
     ]
 
@@ -90,7 +92,7 @@ def main() -> None:
         query, length = torch.empty(1, HEADS, HEAD_DIM, dtype=DTYPE), torch.empty(1, dtype=torch.int32)
         for mask in (None, torch.empty(1, LENGTH, dtype=torch.bool)):
             attend(query, keys, keys, mask, length, 0.1)
-    json.dump(found, sys.stdout)
+    json.dump(resources, sys.stdout)
     sys.stdout.flush()
     os._exit(0)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 
-# Without a GPU the kernels run in Triton's interpreter, which is chosen when Triton is imported.
+# Without a GPU kernels run in Triton's interpreter. Triton reads the variable when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    with contextlib.suppress(ImportError):  # Triton is not everywhere
+    with contextlib.suppress(ImportError):  # Triton may be missing
         import quick_interpreter
 
         quick_interpreter.install()
@@ -39,8 +39,8 @@ def encoder(processor):
     return ConversationEncoder(processor)
 
 
-class _Deprecations(logging.Handler):
-    """What Transformers says is deprecated: it logs most of that once, rather than warn."""
+class _DeprecationRecorder(logging.Handler):
+    """Records Transformers' deprecation messages, most of which are logged once instead of raised as warnings."""
 
     def __init__(self):
         super().__init__()
@@ -51,13 +51,13 @@ class _Deprecations(logging.Handler):
             self.messages.append(message)
 
 
-_deprecations = _Deprecations()
+_deprecations = _DeprecationRecorder()
 logging.getLogger("transformers").addHandler(_deprecations)
 
 
 @pytest.fixture(autouse=True)
-def nothing_deprecated_is_used(request):
-    """Our code calls what every supported version of Transformers will go on to have."""
+def no_deprecation_messages(request):
+    """Fails a test in which Transformers logs a deprecation, unless it is marked `deprecations`."""
     _deprecations.messages.clear()
     transformers_logging.warning_once.cache_clear()  # said once for each test, not for each process
     yield

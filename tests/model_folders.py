@@ -1,4 +1,4 @@
-"""Copies of the shipped models as they are on the Hub, where a folder holds its code, and a place to load it from."""
+"""Copies of shipped models with their code, as on the Hub, and a temporary cache to load remote code from."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""Source distributions from the package registry, unpacked beside the tests once per version."""
+"""Downloads source distributions from the package registry, once per version, and unpacks them beside the tests."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ CACHE = Path(__file__).parent / ".source_distributions"
 
 
 def unpacked(package: str, version: str, **environment: str) -> Path:
-    """The folder of a package's source distribution; the calling module's tests are skipped if it cannot be had."""
+    """The folder of a package's source distribution. Skips the calling module if it cannot be downloaded."""
     CACHE.mkdir(exist_ok=True)
     with FileLock(CACHE / f"{package}-{version}.lock"):  # tests run in several processes
         return _unpacked(package, version, environment)
@@ -24,7 +24,7 @@ def _unpacked(package: str, version: str, environment: dict[str, str]) -> Path:
     folder = CACHE / f"{package}-{version}"
     if folder.is_dir():
         return folder
-    # Its metadata is made with what is installed here: build requirements would bring a second torch.
+    # Metadata is built with the installed packages: isolated build requirements would download a second torch.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
     command += ["--no-build-isolation", "--retries", "1", "--dest", str(CACHE), f"{package}=={version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)

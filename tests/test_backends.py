@@ -1,4 +1,4 @@
-"""Which backend runs, and what is said where the fastest cannot."""
+"""The backend that runs, and the warning or error if the fastest or the requested one cannot."""
 
 import ast
 import logging
@@ -14,22 +14,22 @@ from mmmamba.ssm_mmmamba import TORCH
 
 
 @pytest.fixture(autouse=True)
-def nothing_remembered(monkeypatch):
-    """Choices and warnings are made once per process."""
+def clear_caches(monkeypatch):
+    """Forgets the choice of a backend and which warnings were given, both cached per process."""
     monkeypatch.delenv(ENVIRONMENT, raising=False)
 
-    def forget():
+    def clear():
         for cached in (find, backends_mmmamba._backend, type(backends_mmmamba.logger).warning_once):
             cached.cache_clear()
 
-    forget()
+    clear()
     yield
-    forget()
+    clear()
 
 
 @pytest.fixture
 def warnings(monkeypatch):
-    """What the package's logger says."""
+    """Messages of the package's logger."""
     messages, handler = [], logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     backends_mmmamba.logger.addHandler(handler)
@@ -52,7 +52,7 @@ def broken_triton(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
 
 
-def test_a_broken_triton_is_named_once_and_another_backend_runs(broken_triton, warnings):
+def test_a_broken_triton_is_warned_about_once_and_another_backend_runs(broken_triton, warnings):
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         assert backend(torch.device("cuda"), dtype).name == "torch"
     (message,) = warnings
@@ -60,31 +60,31 @@ def test_a_broken_triton_is_named_once_and_another_backend_runs(broken_triton, w
     assert "run on the torch backend" in message
 
 
-def test_where_triton_would_not_run_nothing_is_said_about_it(broken_triton, warnings):
+def test_a_broken_triton_is_not_warned_about_where_it_would_not_run(broken_triton, warnings):
     assert backend(torch.device("cpu")).name == "torch"
     assert backend(torch.device("cuda"), torch.float64).name == "torch"
     assert backend(torch.device("cuda"), requested="torch").name == "torch"
     assert warnings == []
 
 
-def test_a_broken_triton_that_was_asked_for_is_an_error_with_the_reason(broken_triton):
+def test_requesting_a_broken_triton_is_an_error_with_the_reason(broken_triton):
     with pytest.raises(ValueError, match=r"triton backend cannot be imported: libcuda.*ssm_implementation='auto'"):
         backend(torch.device("cuda"), requested="triton")
 
 
-def test_the_reference_runs_on_a_cpu_and_in_double_precision():
+def test_the_torch_backend_runs_on_a_cpu_and_in_double_precision():
     assert backend(torch.device("cpu")) is TORCH
     assert backend(torch.device("cuda"), torch.float64) is TORCH
     assert "the tensors are on cpu" in unavailable_reason("cuda", "cpu", torch.float32)
     assert "the tensors are torch.float64" in unavailable_reason("triton", "cuda", torch.float64)
 
 
-def test_the_environment_overrides_the_config(monkeypatch):
+def test_the_environment_variable_overrides_the_config(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, "torch")
     assert backend(torch.device("cuda"), requested="triton") is TORCH
 
 
-def test_unknown_and_impossible_requests_are_refused_in_words(monkeypatch):
+def test_requesting_an_unknown_or_unavailable_backend_is_an_error_that_says_so(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"ssm_implementation='metal' is unknown; use auto, torch, triton, cuda"):
         backend(torch.device("cpu"), requested="metal")
@@ -101,7 +101,7 @@ def test_backends_offer_the_same_operations():
         assert (found.decode_step is None) == (found is TORCH)
 
 
-def test_kernels_import_the_reference_and_never_the_other_way():
+def test_kernel_files_import_the_reference_and_it_imports_none_of_them():
     allowed = {"ssm": set(), "triton": {"ssm"}, "cuda": {"ssm"}, "backends": {"ssm", "triton", "cuda"}}
     for name, below in allowed.items():
         source = Path(backends_mmmamba.__file__).with_name(f"{name}_mmmamba.py").read_text(encoding="utf-8")

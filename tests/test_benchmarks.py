@@ -1,4 +1,4 @@
-"""The benchmarks run, count what they say they count, and compare computations that are the same."""
+"""The benchmarks run, count bytes exactly, and compare implementations that compute the same."""
 
 import argparse
 import json
@@ -6,110 +6,109 @@ import json
 import pytest
 import torch
 
-from mmmamba.benchmarks import distillation, models, proof
+from mmmamba.benchmarks import ablations, distillation, models
 from mmmamba.cli.main import main
 from mmmamba.conversion.distillation.recipe import load_recipe
 
 
 def bench(folder, name, *options):
+    """Runs a benchmark on the CPU and returns its JSON."""
     assert main(["bench", name, "--device=cpu", "--threads=1", f"--results={folder}", *options]) == 0
     return json.loads((folder / f"{name}-cpu.json").read_text(encoding="utf-8"))
 
 
 def test_scan_measures_every_backend_against_fp64(tmp_path, capsys):
-    found = bench(tmp_path, "scan", "--length=96", "--head-dim=16", "--rounds=1", "--dtypes=fp32")
-    errors = {row["scan"]: row["error"] for row in found["rows"]}
+    result = bench(tmp_path, "scan", "--length=96", "--head-dim=16", "--rounds=1", "--dtypes=fp32")
+    errors = {row["scan"]: row["error"] for row in result["rows"]}
     assert {"torch", "transformers, chunks of 128"} <= set(errors)
     assert all(error < 1e-5 for error in errors.values()), errors
     assert (tmp_path / "scan-cpu.png").stat().st_size
-    assert "times faster" in capsys.readouterr().out and found["machine"]["packages"]["torch"]
+    assert "times faster" in capsys.readouterr().out and result["machine"]["packages"]["torch"]
 
 
 @pytest.mark.parametrize("name", ["decode", "prefill"])
-def test_models_are_timed_beside_their_peers(tmp_path, name):
-    found = bench(tmp_path, name, "--layers=4", "--lengths", "32", "64", "--rounds=1")
-    assert {(row["model"], row.get("context") or row["length"]) for row in found["rows"]} == {
+def test_our_models_and_their_peers_are_timed_at_every_length(tmp_path, name):
+    result = bench(tmp_path, name, "--layers=4", "--lengths", "32", "64", "--rounds=1")
+    assert {(row["model"], row.get("context") or row["length"]) for row in result["rows"]} == {
         (model, length) for model in models.OURS + models.PEERS for length in (32, 64)
     }
-    assert all(0 < row["share"] for row in found["rows"]) and (tmp_path / f"{name}-cpu.png").stat().st_size
+    assert all(0 < row["share"] for row in result["rows"]) and (tmp_path / f"{name}-cpu.png").stat().st_size
 
 
-def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
+def test_memory_of_the_cache_is_its_states_and_the_peak_is_above_it(tmp_path):
     (row,) = bench(tmp_path, "memory", "--models=linear", "--layers=2", "--lengths=2048", "--rounds=1")["rows"]
-    text = models.SIZES["small"]
-    head_dim = text[1] // text[3]
-    state, window = text[3] * head_dim**2, (text[1] + 2 * text[4] * head_dim) * (2 - 1)
-    assert 0 < 2 * 4 * state <= row["kept MiB"] * 2**20 <= 2 * 4 * (state + 4 * window)
-    assert row["peak MiB"] > row["kept MiB"]
+    _, hidden, _, heads, kv_heads, _ = models.SIZES["small"]
+    head_dim = hidden // heads
+    recurrent, conv = heads * head_dim**2, (hidden + 2 * kv_heads * head_dim) * (2 - 1)
+    assert 0 < 2 * 4 * recurrent <= row["cache MiB"] * 2**20 <= 2 * 4 * (recurrent + 4 * conv)
+    assert row["peak MiB"] > row["cache MiB"]
 
 
 @pytest.mark.parametrize("name", ["linear", "teacher"])
-def test_bytes_of_a_step_are_counted_exactly(name):
+def test_bytes_of_a_decoding_step_are_counted_exactly(name):
     args = argparse.Namespace(size="small", layers=4, dtype="fp32", batch=3)
-    model = models.make(name, args, torch.device("cpu"))
+    model = models.make_model(name, args, torch.device("cpu"))
     layers, hidden, mlp, heads, kv_heads, vocabulary = 4, *models.SIZES["small"][1:]
     head_dim = hidden // heads
-    shared = (hidden + 2 * kv_heads * head_dim) * hidden + hidden * hidden
+    projections = (hidden + 2 * kv_heads * head_dim) * hidden + hidden * hidden
     norms = 2 * hidden
-    weights = vocabulary * hidden + hidden + layers * (3 * hidden * mlp + norms + shared)
+    weights = vocabulary * hidden + hidden + layers * (3 * hidden * mlp + norms + projections)
     if name == "linear":
         channels = hidden + 2 * kv_heads * head_dim
-        window = model.config.get_text_config().conv_kernel
-        weights += layers * (hidden * (hidden + heads) + channels * (window + 1) + 2 * heads + head_dim)
-        read = 2 * 3 * layers * (heads * head_dim**2 + channels * (window - 1))
+        taps = model.config.get_text_config().conv_kernel
+        weights += layers * (hidden * (hidden + heads) + channels * (taps + 1) + 2 * heads + head_dim)
+        cached = 2 * 3 * layers * (heads * head_dim**2 + channels * (taps - 1))  # read and written
     else:
-        read = 3 * layers * 2 * kv_heads * head_dim * 40
-    # The vision tower is not part of a step, and the embedding gives one row per token.
-    cache = models.read(model, 40, 3)
-    counted = models.decode_work(model, cache, 3).bytes
-    assert counted == 4 * (weights + 3 * hidden + read), (counted / 4 - 3 * hidden - read, weights)
+        cached = 3 * layers * 2 * kv_heads * head_dim * 40
+    embedding_rows = 3 * hidden  # one per token; nothing of the vision embedding
+    cache = models.cache_of_length(model, 40, 3)
+    assert models.decode_bytes(model, cache, 3) == 4 * (weights + embedding_rows + cached)
 
 
-@pytest.mark.parametrize("stage", distillation.WAYS)
-def test_distillation_is_compared_with_the_same_computation(stage):
+@pytest.mark.parametrize("stage", distillation.IMPLEMENTATIONS)
+def test_all_implementations_of_a_distillation_stage_give_the_same_loss_and_gradients(stage):
     settings = {"layers": 4, "hidden": 128, "vocabulary": 300, "length": 40, "steps": 1}
     args = argparse.Namespace(**settings)
-    gradients = {}
-    for way in distillation.WAYS[stage]:
-        teacher, student = distillation.models(args, torch.device("cpu"))
-        loss_of, trained = distillation.prepared(teacher, student, stage, way)
+    results = {}
+    for implementation in distillation.IMPLEMENTATIONS[stage]:
+        teacher, student = distillation.make_models(args, torch.device("cpu"))
+        loss_function, trained = distillation.make_loss(teacher, student, stage, implementation)
         batch = {"input_ids": torch.randint(4, 300, (1, 40), generator=torch.Generator().manual_seed(1))}
-        loss = loss_of(batch)
+        loss = loss_function(batch)
         loss.backward()
-        gradients[way] = [loss.detach(), *(p.grad for p in trained)]
-    for way, found in gradients.items():
-        for ours, theirs in zip(gradients["ours"], found, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(ours.abs().max()), msg=way)
+        results[implementation] = [loss.detach(), *(p.grad for p in trained)]
+    for name, tensors in results.items():
+        for ours, theirs in zip(results["ours"], tensors, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(ours.abs().max()), msg=name)
 
 
-def test_the_proof_reports_mean_and_spread(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(proof, "FOLDER", tmp_path / "proof")
+def test_the_ablation_report_gives_mean_and_spread_over_the_seeds(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablations, "FOLDER", tmp_path / "ablations")
 
     def scores(exact):
         return {"questions": 5, "total": {"exact": exact}, "kinds": {"color": {"exact": exact}}}
 
     for seed, exact in enumerate((0.5, 0.7)):
-        folder = proof.folder_of("stages-123", seed)
+        folder = ablations.experiment_folder("stages-123", seed)
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps({"scores": scores(exact)}), encoding="utf-8")
-    (tmp_path / "proof" / "teacher.json").write_text(json.dumps(scores(0.9)), encoding="utf-8")
-    proof.report(tmp_path / "proof.json")
-    found = json.loads((tmp_path / "proof.json").read_text(encoding="utf-8"))["tables"]
-    rows = {(table, label) for table, ones in found.items() for label in ones}
-    assert rows == {
+    (tmp_path / "ablations" / "teacher.json").write_text(json.dumps(scores(0.9)), encoding="utf-8")
+    ablations.report(tmp_path / "report.json")
+    tables = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["tables"]
+    assert {(table, label) for table, rows in tables.items() for label in rows} == {
         ("students", "teacher"), ("stages", "1+2+3"), ("initialization", "inherited + mimic"),
         ("attention layers", "0"), ("attention layers", "6 (the teacher)"),
     }  # fmt: skip
-    one = found["stages"]["1+2+3"]
-    assert one["mean"] == pytest.approx(60) and one["spread"] == pytest.approx(14.142, 1e-3)
+    row = tables["stages"]["1+2+3"]
+    assert row["mean"] == pytest.approx(60) and row["spread"] == pytest.approx(14.142, 1e-3)
     printed = capsys.readouterr().out
     assert "| 1+2+3 | 60.0 ± 14.1 | 50.0, 70.0 |" in printed and "| teacher | 90.0 | 90.0 |" in printed
-    assert (tmp_path / "proof.png").stat().st_size
+    assert (tmp_path / "report.png").stat().st_size
 
 
-def test_the_proof_repeats_what_is_in_its_tables():
-    experiments = {name for group in proof.GROUPS.values() for name in group} | {"teacher"}
-    assert {name for rows in proof.TABLES.values() for name in rows.values()} == experiments
-    for group in proof.GROUPS.values():
+def test_every_ablation_has_a_valid_recipe_and_stands_in_a_table():
+    experiments = {name for group in ablations.GROUPS.values() for name in group} | {"teacher"}
+    assert {name for rows in ablations.TABLES.values() for name in rows.values()} == experiments
+    for group in ablations.GROUPS.values():
         for recipe, overrides in group.values():
             load_recipe(recipe, overrides)

@@ -1,4 +1,4 @@
-"""Recorded decoding steps. Without a GPU, a stand-in for a CUDA graph repeats the same work on the same tensors."""
+"""Recorded decoding steps equal eager ones. Without a GPU, a stand-in for the CUDA graph reruns the step."""
 
 import copy
 
@@ -12,15 +12,15 @@ from mmmamba.cache_mmmamba import CACHE
 from mmmamba.capture_mmmamba import RecordedStep
 
 
-ORDINARY = {"MmMambaKeyValueLayer", "LinearAttentionLayer"}
+ORDINARY_LAYERS = {"MmMambaKeyValueLayer", "LinearAttentionLayer"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2, "return_dict_in_generate": True}
 
 
 @pytest.fixture
 def replays(monkeypatch):
-    """Counts replays; on a CPU, records by keeping the function and its first result."""
-    count = []
+    """A list with an entry for every replay; on a CPU, a replay reruns the function and copies its result."""
+    replayed = []
     record = capture_mmmamba.record
 
     def stand_in(run, undo, device):
@@ -28,18 +28,18 @@ def replays(monkeypatch):
         undo()
         return lambda: result.copy_(run()), result
 
-    def counting(*arguments):
+    def counting_record(*arguments):
         replay, result = (record if DEVICE == "cuda" else stand_in)(*arguments)
-        return lambda: (count.append(1), replay()), result
+        return lambda: (replayed.append(1), replay()), result
 
-    monkeypatch.setattr(capture_mmmamba, "record", counting)
+    monkeypatch.setattr(capture_mmmamba, "record", counting_record)
     if DEVICE == "cpu":
-        monkeypatch.setattr(attention_mmmamba, "SPLITS", 2)  # one after the other in the interpreter
+        monkeypatch.setattr(attention_mmmamba, "SPLITS", 2)  # the interpreter runs them one after the other
         monkeypatch.setattr(generation_mmmamba, "recordable", lambda model, cache: cache is not None)
-    return count
+    return replayed
 
 
-LAYER_TYPES = {  # few, since the interpreter takes a second for ten steps of one attention layer
+LAYER_TYPES = {  # few: Triton's interpreter takes a second for ten steps of one attention layer
     "teacher": ["full_attention", "full_attention"],
     "linear": ["linear_attention", "linear_attention"],
     "hybrid": ["linear_attention", "full_attention"],
@@ -67,20 +67,20 @@ def padded(*lengths):
 
 
 @pytest.mark.parametrize("lengths", [(7,), (40, 3), (5, 5, 70)], ids=["one", "padded", "long"])
-def test_recorded_steps_say_what_plain_ones_say(model, replays, lengths):
+def test_recorded_steps_give_the_tokens_and_logits_of_eager_ones(model, replays, lengths):
     inputs = padded(*lengths)
-    plain = model.generate(**inputs, max_new_tokens=12, output_logits=True, disable_compile=True, **OPTIONS)
+    eager = model.generate(**inputs, max_new_tokens=12, output_logits=True, disable_compile=True, **OPTIONS)
     assert not replays
     recorded = model.generate(**inputs, max_new_tokens=12, output_logits=True, **OPTIONS)
     assert len(replays) == 11
-    assert torch.equal(recorded.sequences, plain.sequences)
-    torch.testing.assert_close(torch.stack(recorded.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
+    assert torch.equal(recorded.sequences, eager.sequences)
+    torch.testing.assert_close(torch.stack(recorded.logits), torch.stack(eager.logits), rtol=1e-4, atol=1e-4)
 
 
-def test_the_cache_is_an_ordinary_one_afterwards(model, replays):
+def test_after_recorded_steps_the_cache_is_ordinary_and_equals_an_eager_one(model, replays):
     inputs = padded(12)
     caches = [
-        model.generate(**inputs, max_new_tokens=10, disable_compile=plain, **OPTIONS)[CACHE] for plain in (True, False)
+        model.generate(**inputs, max_new_tokens=10, disable_compile=eager, **OPTIONS)[CACHE] for eager in (True, False)
     ]
     assert len(replays) == 9
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 21
@@ -97,7 +97,7 @@ def test_the_cache_is_an_ordinary_one_afterwards(model, replays):
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
-def test_an_interrupted_answer_leaves_an_ordinary_cache(model, replays):
+def test_an_interrupted_generate_leaves_an_ordinary_cache(model, replays):
     cache = model.new_cache()
 
     class Interrupting:
@@ -108,12 +108,12 @@ def test_an_interrupted_answer_leaves_an_ordinary_cache(model, replays):
     with pytest.raises(KeyboardInterrupt):
         model.generate(**padded(12), **{CACHE: cache}, max_new_tokens=20, streamer=Interrupting(), **OPTIONS)
     assert cache.get_seq_length() == 15
-    assert {type(layer).__name__ for layer in cache.layers} <= ORDINARY
+    assert {type(layer).__name__ for layer in cache.layers} <= ORDINARY_LAYERS
 
 
-@pytest.mark.parametrize("moment", ["before", "during", "after", "fixing"])
-@pytest.mark.parametrize("kind", [RuntimeError, ImportError, Exception])  # Triton's own errors are plain exceptions
-def test_where_recording_fails_steps_run_as_ever(model, replays, monkeypatch, moment, kind):
+@pytest.mark.parametrize("moment", ["before", "during", "after", "fixing the length"])
+@pytest.mark.parametrize("kind", [RuntimeError, ImportError, Exception])  # Triton's own errors derive from Exception
+def test_if_recording_fails_steps_run_eagerly(model, replays, monkeypatch, moment, kind):
     expected = model.generate(**padded(9), max_new_tokens=12, disable_compile=True, **OPTIONS)
 
     def fail(run, undo, device):
@@ -131,81 +131,84 @@ def test_where_recording_fails_steps_run_as_ever(model, replays, monkeypatch, mo
     update = cache_mmmamba.StaticLayer.update
 
     def fail_at_the_last(layer, *arguments):
-        if len(layers := [*fixed, layer]) == len(attends):
+        if len(layers := [*fixed, layer]) == len(attention_layers):
             broken()
         fixed[:] = layers
         return update(layer, *arguments)
 
-    attends = [kind for kind in model.config.text_config.layer_types if kind == "full_attention"]
+    attention_layers = [kind for kind in model.config.text_config.layer_types if kind == "full_attention"]
     fixed = []
-    if moment == "fixing":
+    if moment == "fixing the length":
         monkeypatch.setattr(cache_mmmamba.StaticLayer, "update", fail_at_the_last)
     else:
         monkeypatch.setattr(capture_mmmamba, "record", fail)
     output = model.generate(**padded(9), max_new_tokens=12, **OPTIONS)
     assert torch.equal(output.sequences, expected.sequences)
-    assert {type(layer).__name__ for layer in output[CACHE].layers} <= ORDINARY
+    assert {type(layer).__name__ for layer in output[CACHE].layers} <= ORDINARY_LAYERS
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"max_new_tokens": 3}, {"output_hidden_states": True}])
-def test_what_a_recording_cannot_serve_runs_as_ever(model, replays, options):
+def test_beams_short_answers_and_hidden_states_run_eagerly(model, replays, options):
     options = {"max_new_tokens": 12} | options
     expected = model.generate(**padded(9, 4), **options, disable_compile=True, **OPTIONS)
     assert torch.equal(model.generate(**padded(9, 4), **options, **OPTIONS).sequences, expected.sequences)
     assert not replays
 
 
-def recorded_and_plain(model, replays, make_inputs, tokens=10):
-    """Both ways from inputs made twice, since a cache among them changes."""
-    plain = model.generate(**make_inputs(), max_new_tokens=tokens, output_logits=True, disable_compile=True, **OPTIONS)
+def assert_recorded_equals_eager(model, replays, make_inputs, tokens=10):
+    """Generates eagerly and recorded; inputs are made for each, since a cache among them changes."""
+    eager = model.generate(**make_inputs(), max_new_tokens=tokens, output_logits=True, disable_compile=True, **OPTIONS)
     recorded = model.generate(**make_inputs(), max_new_tokens=tokens, output_logits=True, **OPTIONS)
     assert len(replays) == tokens - 1
-    assert torch.equal(recorded.sequences, plain.sequences)
-    torch.testing.assert_close(torch.stack(recorded.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
-    assert recorded[CACHE].get_seq_length() == plain[CACHE].get_seq_length()
+    assert torch.equal(recorded.sequences, eager.sequences)
+    torch.testing.assert_close(torch.stack(recorded.logits), torch.stack(eager.logits), rtol=1e-4, atol=1e-4)
+    assert recorded[CACHE].get_seq_length() == eager[CACHE].get_seq_length()
 
 
-def test_a_recording_has_room_for_embedded_prompts_and_continued_caches(model, replays):
+def test_recorded_steps_continue_embedded_prompts_and_given_caches(model, replays):
     ids = token_ids(30, seed=4)[None].to(DEVICE)
     embed = model.get_input_embeddings()
-    recorded_and_plain(model, replays, lambda: {"inputs_embeds": embed(ids).detach()})
+    assert_recorded_equals_eager(model, replays, lambda: {"inputs_embeds": embed(ids).detach()})
     replays.clear()
 
-    def continued():  # new tokens alone, with a mask of all
+    def continued():  # ids of the new tokens, mask of all tokens
         with torch.no_grad():
             cache = model(ids[:, :20], use_cache=True)[CACHE]
         return {"input_ids": ids[:, 20:], "attention_mask": torch.ones_like(ids), CACHE: cache}
 
-    recorded_and_plain(model, replays, continued)
+    assert_recorded_equals_eager(model, replays, continued)
 
 
-def test_a_recording_keeps_positions_and_cut_caches(model, replays):
+def test_recorded_steps_continue_given_positions_and_cropped_caches(model, replays):
     ids = token_ids(20, seed=5)[None].to(DEVICE)
     positions = torch.arange(7, 27, device=DEVICE)[None]
-    recorded_and_plain(model, replays, lambda: {"input_ids": ids, "position_ids": positions})
+    assert_recorded_equals_eager(model, replays, lambda: {"input_ids": ids, "position_ids": positions})
     if all(model.model.layers[i].layer_type == "full_attention" for i in range(len(model.model.layers))):
         replays.clear()
 
-        def cut():
+        def cropped():
             with torch.no_grad():
                 cache = model(ids, use_cache=True)[CACHE]
             cache.crop(-6)
             return {"input_ids": ids[:, :18], CACHE: cache}
 
-        recorded_and_plain(model, replays, cut)
+        assert_recorded_equals_eager(model, replays, cropped)
 
 
-def test_keys_and_values_are_in_memory_once(model, replays):
+def test_a_recording_holds_keys_and_values_in_memory_once(model, replays):
     cache = model(token_ids(20, seed=3)[None].to(DEVICE), use_cache=True)[CACHE]
-    grown = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    attention_layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
     with torch.no_grad():
         step = RecordedStep(model, cache, None, 1, 64)
-    assert all(layer.keys is None and layer.values is None and layer.buffers is None for layer in grown)
+    assert all(layer.keys is None and layer.values is None and layer.buffers is None for layer in attention_layers)
     step.release()
-    assert all(layer.buffers[0].data_ptr() == layer.keys.data_ptr() and layer.keys.shape[2] == 20 for layer in grown)
+    assert all(
+        layer.buffers[0].data_ptr() == layer.keys.data_ptr() and layer.keys.shape[2] == 20
+        for layer in attention_layers
+    )
 
 
-def test_a_step_changes_nothing_until_it_is_called(model, replays):
+def test_recording_a_step_does_not_change_the_cache(model, replays):
     ids = token_ids(20, seed=3)[None].to(DEVICE)
     cache = model(ids, use_cache=True)[CACHE]
     with torch.no_grad():
@@ -216,7 +219,7 @@ def test_a_step_changes_nothing_until_it_is_called(model, replays):
     assert cache.get_seq_length() == 21
 
 
-def test_warming_up_answers_and_says_how_long_it_took(model, replays, monkeypatch):
+def test_warm_up_records_and_returns_the_seconds_it_took(model, replays, monkeypatch):
     monkeypatch.setattr(generation_mmmamba, "FEWEST_STEPS", 1)
     assert model.warm_up((1, 2), prompt_length=3) > 0
     assert len(replays) == 3 * 2  # one row; two rows, of one length and of two

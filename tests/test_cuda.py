@@ -1,4 +1,4 @@
-"""The `cuda` backend on mamba_ssm's own Triton sources, and our kernels beside them."""
+"""The `cuda` backend, on mamba_ssm's Triton sources, equals the reference; our kernels are as exact."""
 
 import importlib
 
@@ -30,8 +30,8 @@ def scan_inputs(rows, length, dtype, kv_heads=2, group=2, size=16):
     return v, k, q, dt, A, torch.randn(rows, kv_heads * group, size, size, device=DEVICE)
 
 
-def losses(backend, inputs, sequences=None, dtype=None):
-    """y, the last state and every gradient."""
+def outputs_and_gradients(backend, inputs, sequences=None, dtype=None):
+    """y, the last state and every input's gradient."""
     leaves = [x.to(dtype or x.dtype).clone().requires_grad_() for x in inputs]
     y, last = backend.ssd_scan(*leaves, 32, sequences)
     generator = torch.Generator().manual_seed(1)
@@ -40,22 +40,37 @@ def losses(backend, inputs, sequences=None, dtype=None):
     return [y.detach(), last.detach(), *(x.grad for x in leaves)]
 
 
-def errors(values, truths):
+def relative_errors(values, truths):
     return [
         ((value.double() - truth).norm() / truth.norm()).item() for value, truth in zip(values, truths, strict=True)
     ]
 
 
-def test_its_scan_equals_the_reference(cuda):
+def test_the_scan_equals_the_reference(cuda):
     inputs = scan_inputs(2, 70, torch.float32)
-    assert max(errors(losses(cuda, inputs), losses(TORCH, inputs, dtype=torch.float64))) < 1e-4
+    assert (
+        max(
+            relative_errors(
+                outputs_and_gradients(cuda, inputs), outputs_and_gradients(TORCH, inputs, dtype=torch.float64)
+            )
+        )
+        < 1e-4
+    )
 
 
-def test_sequences_are_kept_apart(cuda):
+def test_packed_sequences_do_not_mix(cuda):
     v, k, q, dt, A, _ = scan_inputs(1, 65, torch.float32)
     sequences = Sequences.from_position_ids(torch.cat([torch.arange(40), torch.arange(25)])[None].to(DEVICE))
     inputs = v, k, q, dt, A, torch.randn(2, 4, 16, 16, device=DEVICE)
-    assert max(errors(losses(cuda, inputs, sequences), losses(TORCH, inputs, sequences, torch.float64))) < 1e-4
+    assert (
+        max(
+            relative_errors(
+                outputs_and_gradients(cuda, inputs, sequences),
+                outputs_and_gradients(TORCH, inputs, sequences, torch.float64),
+            )
+        )
+        < 1e-4
+    )
     x = torch.randn(1, 65, 16, device=DEVICE)
     arguments = torch.randn(16, 2, device=DEVICE), torch.randn(16, device=DEVICE), torch.randn(2, 16, 1, device=DEVICE)
     for value, truth in zip(
@@ -65,20 +80,24 @@ def test_sequences_are_kept_apart(cuda):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def test_our_kernels_are_as_exact_as_theirs(cuda, dtype):
+def test_our_triton_kernels_are_as_exact_as_mamba_ssms(cuda, dtype):
     triton, reason = find("triton")
     if triton is None:
         pytest.skip(f"triton {reason}")
     if DEVICE == "cpu" and dtype != torch.float32:
-        pytest.skip("in Triton's interpreter their products of bf16 are those of integers, and those of fp16 overflow")
+        pytest.skip("Triton's interpreter multiplies bf16 as integers in their kernels, and fp16 overflows")
     inputs = scan_inputs(1, 135, dtype)
-    truth = losses(TORCH, inputs, dtype=torch.float64)
-    for ours, theirs in zip(errors(losses(triton, inputs), truth), errors(losses(cuda, inputs), truth), strict=True):
+    truth = outputs_and_gradients(TORCH, inputs, dtype=torch.float64)
+    for ours, theirs in zip(
+        relative_errors(outputs_and_gradients(triton, inputs), truth),
+        relative_errors(outputs_and_gradients(cuda, inputs), truth),
+        strict=True,
+    ):
         assert ours <= max(2 * theirs, 1e-5)  # below, both are exact for every use
 
 
 @pytest.mark.parametrize("taps", [2, 4])
-def test_its_convolution_equals_the_reference_and_goes_on_from_a_state(cuda, taps):
+def test_the_convolution_equals_the_reference_and_continues_a_state(cuda, taps):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 9, 16), torch.randn(16, taps), torch.randn(16)
     x, weight, bias = (t.to(DEVICE) for t in (x, weight, bias))
@@ -90,7 +109,7 @@ def test_its_convolution_equals_the_reference_and_goes_on_from_a_state(cuda, tap
         torch.testing.assert_close(state, x[:, -(taps - 1) :].transpose(1, 2))
 
 
-def test_its_step_and_norm_equal_the_reference(cuda):
+def test_the_decode_step_equals_the_reference(cuda):
     torch.manual_seed(0)
     batch, kv_heads, heads, size = 2, 2, 4, 16
     channels = (2 * kv_heads + heads) * size

@@ -1,9 +1,8 @@
 """The adapters for VLMEvalKit and lmms-eval answer as `chat` does, on top of these packages' own base classes.
 
-Both packages are downloaded from PyPI without the many packages they depend on; only the modules that an adapter
-meets are imported, and small stand-ins take the place of what these import but do not need here. VLMEvalKit is not on
-PyPI under its own name (`pip download vlmeval` and `vlmevalkit` find nothing): its code is there as ms-vlmeval,
-ModelScope's distribution, whose `BaseModel` differs from that of the repository in its import lines only.
+Both packages are downloaded from PyPI without their many dependencies; only the modules that an adapter uses are
+imported, with stubs for their other imports. VLMEvalKit is on PyPI only as ms-vlmeval, ModelScope's distribution,
+whose `BaseModel` differs from the repository's in its imports alone.
 """
 
 import importlib
@@ -25,16 +24,16 @@ from model_folders import modules_cache, self_contained_copy
 from PIL import Image
 
 import mmmamba
-from mmmamba.examples.shapes.world import example
+from mmmamba.examples.shapes import world
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessor
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 
 
-EXAMPLES = Path(mmmamba.__file__).parent / "examples"
-HYBRID = EXAMPLES / "shapes" / "hybrid"
-ADAPTERS = EXAMPLES / "evaluation"
-ASKED = [example("test", 0, index) for index in range(22)]  # two of each kind, with one to three pictures
+FOLDER = Path(mmmamba.__file__).parent / "examples"
+HYBRID = FOLDER / "shapes" / "hybrid"
+ADAPTERS = FOLDER / "evaluation"
+EXAMPLES = [world.example("test", 0, index) for index in range(22)]  # two of each kind, with one to three pictures
 
 
 def unpacked(config, distribution: str, version: str, package: str) -> Path:
@@ -64,8 +63,8 @@ def _unpacked(folder: Path, distribution: str, version: str, package: str) -> Pa
     return folder
 
 
-def stand_in(name: str, path: Path | None = None, **contents) -> types.ModuleType:
-    """A module of this name; with a path a package whose own __init__ is passed over."""
+def stub_module(name: str, path: Path | None = None, **contents) -> types.ModuleType:
+    """Puts a module into `sys.modules`; with a path, a package whose own __init__ is not run."""
     module = types.ModuleType(name)
     if path is not None:
         module.__path__ = [str(path)]
@@ -77,7 +76,7 @@ def stand_in(name: str, path: Path | None = None, **contents) -> types.ModuleTyp
 
 @pytest.fixture(scope="module", autouse=True)
 def clean_modules(tmp_path_factory):
-    """Removes what was imported and put in its place, and keeps remote code out of the user's cache."""
+    """Removes imported modules and stubs afterwards, and keeps remote code out of the user's cache."""
     modules, path = dict(sys.modules), list(sys.path)
     with modules_cache(tmp_path_factory.mktemp("modules")):
         yield
@@ -115,16 +114,19 @@ def chat():
 
 @pytest.fixture(scope="module")
 def expected(chat):
-    """What `chat` answers to each question of `ASKED`."""
-    return [chat(drawn(one), "<image>" * len(one.pictures) + "\n" + one.question) for one in ASKED]
+    """What `chat` answers to each question of `EXAMPLES`."""
+    return [
+        chat(draw_pictures(example), "<image>" * len(example.pictures) + "\n" + example.question)
+        for example in EXAMPLES
+    ]
 
 
-def drawn(one) -> list[Image.Image]:
-    return [picture.draw() for picture in one.pictures]
+def draw_pictures(example) -> list[Image.Image]:
+    return [picture.draw() for picture in example.pictures]
 
 
-def right(answers) -> int:
-    return sum(answer == one.answer for answer, one in zip(answers, ASKED, strict=True))
+def count_right(answers) -> int:
+    return sum(answer == example.answer for answer, example in zip(answers, EXAMPLES, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +143,12 @@ def vlmevalkit(request):
     """The adapter's module, on the real `vlmeval.vlm.base` and `vlmeval.smp`."""
     folder = unpacked(request.config, "ms-vlmeval", "0.0.20", "vlmeval") / "vlmeval"
     # vlmeval/__init__.py turns off the verification of certificates; vlm/__init__.py imports every model.
-    stand_in("vlmeval", folder)
-    stand_in("vlmeval.vlm", folder / "vlm", __getattr__=lambda name: print)
-    stand_in("vlmeval.api", __getattr__=lambda name: print)
-    stand_in("vlmeval.dataset", DATASET_TYPE=lambda name: "VQA")
-    stand_in("sty", fg=None)
-    stand_in("validators", url=lambda text: bool(re.fullmatch(r"https?://\S+", text)))
+    stub_module("vlmeval", folder)
+    stub_module("vlmeval.vlm", folder / "vlm", __getattr__=lambda name: print)
+    stub_module("vlmeval.api", __getattr__=lambda name: print)
+    stub_module("vlmeval.dataset", DATASET_TYPE=lambda name: "VQA")
+    stub_module("sty", fg=None)
+    stub_module("validators", url=lambda text: bool(re.fullmatch(r"https?://\S+", text)))
     return load(ADAPTERS / "vlmevalkit_mmmamba.py", "vlmeval.vlm.mmmamba")
 
 
@@ -163,7 +165,7 @@ def vlm(vlmevalkit):
     return vlmevalkit.MmMamba(str(HYBRID), device="cpu", max_new_tokens=48)
 
 
-def test_vlmevalkit_knows_the_model_by_name(vlmevalkit, hub_folder):
+def test_register_adds_the_model_to_vlmevalkit_by_name(vlmevalkit, hub_folder):
     vlmevalkit.register("mmMamba-shapes", model_path=str(hub_folder), device="cpu")
     config = importlib.import_module("vlmeval.config")
     assert Path(config.__file__).parent.name == "vlmeval" and len(config.supported_VLM) > 100
@@ -175,29 +177,32 @@ def test_vlmevalkit_knows_the_model_by_name(vlmevalkit, hub_folder):
 
 def test_vlmevalkit_answers_as_chat_does(vlm, expected, tmp_path):
     answers = []
-    for index, one in enumerate(ASKED):
+    for index, example in enumerate(EXAMPLES):
         message = []
-        for number, picture in enumerate(drawn(one)):
+        for number, picture in enumerate(draw_pictures(example)):
             picture.save(tmp_path / f"{index}-{number}.png")
             message.append({"type": "image", "value": str(tmp_path / f"{index}-{number}.png")})
-        answers.append(vlm.generate([*message, {"type": "text", "value": one.question}], dataset="MMBench_DEV_EN"))
+        answers.append(vlm.generate([*message, {"type": "text", "value": example.question}], dataset="MMBench_DEV_EN"))
     assert answers == expected
-    assert right(answers) >= 20
+    assert count_right(answers) >= 20
 
 
-def test_vlmevalkit_takes_every_kind_of_message(vlm, chat, tmp_path):
-    one = ASKED[0]
-    (picture,) = drawn(one)
+def test_vlmevalkit_messages_may_be_strings_parts_or_lists_of_either(vlm, chat, tmp_path):
+    example = EXAMPLES[0]
+    (picture,) = draw_pictures(example)
     picture.save(tmp_path / "picture.png")
-    text, image = {"type": "text", "value": one.question}, {"type": "image", "value": str(tmp_path / "picture.png")}
-    plain = chat([picture], f"<image>\n{one.question}")
-    assert vlm.generate([str(tmp_path / "picture.png"), one.question]) == plain == one.answer
+    text, image = (
+        {"type": "text", "value": example.question},
+        {"type": "image", "value": str(tmp_path / "picture.png")},
+    )
+    plain = chat([picture], f"<image>\n{example.question}")
+    assert vlm.generate([str(tmp_path / "picture.png"), example.question]) == plain == example.answer
     assert vlm.generate_inner([{"type": "image", "value": picture}, text]) == plain
-    assert vlm.generate(one.question) == vlm.generate(text) == chat(None, one.question)
-    between = [{"type": "text", "value": "Look:\n"}, image, {"type": "text", "value": one.question}]
-    assert vlm.generate(between) == chat([picture], f"Look:\n<image>\n{one.question}")
-    # What looks like a place for a picture in a benchmark's text is text.
-    assert isinstance(vlm.generate([image, {"type": "text", "value": f"<image> {one.question}"}]), str)
+    assert vlm.generate(example.question) == vlm.generate(text) == chat(None, example.question)
+    between = [{"type": "text", "value": "Look:\n"}, image, {"type": "text", "value": example.question}]
+    assert vlm.generate(between) == chat([picture], f"Look:\n<image>\n{example.question}")
+    # `<image>` in a benchmark's text is text.
+    assert isinstance(vlm.generate([image, {"type": "text", "value": f"<image> {example.question}"}]), str)
     with pytest.raises(AssertionError, match="video"):
         vlm.generate([{"type": "video", "value": video(tmp_path)}])
 
@@ -207,15 +212,15 @@ def video(folder: Path) -> str:
     return str(folder / "film.mp4")
 
 
-def test_vlmevalkit_goes_on_with_a_conversation(vlm):
-    one = next(x for x in ASKED if len(x.pictures) == 1)
-    first = [{"type": "image", "value": drawn(one)[0]}, {"type": "text", "value": one.question}]
+def test_vlmevalkit_answers_the_last_turn_of_a_conversation(vlm):
+    example = next(x for x in EXAMPLES if len(x.pictures) == 1)
+    first = [{"type": "image", "value": draw_pictures(example)[0]}, {"type": "text", "value": example.question}]
     turns = [
         {"role": "user", "content": first},
-        {"role": "assistant", "content": [{"type": "text", "value": one.answer}]},
-        {"role": "user", "content": [{"type": "text", "value": one.question}]},
+        {"role": "assistant", "content": [{"type": "text", "value": example.answer}]},
+        {"role": "user", "content": [{"type": "text", "value": example.question}]},
     ]
-    assert vlm.chat_inner(turns) == one.answer
+    assert vlm.chat_inner(turns) == example.answer
 
 
 # --- lmms-eval -----------------------------------------------------------------------------------------------------
@@ -223,7 +228,7 @@ def test_vlmevalkit_goes_on_with_a_conversation(vlm):
 
 @pytest.fixture(scope="module")
 def lmms_eval(request, tmp_path_factory):
-    """The adapter's module, copied into lmms-eval as its docstring says, and found by lmms-eval's own registry."""
+    """The adapter's module, copied into lmms-eval as its docstring says and loaded by its registry."""
     source = unpacked(request.config, "lmms-eval", "0.7.3", "lmms_eval") / "lmms_eval"
     folder = tmp_path_factory.mktemp("lmms") / "lmms_eval"
     for part in ("__init__.py", "utils.py", "api", "models/__init__.py", "models/registry_v2.py"):
@@ -240,15 +245,15 @@ def lmms_eval(request, tmp_path_factory):
 
     logger = logging.getLogger("lmms_eval")
     logger.remove = logger.add = lambda *args, **kwargs: None
-    stand_in("loguru", logger=logger)
-    stand_in("evaluate")
-    stand_in("pytz")
+    stub_module("loguru", logger=logger)
+    stub_module("evaluate")
+    stub_module("pytz")
     sys.path.insert(0, str(folder.parent))
     return importlib.import_module("lmms_eval.models")
 
 
 class Tasks:
-    """lmms-eval's requests about `ASKED`, as its tasks make them."""
+    """lmms-eval's requests about `EXAMPLES`, as its tasks make them."""
 
     def __init__(self, instance):
         self.instance = instance
@@ -257,10 +262,11 @@ class Tasks:
         metadata = {"task": "shapes", "doc_id": 0, "repeats": 1}
         return self.instance(request_type=kind, arguments=arguments, idx=0, metadata=metadata)
 
-    def questions(self, rows, to_pictures=drawn, **generation):
+    def questions(self, rows, to_pictures=draw_pictures, **generation):
         place = ("shapes", "test")
         return [
-            self.request("generate_until", ASKED[i].question, dict(generation), to_pictures, i, *place) for i in rows
+            self.request("generate_until", EXAMPLES[i].question, dict(generation), to_pictures, i, *place)
+            for i in rows
         ]
 
 
@@ -278,43 +284,45 @@ def lmm(lmms_eval, hub_folder):
     model = cls.create_from_arg_string(f"pretrained={hub_folder},max_new_tokens=48", more)
     assert isinstance(model, importlib.import_module("lmms_eval.api.model").lmms)
     assert type(model.model).__module__.startswith("transformers_modules.")
-    model.task_dict = {"shapes": {"test": ASKED}}
+    model.task_dict = {"shapes": {"test": EXAMPLES}}
     return model
 
 
 def test_lmms_eval_answers_as_chat_does(lmm, tasks, expected):
-    requests = tasks.questions(range(len(ASKED)), until=["\n\n"], max_new_tokens=48, temperature=0, do_sample=False)
+    requests = tasks.questions(range(len(EXAMPLES)), until=["\n\n"], max_new_tokens=48, temperature=0, do_sample=False)
     before = [dict(request.args[1]) for request in requests]
     answers = lmm.generate_until(requests)
     assert answers == expected
-    assert right(answers) >= 20
+    assert count_right(answers) >= 20
     assert [request.args[1] for request in requests] == before, "a task's arguments are its own"
 
 
-def test_lmms_eval_keeps_requests_apart(lmm, tasks, expected, chat, tmp_path):
-    """Other tasks, arguments, splits and kinds of pictures in one call; the order stays."""
+def test_lmms_eval_answers_requests_of_different_tasks_in_one_call(lmm, tasks, expected, chat, tmp_path):
+    """Requests of several tasks, arguments, splits and kinds of pictures in one call are answered in order."""
 
-    def as_paths(one):
-        for number, picture in enumerate(drawn(one)):
-            picture.save(tmp_path / f"{ASKED.index(one)}-{number}.png")
-        return [str(tmp_path / f"{ASKED.index(one)}-{number}.png") for number in range(len(one.pictures))]
+    def as_paths(example):
+        for number, picture in enumerate(draw_pictures(example)):
+            picture.save(tmp_path / f"{EXAMPLES.index(example)}-{number}.png")
+        return [str(tmp_path / f"{EXAMPLES.index(example)}-{number}.png") for number in range(len(example.pictures))]
 
-    lmm.task_dict["reversed"] = {"val": ASKED[::-1]}
-    single = next(i for i, one in enumerate(ASKED) if len(one.pictures) == 1)
-    asked = ASKED[single].question
-    long = max(range(len(ASKED)), key=lambda i: len(expected[i]))
+    lmm.task_dict["reversed"] = {"val": EXAMPLES[::-1]}
+    single = next(i for i, example in enumerate(EXAMPLES) if len(example.pictures) == 1)
+    asked = EXAMPLES[single].question
+    long = max(range(len(EXAMPLES)), key=lambda i: len(expected[i]))
     requests = [
         *tasks.questions([3, 4], to_pictures=as_paths),
-        tasks.request("generate_until", ASKED[-1].question, {}, drawn, 0, "reversed", "val"),
+        tasks.request("generate_until", EXAMPLES[-1].question, {}, draw_pictures, 0, "reversed", "val"),
         *tasks.questions([long, long], max_new_tokens=1),
         *tasks.questions([long]),
-        *tasks.questions([6], to_pictures=lambda one: [drawn(one)]),
-        tasks.request("generate_until", asked, {}, lambda one: None, 0, "shapes", "test"),
-        tasks.request("generate_until", f"Look:\n<image>\n{asked}", {}, drawn, single, "shapes", "test"),
-        tasks.request("generate_until", f"<image><image>\n{asked}", {}, drawn, single, "shapes", "test"),
+        *tasks.questions([6], to_pictures=lambda example: [draw_pictures(example)]),
+        tasks.request("generate_until", asked, {}, lambda example: None, 0, "shapes", "test"),
+        tasks.request("generate_until", f"Look:\n<image>\n{asked}", {}, draw_pictures, single, "shapes", "test"),
+        tasks.request("generate_until", f"<image><image>\n{asked}", {}, draw_pictures, single, "shapes", "test"),
     ]
-    one = ASKED[long]
-    one_token = chat(drawn(one), "<image>" * len(one.pictures) + "\n" + one.question, max_new_tokens=1)
+    example = EXAMPLES[long]
+    one_token = chat(
+        draw_pictures(example), "<image>" * len(example.pictures) + "\n" + example.question, max_new_tokens=1
+    )
     assert one_token != expected[long]
     assert lmm.generate_until(requests) == [
         expected[3],
@@ -325,13 +333,13 @@ def test_lmms_eval_keeps_requests_apart(lmm, tasks, expected, chat, tmp_path):
         expected[long],
         expected[6],
         chat(None, asked),
-        chat(drawn(ASKED[single]), f"Look:\n<image>\n{asked}"),
+        chat(draw_pictures(EXAMPLES[single]), f"Look:\n<image>\n{asked}"),
         expected[single],
     ]
 
 
-def test_lmms_eval_ends_answers_where_the_task_says(lmm, tasks, expected):
-    number = max(range(len(ASKED)), key=lambda i: len(expected[i]))
+def test_lmms_eval_answers_end_before_the_tasks_stop_strings(lmm, tasks, expected):
+    number = max(range(len(EXAMPLES)), key=lambda i: len(expected[i]))
     answer = expected[number]
     middle = answer[len(answer) // 2]
     for until in (middle, [middle], ["never", middle, ""]):
@@ -351,7 +359,7 @@ def test_lmms_eval_ends_answers_where_the_task_says(lmm, tasks, expected):
         (dict(until=["\n"], image_aspect_ratio="pad", top_p=None), dict(do_sample=False, max_new_tokens=48)),
     ],
 )
-def test_lmms_eval_generation_arguments(lmm, tasks, monkeypatch, given, used):
+def test_lmms_eval_generation_arguments_become_arguments_of_generate(lmm, tasks, monkeypatch, given, used):
     seen = []
     generate = type(lmm.model).generate
 
@@ -365,22 +373,23 @@ def test_lmms_eval_generation_arguments(lmm, tasks, monkeypatch, given, used):
     assert seen == [used]
 
 
-def test_lmms_eval_rounds_go_on_until_the_task_stops(lmm, tasks, expected):
-    """As the tasks of several rounds do: each asks the next question of its own document, some longer than others."""
+def test_lmms_eval_asks_rounds_until_the_task_stops(lmm, tasks, expected):
+    """Each task asks the questions that follow its document's, for one to three rounds."""
     calls = []
 
     def ask(document, previous_output, round_idx, previous_round_info):
-        start = ASKED.index(document)
+        start = EXAMPLES.index(document)
         calls.append((start, round_idx, previous_round_info, len(previous_output)))
         stop = round_idx == 1 + start % 3
-        follow = ASKED[start + round_idx]
+        follow = EXAMPLES[start + round_idx]
         return (None, None, True, previous_output, None) if stop else (
-            drawn(follow), follow.question, False, previous_output, round_idx
+            draw_pictures(follow), follow.question, False, previous_output, round_idx
         )  # fmt: skip
 
     place = ("shapes", "test")
     requests = [
-        tasks.request("generate_until_multi_round", ASKED[i].question, {}, drawn, ask, i, *place) for i in range(8)
+        tasks.request("generate_until_multi_round", EXAMPLES[i].question, {}, draw_pictures, ask, i, *place)
+        for i in range(8)
     ]
     answers = lmm.generate_until_multi_round(requests)
     assert answers == [expected[i : i + 1 + i % 3] for i in range(8)]
@@ -389,45 +398,52 @@ def test_lmms_eval_rounds_go_on_until_the_task_stops(lmm, tasks, expected):
     assert (2, 1, None, 1) in calls and (2, 2, 1, 2) in calls and (2, 3, 2, 3) in calls
 
 
-def test_lmms_eval_scores_answers(lmm, tasks, expected):
-    """Of all answers the one that the model would give scores best, and it alone is greedy."""
+def test_lmms_eval_scores_the_generated_answer_best(lmm, tasks, expected):
+    """Of all answers the generated one has the highest log probability, and it alone is greedy."""
     place = ("shapes", "test")
     choices = sorted(set(expected))
     for number in (0, 1, 9):
-        question = ASKED[number].question
+        question = EXAMPLES[number].question
         scored = lmm.loglikelihood(
-            [tasks.request("loglikelihood", question, f" {choice}", drawn, number, *place) for choice in choices]
+            [
+                tasks.request("loglikelihood", question, f" {choice}", draw_pictures, number, *place)
+                for choice in choices
+            ]
         )
         assert choices[max(range(len(choices)), key=lambda i: scored[i][0])] == expected[number]
         assert [greedy for _, greedy in scored] == [choice == expected[number] for choice in choices]
-        target = tasks.request("loglikelihood", question, lambda one: one.answer, drawn, number, *place)
-        assert lmm.loglikelihood([target])[0] == pytest.approx(scored[choices.index(ASKED[number].answer)])
+        target = tasks.request(
+            "loglikelihood", question, lambda example: example.answer, draw_pictures, number, *place
+        )
+        assert lmm.loglikelihood([target])[0] == pytest.approx(scored[choices.index(EXAMPLES[number].answer)])
 
 
-def test_lmms_eval_score_is_the_models_own_loss(lmm, tasks):
+def test_lmms_eval_score_is_the_models_loss(lmm, tasks):
     for number in (0, 9):
-        one = ASKED[number]
-        request = tasks.request("loglikelihood", one.question, one.answer, drawn, number, "shapes", "test")
+        example = EXAMPLES[number]
+        request = tasks.request(
+            "loglikelihood", example.question, example.answer, draw_pictures, number, "shapes", "test"
+        )
         ((score, _),) = lmm.loglikelihood([request])
-        pictures = [{"type": "image", "image": picture} for picture in drawn(one)]
-        turns = [{"role": "user", "content": [*pictures, {"type": "text", "text": one.question}]}]
-        turns.append({"role": "assistant", "content": one.answer})
+        pictures = [{"type": "image", "image": picture} for picture in draw_pictures(example)]
+        turns = [{"role": "user", "content": [*pictures, {"type": "text", "text": example.question}]}]
+        turns.append({"role": "assistant", "content": example.answer})
         inputs = lmm.processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
         ids = inputs["input_ids"]
         end = ids.shape[1] - 1  # <|im_end|>
-        start = next(i for i in range(end, 0, -1) if lmm.processor.decode(ids[0, i:end]).strip() == one.answer)
+        start = next(i for i in range(end, 0, -1) if lmm.processor.decode(ids[0, i:end]).strip() == example.answer)
         labels = torch.full_like(ids, -100)
         labels[0, start:end] = ids[0, start:end]
         with torch.no_grad():
             loss = lmm.model(**inputs, labels=labels).loss.item()
         assert score == pytest.approx(-loss * (end - start), abs=1e-4)
-    # Mutual information asks for the probability of an answer to nothing.
+    # Tasks that use mutual information ask for the probability of an answer without a question.
     ((score, _),) = lmm.loglikelihood([tasks.request("loglikelihood", "", "red")])
     assert math.isfinite(score)
 
 
-def test_lmms_eval_says_what_it_cannot_do(lmm, tasks):
+def test_lmms_eval_refuses_videos_and_automatic_batch_sizes(lmm, tasks):
     with pytest.raises(ValueError, match=r"film\.mp4 is a video"):
-        lmm.generate_until(tasks.questions([0], to_pictures=lambda one: ["film.mp4"]))
+        lmm.generate_until(tasks.questions([0], to_pictures=lambda example: ["film.mp4"]))
     with pytest.raises(ValueError, match="batch_size='auto'"):
         type(lmm)(str(HYBRID), batch_size="auto")

@@ -1,7 +1,7 @@
 """Parity with upstream: logits, losses, states, decoding and greedy answers of the golden fixtures.
 
-Tolerances are those that the fixtures' README argues for: softmax models differ by rounding alone, while the per-head
-norm of small recurrent outputs amplifies it. Layer by layer, where nothing accumulates, the bound is sharp for both.
+Tolerances are explained in the fixtures' README: softmax models differ by rounding alone, which the per-head norm of
+small recurrent outputs amplifies. A layer by itself accumulates no error, so its tolerance is tight for both.
 """
 
 import pytest
@@ -34,14 +34,14 @@ def load(tmp_path_factory):
     return load
 
 
-def read(name, case):
+def read_case(name, case):
     """A case's inputs by argument name, and its outputs."""
     tensors = load_file(GOLDEN / name / f"case_{case}.safetensors")
     inputs = {key[3:]: tensor for key, tensor in tensors.items() if key.startswith("in.")}
     return inputs, {key[4:]: tensor for key, tensor in tensors.items() if key.startswith("out.")}
 
 
-def near(actual, expected, name):
+def assert_near(actual, expected, name):
     tolerance = {"atol": 3e-3, "rtol": 1e-3} if name in MAMBA else {"atol": 2e-4, "rtol": 1e-4}
     torch.testing.assert_close(actual, expected, **tolerance)
 
@@ -50,40 +50,40 @@ TEACHER_CASES = [(name, case) for name in TEACHERS for case in ("text", "image")
 
 
 @pytest.mark.parametrize(("name", "case"), [*TEACHER_CASES, ("hovle_tiny", "batch2")])
-def test_teacher_logits_and_loss(load, name, case):
-    inputs, expected = read(name, case)
+def test_the_teachers_logits_and_loss_are_upstreams(load, name, case):
+    inputs, expected = read_case(name, case)
     outputs = load(name)(**inputs)
-    near(outputs.logits, expected["logits"], name)
+    assert_near(outputs.logits, expected["logits"], name)
     if "loss" in expected:
-        near(outputs.loss, expected["loss"].reshape(()), name)
+        assert_near(outputs.loss, expected["loss"].reshape(()), name)
 
 
-def test_teacher_with_left_padding(load):
-    inputs, expected = read("hovle_tiny", "leftpad_flash")
+def test_the_teachers_logits_with_left_padding_are_upstreams(load):
+    inputs, expected = read_case("hovle_tiny", "leftpad_flash")
     valid = inputs["attention_mask"].bool()
     for given in (inputs, {key: value for key, value in inputs.items() if key != "position_ids"}):
-        near(load("hovle_tiny")(**given).logits[valid], expected["logits"][valid], "hovle_tiny")
+        assert_near(load("hovle_tiny")(**given).logits[valid], expected["logits"][valid], "hovle_tiny")
 
 
 @pytest.mark.parametrize("size", ["84x84", "56x84", "28x28"])
-def test_tiles_of_other_sizes(load, size):
-    inputs, expected = read("hovle_tiny", "vision_resize")
+def test_embeddings_of_tiles_of_other_sizes_are_upstreams(load, size):
+    inputs, expected = read_case("hovle_tiny", "vision_resize")
     rows = load("hovle_tiny").get_image_features(inputs[f"pixel_values_{size}"]).pooler_output
-    near(rows, expected[f"vision_embeddings_{size}"], "hovle_tiny")
+    assert_near(rows, expected[f"vision_embeddings_{size}"], "hovle_tiny")
 
 
-def check_states(cache, expected, moment, name):
-    """Every layer's state, in upstream's shapes."""
+def compare_states(cache, expected, moment, name):
+    """Compares every stored layer's state, in upstream's shapes; returns how many there were."""
     compared = 0
     for index, layer in enumerate(cache.layers):
         if f"{moment}.ssm_state.{index}" in expected:
             conv, state = expected[f"{moment}.conv_state.{index}"], expected[f"{moment}.ssm_state.{index}"]
-            near(layer.conv_states[0].reshape(conv.shape), conv, name)
-            near(layer.recurrent_states[0].reshape(state.shape), state, name)
+            assert_near(layer.conv_states[0].reshape(conv.shape), conv, name)
+            assert_near(layer.recurrent_states[0].reshape(state.shape), state, name)
         elif f"{moment}.kv_cache.{index}" in expected:
             keys, values = expected[f"{moment}.kv_cache.{index}"].unbind(2)
-            near(layer.keys.transpose(1, 2), keys, name)
-            near(layer.values.transpose(1, 2), values, name)
+            assert_near(layer.keys.transpose(1, 2), keys, name)
+            assert_near(layer.values.transpose(1, 2), values, name)
         else:
             continue
         compared += 1
@@ -92,26 +92,26 @@ def check_states(cache, expected, moment, name):
 
 @pytest.mark.parametrize("name", MAMBA)
 @pytest.mark.parametrize("case", ["text", "image", "long", "batch2"])
-def test_mamba_prefill_states_and_decoding(load, name, case):
+def test_the_students_logits_states_and_decoding_are_upstreams(load, name, case):
     model = load(name)
-    inputs, expected = read(name, case)
+    inputs, expected = read_case(name, case)
     decode = inputs.pop("decode_ids")
     outputs = model(**inputs, use_cache=True)
-    near(outputs.logits, expected["prefill_logits"], name)
+    assert_near(outputs.logits, expected["prefill_logits"], name)
     cache = outputs[CACHE]
-    assert check_states(cache, expected, "prefill", name) == len(cache.layers)
+    assert compare_states(cache, expected, "prefill", name) == len(cache.layers)
     steps = [model(token, **{CACHE: cache}).logits for token in decode.split(1, dim=1)]
-    near(torch.cat(steps, 1), expected["decode_logits"], name)
+    assert_near(torch.cat(steps, 1), expected["decode_logits"], name)
     stored = any(key.startswith("final.") for key in expected)
-    assert check_states(cache, expected, "final", name) == (len(cache.layers) if stored else 0)
+    assert compare_states(cache, expected, "final", name) == (len(cache.layers) if stored else 0)
 
 
 @pytest.mark.parametrize("name", MAMBA)
 @pytest.mark.parametrize("case", ["text", "image"])
-def test_each_layer_alone(load, name, case):
-    """Upstream's output of layer i, fed to layer i + 1: nothing accumulates, so the bound is sharp."""
+def test_each_layer_alone_is_upstreams(load, name, case):
+    """Layer i + 1 gets upstream's output of layer i, so errors do not accumulate."""
     model = load(name)
-    _, expected = read(name, case)
+    _, expected = read_case(name, case)
     hidden = [expected[f"layer.{i}"] for i in range(len(model.model.layers))]
     positions = torch.arange(hidden[0].shape[1])[None]
     for index, layer in enumerate(model.model.layers[1:], start=1):
@@ -122,8 +122,8 @@ def test_each_layer_alone(load, name, case):
 
 
 @pytest.mark.parametrize("name", ["hovle_tiny", *MAMBA])
-def test_greedy_answers(load, name):
-    inputs, expected = read(name, "greedy")
+def test_greedy_continuations_are_upstreams(load, name):
+    inputs, expected = read_case(name, "greedy")
     count = expected["greedy_ids"].shape[1]
     output = load(name).generate(
         **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), max_new_tokens=count, do_sample=False,

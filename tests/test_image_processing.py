@@ -1,4 +1,4 @@
-"""Tiles against upstream's preprocessing, and pictures of every kind."""
+"""Tiles equal upstream's; files, modes and sizes of every kind are read or refused in one sentence."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ from mmmamba.image_processing_mmmamba import (
     MmMambaImageProcessorPil,
     choose_grid,
     grids,
-    rgb,
+    to_rgb,
 )
 
 
@@ -35,7 +35,7 @@ torchvision = MmMambaImageProcessor(size={"height": SIDE, "width": SIDE})
 both = pytest.mark.parametrize("processor", [pil, torchvision], ids=["pil", "torchvision"])
 
 
-def levels_apart(tiles, others):
+def max_level_difference(tiles, others):
     """Largest difference in levels of 0 to 255."""
     return ((tiles - others) * STD * 255).abs().max().item()
 
@@ -46,23 +46,23 @@ def picture(width, height, mode="RGB"):
 
 
 @pytest.mark.parametrize(("max_tiles", "order"), META["candidate_order_by_max_num"].items())
-def test_candidate_grids_are_tried_in_upstreams_order(max_tiles, order):
+def test_candidate_grids_have_upstreams_order(max_tiles, order):
     assert [list(grid) for grid in grids(1, int(max_tiles))] == order
 
 
-def test_the_grid_is_upstreams_choice_for_every_size():
-    chosen = [[w, h, most, *choose_grid(w, h, 448, 1, most)] for w, h, most, _, _ in GRID_ROWS]
+def test_the_chosen_grid_is_upstreams_for_every_size():
+    chosen = [[w, h, max_tiles, *choose_grid(w, h, 448, 1, max_tiles)] for w, h, max_tiles, _, _ in GRID_ROWS]
     assert chosen == GRID_ROWS
 
 
 @pytest.mark.parametrize("case", META["cases"], ids=lambda case: f"{case['image']}-{case['max_num']}")
-def test_pillow_tiles_are_upstreams_and_torchvisions_within_three_levels(case):
+def test_pillow_tiles_equal_upstreams_and_torchvision_differs_by_three_levels_at_most(case):
     image = META["images"][case["image"]]
     with Image.open(GOLDEN / image["file"]) as opened:
-        assert zlib.crc32(np.asarray(rgb(opened)).tobytes()) == image["rgb_crc32"]
+        assert zlib.crc32(np.asarray(to_rgb(opened)).tobytes()) == image["rgb_crc32"]
         options = {"max_patches": case["max_num"], "return_tensors": "pt"}
         inputs = pil(opened, **options)
-        close = torchvision(opened, **options)
+        from_torchvision = torchvision(opened, **options)
     tiles = inputs["pixel_values"]
     assert tiles.shape == (case["num_tiles"], 3, SIDE, SIDE)
     assert tiles.dtype == torch.float32
@@ -82,12 +82,12 @@ def test_pillow_tiles_are_upstreams_and_torchvisions_within_three_levels(case):
     truth = TILES.get(f"{case['image']}__max{case['max_num']}")
     if truth is not None:
         torch.testing.assert_close(tiles, truth, atol=1e-6, rtol=0)
-    assert levels_apart(close["pixel_values"], tiles) <= 3.01
-    assert close["num_patches"].tolist() == [case["num_tiles"]]
+    assert max_level_difference(from_torchvision["pixel_values"], tiles) <= 3.01
+    assert from_torchvision["num_patches"].tolist() == [case["num_tiles"]]
 
 
 @both
-def test_pictures_keep_their_order_and_their_counts(processor):
+def test_tiles_of_several_pictures_keep_the_order_of_the_pictures(processor):
     pictures = [picture(60, 20), picture(30, 30), picture(20, 80)]
     inputs = processor(pictures, max_patches=6, return_tensors="pt")
     alone = [processor(p, max_patches=6, return_tensors="pt")["pixel_values"] for p in pictures]
@@ -98,7 +98,7 @@ def test_pictures_keep_their_order_and_their_counts(processor):
 
 @both
 @pytest.mark.parametrize(("width", "height", "tiles"), [(1, 1, 1), (20000, 3, 13), (3, 20000, 13), (2, 1, 3)])
-def test_extreme_shapes_have_tiles(processor, width, height, tiles):
+def test_pictures_of_extreme_aspect_ratio_have_tiles(processor, width, height, tiles):
     inputs = processor(picture(width, height), return_tensors="pt")
     assert inputs["pixel_values"].shape == (tiles, 3, SIDE, SIDE)
     assert inputs["pixel_values"].isfinite().all()
@@ -106,7 +106,7 @@ def test_extreme_shapes_have_tiles(processor, width, height, tiles):
 
 @both
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "1", "P", "CMYK", "YCbCr", "HSV"])
-def test_every_mode_is_converted(processor, mode):
+def test_every_pillow_mode_is_converted_to_rgb(processor, mode):
     inputs = processor(picture(SIDE, SIDE, mode), return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, SIDE, SIDE)
 
@@ -117,15 +117,15 @@ def test_every_mode_is_converted(processor, mode):
 def test_sixteen_bits_are_scaled_not_clipped(processor, as_file, brightest, tmp_path):
     deep = np.linspace(0, brightest, SIDE * SIDE).astype(np.uint16).reshape(SIDE, SIDE)
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    given = str(tmp_path / "deep.png") if as_file else Image.open(tmp_path / "deep.png")
+    image = str(tmp_path / "deep.png") if as_file else Image.open(tmp_path / "deep.png")
     shallow = Image.fromarray((deep / 257).round().astype(np.uint8)).convert("RGB")
     torch.testing.assert_close(
-        processor(given, return_tensors="pt")["pixel_values"], processor(shallow, return_tensors="pt")["pixel_values"]
+        processor(image, return_tensors="pt")["pixel_values"], processor(shallow, return_tensors="pt")["pixel_values"]
     )
 
 
 @both
-def test_an_animation_is_its_first_frame(processor, tmp_path):
+def test_of_an_animation_the_first_frame_is_used(processor, tmp_path):
     first, second = picture(SIDE, SIDE).quantize(64), picture(SIDE, SIDE - 1).resize((SIDE, SIDE)).quantize(64)
     first.save(tmp_path / "moving.gif", save_all=True, append_images=[second])
     torch.testing.assert_close(
@@ -135,18 +135,18 @@ def test_an_animation_is_its_first_frame(processor, tmp_path):
 
 
 @both
-def test_paths_base64_arrays_and_tensors_are_pictures(processor, tmp_path):
-    given = picture(SIDE, SIDE)
-    given.save(tmp_path / "picture.png")
-    truth = processor(given, return_tensors="pt")["pixel_values"]
+def test_a_picture_may_be_a_path_base64_an_array_or_a_tensor(processor, tmp_path):
+    image = picture(SIDE, SIDE)
+    image.save(tmp_path / "picture.png")
+    truth = processor(image, return_tensors="pt")["pixel_values"]
     data = "data:image/png;base64," + base64.b64encode((tmp_path / "picture.png").read_bytes()).decode()
-    array = np.array(given)
+    array = np.array(image)
     for form in (tmp_path / "picture.png", str(tmp_path / "picture.png"), data, array, torch.tensor(array)):
         torch.testing.assert_close(processor(form, return_tensors="pt")["pixel_values"], truth)
 
 
 @both
-def test_a_bad_file_is_named_in_one_sentence(processor, tmp_path):
+def test_a_missing_or_damaged_file_is_named_in_one_sentence(processor, tmp_path):
     for kind in ("png", "jpg"):
         picture(300, 300).save(tmp_path / f"whole.{kind}")
         (tmp_path / f"cut.{kind}").write_bytes((tmp_path / f"whole.{kind}").read_bytes()[:2000])
@@ -169,7 +169,7 @@ def test_a_bad_file_is_named_in_one_sentence(processor, tmp_path):
     ],
 )
 @both
-def test_impossible_options_are_refused(processor, options, words):
+def test_contradicting_options_are_refused(processor, options, words):
     with pytest.raises(ValueError, match=words):
         processor(picture(40, 40), **options)
 
@@ -179,20 +179,20 @@ def test_impossible_options_are_refused(processor, options, words):
     [{}, {"max_patches": 6}, {"use_thumbnail": False}, {"size": 28}, {"min_patches": 4}],
     ids=lambda options: "-".join(options) or "default",
 )
-def test_the_number_of_tiles_is_known_beforehand(options):
+def test_the_number_of_tiles_is_computed_from_the_size_alone(options):
     for width, height in ((100, 100), (300, 90), (56, 170)):
         counted = torchvision(picture(width, height), **options)["num_patches"]
         assert counted == [torchvision.get_number_of_image_patches(height, width, options)]
 
 
-def test_without_thumbnail_a_picture_has_only_its_grid():
+def test_without_thumbnail_only_the_grid_is_returned():
     inputs = pil(picture(120, 60), use_thumbnail=False, max_patches=2, return_tensors="pt")
     with_thumbnail = pil(picture(120, 60), max_patches=2, return_tensors="pt")
     torch.testing.assert_close(inputs["pixel_values"], with_thumbnail["pixel_values"][:-1])
 
 
 @pytest.mark.parametrize("backend", ["pil", "torchvision"])
-def test_the_released_folder_loads_either_backend(backend, tmp_path):
+def test_the_released_folder_loads_with_either_backend(backend, tmp_path):
     for name in ("config.json", "preprocessor_config.json", "configuration_mmmamba.py", "image_processing_mmmamba.py"):
         shutil.copy(ROOT / name, tmp_path)
     loaded = AutoImageProcessor.from_pretrained(tmp_path, backend=backend, trust_remote_code=True)
@@ -200,5 +200,5 @@ def test_the_released_folder_loads_either_backend(backend, tmp_path):
     assert (dict(loaded.size), loaded.max_patches) == ({"height": 448, "width": 448}, 12)
     loaded.save_pretrained(tmp_path / "again")
     again = AutoImageProcessor.from_pretrained(tmp_path / "again", trust_remote_code=True)
-    given = picture(50, 20)
-    torch.testing.assert_close(again(given, size=28)["pixel_values"], loaded(given, size=28)["pixel_values"])
+    image = picture(50, 20)
+    torch.testing.assert_close(again(image, size=28)["pixel_values"], loaded(image, size=28)["pixel_values"])

@@ -1,30 +1,19 @@
-"""Whatever the kind of model, the padding, the pieces and the batch: the numbers are those of a plain run."""
+"""The network's logits and gradients do not depend on pieces, padding, batches or dtype; bad input is refused."""
 
 import copy
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tiny_models import IMAGE_TOKEN, enable_checkpointing, tiny_config, tiny_model
+from tiny_models import enable_checkpointing, tiny_config, tiny_model, token_ids
 
 from mmmamba.cache_mmmamba import CACHE, MmMambaCache
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration, MmMambaRotaryEmbedding, rotate
 
 
-TILE_TOKENS = 4
-
-
 def prompt(*parts, seed=0):
     """Token ids (1, length) from lengths of text and "tile"."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = []
-    for part in parts:
-        ids += (
-            [IMAGE_TOKEN] * TILE_TOKENS
-            if part == "tile"
-            else torch.randint(3, 80, (part,), generator=generator).tolist()
-        )
-    return torch.tensor([ids])
+    return token_ids(*parts, seed=seed)[None]
 
 
 def tiles(count, seed=0):
@@ -36,7 +25,7 @@ def close(actual, expected, **kwargs):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 11, 29])
-def test_pieces_of_any_size_give_the_plain_logits(model, size):
+def test_reading_in_pieces_of_any_size_gives_the_logits_of_one_forward(model, size):
     ids, pictures = prompt(5, "tile", "tile", 16), tiles(2)
     expected = model(ids, pixel_values=pictures).logits
     embeds = model.model.embed(ids, None, model.get_image_features(pictures).pooler_output)
@@ -55,7 +44,7 @@ def test_pictures_may_come_in_a_later_piece(model):
     close(later, expected[:, 9:])
 
 
-def test_a_second_turn_of_many_tokens_continues_the_first(model):
+def test_many_tokens_may_follow_a_filled_cache(model):
     ids = prompt(40)
     cache = model(ids[:, :17], use_cache=True)[CACHE]
     close(model(ids[:, 17:], **{CACHE: cache}).logits, model(ids).logits[:, 17:])
@@ -74,7 +63,7 @@ def padded(rows, side):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("size", [1, 3, 100])
-def test_padding_changes_nothing(model, side, size):
+def test_padding_changes_neither_logits_nor_what_follows(model, side, size):
     rows = [prompt(4, "tile", 9, seed=1), prompt(2, seed=2), prompt("tile", 7, "tile", 3, seed=3)]
     pictures = tiles(3)
     alone = [
@@ -111,7 +100,7 @@ def test_positions_follow_the_mask_when_not_given(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["teacher", "linear", "hybrid"])
-def test_weights_may_be_of_any_dtype_and_states_stay_fp32(kind, dtype):
+def test_every_dtype_gives_the_logits_of_fp64_and_recurrent_states_stay_fp32(kind, dtype):
     exact = tiny_model(kind)
     ids, pictures = prompt(3, "tile", 20), tiles(1)
     expected = exact(ids, pixel_values=pictures).logits
@@ -124,7 +113,7 @@ def test_weights_may_be_of_any_dtype_and_states_stay_fp32(kind, dtype):
             assert layer.recurrent_states[0].dtype == torch.float32
 
 
-def test_logits_to_keep_and_loss(model):
+def test_logits_to_keep_selects_positions_and_the_loss_is_of_the_next_token(model):
     ids, labels = prompt(12), prompt(12)
     labels[:, :5] = -100
     full = model(ids, labels=labels)
@@ -134,7 +123,7 @@ def test_logits_to_keep_and_loss(model):
     torch.testing.assert_close(full.loss, expected.float())  # the library's loss is computed in fp32
 
 
-def test_hidden_states_are_those_of_every_layer(model):
+def test_hidden_states_are_returned_for_every_layer(model):
     outputs = model(prompt(6), output_hidden_states=True)
     assert len(outputs.hidden_states) == len(model.model.layers) + 1
     close(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
@@ -161,7 +150,7 @@ def test_later_tokens_do_not_change_earlier_logits(model):
     close(model(second).logits[:, :6], model(first).logits[:, :6])
 
 
-def test_a_saved_model_loads_again(model, tmp_path):
+def test_a_saved_and_loaded_model_gives_the_same_logits(model, tmp_path):
     model.save_pretrained(tmp_path)
     again = MmMambaForConditionalGeneration.from_pretrained(tmp_path)
     assert again.dtype == torch.float64
@@ -178,7 +167,7 @@ def test_a_saved_model_loads_again(model, tmp_path):
         ({"input_ids": prompt("tile"), "pixel_values": tiles(1)[..., :12]}, "cannot be shuffled"),
     ],
 )
-def test_contradicting_inputs_are_refused_in_words(model, arguments, words):
+def test_contradicting_inputs_are_an_error_that_says_so(model, arguments, words):
     with pytest.raises(ValueError) as error:
         model(**arguments)
     assert words in str(error.value)
@@ -197,7 +186,7 @@ def test_contradicting_inputs_are_refused_in_words(model, arguments, words):
         ({"conv_kernel": 1}, "conv_kernel=1"),
     ],
 )
-def test_a_wrong_config_is_refused_when_it_is_made(text, words):
+def test_a_wrong_config_is_an_error_that_names_the_value(text, words):
     with pytest.raises(StrictDataclassError) as error:
         tiny_config("linear", **text)
     assert words in str(error.value)

@@ -1,4 +1,4 @@
-"""The shipped models load with the package's code; what is saved or uploaded from them carries the code itself."""
+"""Shipped models load with the package's code; folders saved or uploaded from them contain the code."""
 
 import json
 import os
@@ -38,7 +38,7 @@ PACKAGE = Path(mmmamba.__file__).parent
 SHAPES = PACKAGE / "examples" / "shapes"
 TEACHER, LINEAR, HYBRID = FOLDERS = [SHAPES / name for name in ("teacher", "linear", "hybrid")]
 MODELS = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
-# Every auto class, then a question to the pipeline, in a process that cannot import the package.
+# Loads with every auto class, then asks the pipeline a question; the package cannot be imported.
 WITHOUT_THE_PACKAGE = """
 import sys
 class NoPackage:
@@ -66,7 +66,7 @@ for folder in folders:
 
 @pytest.fixture(autouse=True, scope="module")
 def own_modules_cache(tmp_path_factory):
-    """Keeps remote code out of the user's cache, and gives subprocesses a cache of their own."""
+    """Keeps remote code out of the user's cache, here and in subprocesses."""
     with modules_cache(tmp_path_factory.mktemp("modules")), pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules-of-subprocesses")))
         yield
@@ -79,14 +79,14 @@ def without_the_package(*folders: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_shipped_folders_hold_no_link_and_no_copy_of_the_packages_code(folder):
+def test_shipped_folders_contain_neither_symlinks_nor_copies_of_the_packages_code(folder):
     assert not any(file.is_symlink() for file in folder.iterdir())
     assert [file.name for file in folder.glob("*.py")] == ["mmmamba_code.py"]
     assert (folder / "mmmamba_code.py").read_text() == package_code.SOURCE
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_every_auto_class_gives_the_packages_class(folder):
+def test_auto_classes_load_the_packages_classes_from_a_shipped_folder(folder):
     def load(auto, **options):
         return type(auto.from_pretrained(folder, trust_remote_code=True, **options))
 
@@ -98,26 +98,26 @@ def test_every_auto_class_gives_the_packages_class(folder):
     assert load(AutoImageProcessor, backend="torchvision") is MmMambaImageProcessor
 
 
-def test_the_pipeline_answers_from_a_shipped_folder():
-    one = example("test", 0, 2)
-    images = [{"type": "image", "image": picture.draw()} for picture in one.pictures]
-    messages = [{"role": "user", "content": [*images, {"type": "text", "text": one.question}]}]
+def test_the_pipeline_answers_with_a_shipped_model():
+    question = example("test", 0, 2)
+    images = [{"type": "image", "image": picture.draw()} for picture in question.pictures]
+    messages = [{"role": "user", "content": [*images, {"type": "text", "text": question.question}]}]
     ask = pipeline("image-text-to-text", model=str(HYBRID), trust_remote_code=True, dtype=torch.float32)
     (answer,) = ask(text=[messages], max_new_tokens=16, return_full_text=False)
-    assert answer[0]["generated_text"].strip() == one.answer
+    assert answer[0]["generated_text"].strip() == question.answer
 
 
-def test_a_missing_package_is_named():
+def test_loading_a_shipped_model_without_the_package_names_the_package():
     done = without_the_package(HYBRID)
     assert done.returncode != 0 and "packages that were not found in your environment: mmmamba" in done.stderr
 
 
-def test_what_is_saved_uploaded_or_seeded_from_a_shipped_folder_loads_without_the_package(tmp_path):
+def test_models_saved_uploaded_or_seeded_from_a_shipped_folder_load_without_the_package(tmp_path):
     saved, uploaded, seeded = folders = [tmp_path / name for name in ("saved", "uploaded", "seeded")]
     AutoModelForImageTextToText.from_pretrained(HYBRID, trust_remote_code=True).save_pretrained(saved)
     AutoProcessor.from_pretrained(HYBRID, trust_remote_code=True).save_pretrained(saved)
     self_contained_copy("hybrid", uploaded)
-    seed_folder(TEACHER, seeded, attention=range(6))  # all of them, so that it answers
+    seed_folder(TEACHER, seeded, attention=range(6))  # all layers, so that its answers are the teacher's
 
     done = without_the_package(*folders)
     assert done.returncode == 0, done.stderr
@@ -129,13 +129,13 @@ def test_what_is_saved_uploaded_or_seeded_from_a_shipped_folder_loads_without_th
         assert read_json(folder / "preprocessor_config.json")["auto_map"]["AutoImageProcessor"] == IMAGE_PROCESSORS
 
 
-def test_a_self_contained_folder_stays_as_it_is(tmp_path):
+def test_a_self_contained_folder_is_not_changed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "other.Config"}}))
     files = {"config.json": tmp_path / "config.json"}
     assert package_code.self_contained(files) == files
 
 
-def test_a_model_saved_among_the_shipped_ones_imports_its_code_and_one_saved_elsewhere_holds_it(tmp_path, monkeypatch):
+def test_models_saved_among_the_shipped_ones_import_their_code_and_others_contain_it(tmp_path, monkeypatch):
     model = MmMambaForConditionalGeneration.from_pretrained(TEACHER)
     save(model, tmp_path / "elsewhere", "model", "Trained.")
     assert (tmp_path / "elsewhere" / "modeling_mmmamba.py").is_file()

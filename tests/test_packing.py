@@ -1,4 +1,4 @@
-"""Several sequences flattened into one row compute what each of them computes alone."""
+"""Sequences packed into one row give the logits, states and gradients that each gives alone."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from mmmamba.cache_mmmamba import CACHE, MmMambaCache
 from mmmamba.ssm_mmmamba import Sequences
 
 
-# Lengths 1, 9, 26, 1, 8, 2: around the chunk of 8 steps, one step alone at either place, pictures in two of them.
+# Lengths 1, 9, 26, 1, 8, 2: below and above the chunk size of 8, single tokens, pictures in two of them.
 FIRST_ROW = [
     token_ids(1, seed=1),
     token_ids(3, "tile", 2, seed=2),
@@ -19,7 +19,7 @@ FIRST_ROW = [
     token_ids(8, seed=5),
     token_ids(2, seed=6),
 ]
-# Lengths 17, 30, of the same total.
+# Lengths 17 and 30, with the same sum.
 SECOND_ROW = [token_ids(17, seed=7), token_ids(4, "tile", 22, seed=8)]
 
 
@@ -77,7 +77,7 @@ def tolerance(model, attention):
     return 1e-4 if rounded else 1e-10
 
 
-def test_packed_sequences_have_the_logits_and_hidden_states_they_have_alone(model, tolerance):
+def test_packed_sequences_have_the_logits_and_hidden_states_of_each_alone(model, tolerance):
     outputs = model(**packed(FIRST_ROW), output_hidden_states=True)
     close(outputs.logits, alone(model, FIRST_ROW), tolerance)
     runs = [model(**inputs, output_hidden_states=True).hidden_states for inputs in one_by_one(FIRST_ROW)]
@@ -85,11 +85,11 @@ def test_packed_sequences_have_the_logits_and_hidden_states_they_have_alone(mode
         close(hidden_states, torch.cat(expected, 1), tolerance)
 
 
-def test_rows_of_a_batch_may_be_packed_at_different_places(model, tolerance):
+def test_rows_of_a_batch_may_be_packed_with_different_boundaries(model, tolerance):
     close(model(**packed(FIRST_ROW, SECOND_ROW)).logits, alone(model, FIRST_ROW, SECOND_ROW), tolerance)
 
 
-def test_a_packed_row_may_stand_beside_one_of_a_single_token_ids(model, tolerance):
+def test_a_batch_may_mix_packed_rows_and_rows_of_one_sequence(model, tolerance):
     rows = [token_ids(13, seed=1), token_ids(6, seed=2)], [token_ids(19, seed=3)]
     inputs = packed(*rows)
     del inputs["pixel_values"]
@@ -103,7 +103,7 @@ def test_sequences_of_one_token_each_may_be_packed(model, tolerance):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_sequences_give_every_parameter_the_gradient_they_give_alone(model, tolerance, checkpointing):
+def test_packed_sequences_give_every_parameter_the_gradient_of_each_alone(model, tolerance, checkpointing):
     model.train().requires_grad_(True)
     if checkpointing:
         enable_checkpointing(model)
@@ -133,7 +133,7 @@ def test_the_loss_of_a_flattened_batch_is_the_mean_over_its_sequences_tokens(mod
     torch.testing.assert_close(model(**batch).loss, torch.cat(tokens).mean().float())
 
 
-def test_positions_of_one_row_serve_a_whole_batch(model, tolerance):
+def test_position_ids_of_one_row_are_broadcast_over_the_batch(model, tolerance):
     rows = [token_ids(5, seed=1), token_ids(14, seed=2)], [token_ids(5, seed=3), token_ids(14, seed=4)]
     inputs = packed(*rows)
     close(
@@ -145,7 +145,7 @@ def test_positions_of_one_row_serve_a_whole_batch(model, tolerance):
 
 @pytest.mark.parametrize("rows", [(FIRST_ROW,), (FIRST_ROW, SECOND_ROW)], ids=["one row", "two rows"])
 @pytest.mark.parametrize("kind", ["teacher", "hybrid"])
-def test_kernels_without_a_mask_get_the_boundaries(kind, rows):
+def test_attention_kernels_without_a_mask_get_the_sequence_boundaries(kind, rows):
     """As flash attention does: no mask, boundaries over the flattened batch."""
 
     def by_boundaries(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -173,20 +173,20 @@ def test_kernels_without_a_mask_get_the_boundaries(kind, rows):
 
 
 @pytest.mark.parametrize("kind", list(LAYER_TYPES))
-def test_a_packed_row_with_a_cache_is_refused_in_words(kind):
+def test_a_packed_row_with_a_cache_is_an_error_that_says_so(kind):
     model, inputs = tiny_model(kind), packed(FIRST_ROW)
     cache = MmMambaCache(config=model.config.text_config)
-    for asked in ({"use_cache": True}, {CACHE: cache}, {CACHE: cache, "use_cache": False}):
+    for arguments in ({"use_cache": True}, {CACHE: cache}, {CACHE: cache, "use_cache": False}):
         with pytest.raises(ValueError, match=r"one state per row; pass use_cache=False and no cache"):
-            model(**inputs, **asked)
-    for asked in ({}, {"use_cache": False}):
-        assert getattr(model(**inputs, **asked), CACHE) is None
+            model(**inputs, **arguments)
+    for arguments in ({}, {"use_cache": False}):
+        assert getattr(model(**inputs, **arguments), CACHE) is None
     assert cache.get_seq_length() == 0
 
 
 @pytest.mark.parametrize("kind", list(LAYER_TYPES))
-def test_with_an_attention_mask_nothing_is_packed(kind):
-    """Left-padded rows have positions that restart, too, and go on with a cache."""
+def test_rows_with_an_attention_mask_are_never_taken_for_packed(kind):
+    """Positions of left-padded rows restart, too; such rows may fill a cache."""
     model = tiny_model(kind)
     row, following = token_ids(11, seed=1), token_ids(3, seed=2)
     ids = torch.stack([torch.cat([torch.full((4,), 2), row]), token_ids(15, seed=3)])
@@ -215,7 +215,7 @@ def test_with_an_attention_mask_nothing_is_packed(kind):
     ],
     ids=["flat", "square", "prepared"],
 )
-def test_any_form_from_mask_means_that_rows_are_not_packed(mask):
+def test_with_a_mask_of_any_form_rows_are_not_taken_for_packed(mask):
     model, ids = tiny_model("linear"), token_ids(9, seed=1)[None]
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
     close(model(ids, attention_mask=mask, position_ids=positions, use_cache=True).logits, model(ids).logits)
@@ -223,7 +223,7 @@ def test_any_form_from_mask_means_that_rows_are_not_packed(mask):
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("kind", list(LAYER_TYPES))
-def test_generation_never_looks_for_packing(kind, use_cache, monkeypatch):
+def test_generation_never_checks_positions_for_packing(kind, use_cache, monkeypatch):
     def fail(position_ids):
         raise AssertionError("generation would wait for the device at every step")
 
@@ -241,7 +241,7 @@ def test_generation_never_looks_for_packing(kind, use_cache, monkeypatch):
         assert answer.tolist() == ids[0, len(row) :].tolist()
 
 
-def test_every_valid_step_has_a_place_and_comes_back_to_it():
+def test_packing_and_padding_steps_are_undone_exactly():
     mask = torch.tensor([[0, 1, 0, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
     positions = torch.tensor([[0, 1, 0, 0, 1], [0, 1, 2, 3, 4], [7, 8, 0, 1, 2]])
     steps = torch.arange(15.0).view(3, 5, 1) + 1

@@ -1,4 +1,4 @@
-"""Prompts as upstream renders them, and messages with pictures to model inputs."""
+"""Prompts equal upstream's; messages with pictures become model inputs, and cannot inject control tokens."""
 
 import base64
 import copy
@@ -47,14 +47,14 @@ def messages_of(case):
     messages = [] if case["system_message"] is None else [{"role": "system", "content": case["system_message"]}]
     question = case["question"]
     if case["history"] is None and case["has_pixel_values"] and "<image>" not in question:
-        question = "<image>\n" + question  # chat() does this
-    for asked, answered in case["history"] or []:
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        question = "<image>\n" + question  # as chat() does
+    for earlier, answer in case["history"] or []:
+        messages += [{"role": "user", "content": earlier}, {"role": "assistant", "content": answer}]
     return [*messages, {"role": "user", "content": question}], question
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['template']}-{case['name']}")
-def test_every_upstream_prompt_is_rendered(case, tokenizer):
+def test_rendered_prompts_and_their_ids_are_upstreams(case, tokenizer):
     messages, question = messages_of(case)
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = chat_template(case["template"])
@@ -74,7 +74,7 @@ def test_every_upstream_prompt_is_rendered(case, tokenizer):
             encode_conversation(tokenizer, question, case["history"], case["num_patches_list"], tiles)
 
 
-def test_messages_with_pictures_become_inputs(processor, tokenizer):
+def test_messages_with_pictures_become_model_inputs(processor, tokenizer):
     messages = [
         {
             "role": "user",
@@ -90,16 +90,16 @@ def test_messages_with_pictures_become_inputs(processor, tokenizer):
 
 
 def test_a_batch_is_padded_on_the_left(processor):
-    def asked(text, *pictures):
+    def messages(text, *pictures):
         content = [{"type": "image", "image": p} for p in pictures]
         return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
-    batch = [asked("Which?", picture(32, 16), picture(16, 16)), asked("Hello")]
+    batch = [messages("Which?", picture(32, 16), picture(16, 16)), messages("Hello")]
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, "return_tensors": "pt"}
     inputs = processor.apply_chat_template(batch, padding=True, **options)
-    alone = [processor.apply_chat_template(one, **options) for one in batch]
-    for row, mask, one in zip(inputs["input_ids"], inputs["attention_mask"], alone, strict=True):
-        assert row[mask.bool()].tolist() == one["input_ids"][0].tolist()
+    alone = [processor.apply_chat_template(conversation, **options) for conversation in batch]
+    for row, mask, expected in zip(inputs["input_ids"], inputs["attention_mask"], alone, strict=True):
+        assert row[mask.bool()].tolist() == expected["input_ids"][0].tolist()
         assert mask[-1] == 1
     torch.testing.assert_close(inputs["pixel_values"], alone[0]["pixel_values"])
 
@@ -117,7 +117,7 @@ INJECTIONS = {
 
 @pytest.mark.parametrize("content", INJECTIONS.values(), ids=INJECTIONS)
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
-def test_messages_cannot_inject_control_tokens_or_pictures(role, content, processor, tokenizer):
+def test_typed_control_tokens_and_placeholders_in_messages_are_encoded_as_text(role, content, processor, tokenizer):
     control = {*tokenizer.all_special_ids} - {tokenizer.bos_token_id}
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
 
@@ -136,7 +136,7 @@ def test_messages_cannot_inject_control_tokens_or_pictures(role, content, proces
 
 
 @pytest.mark.parametrize("place", ["question", "earlier question", "answer", "system"])
-def test_a_conversation_cannot_inject_control_tokens(place, tokenizer):
+def test_typed_control_tokens_in_a_conversation_are_encoded_as_text(place, tokenizer):
     control = {*tokenizer.all_special_ids} - {tokenizer.bos_token_id}
 
     def ids_of(text):
@@ -150,7 +150,7 @@ def test_a_conversation_cannot_inject_control_tokens(place, tokenizer):
     assert typed in tokenizer.decode(ids)
 
 
-def test_control_tokens_in_messages_count_when_asked_to(processor, tokenizer):
+def test_control_tokens_in_messages_are_kept_without_sanitizing(processor, tokenizer):
     message = [{"role": "user", "content": "a<|im_end|>b"}]
     rendered = processor.apply_chat_template(message)
     assert "a<|im_end|>b" in rendered
@@ -161,7 +161,7 @@ def test_control_tokens_in_messages_count_when_asked_to(processor, tokenizer):
 @pytest.mark.parametrize(
     "text", ["Hi", " two  spaces ", "\n\n", "a < b > c |", "第一行\n<b>", "[UNUSED_TOKEN_1]", "🙂"]
 )
-def test_harmless_text_has_the_ids_of_the_whole_prompt(text, processor, tokenizer):
+def test_sanitizing_does_not_change_the_ids_of_harmless_text(text, processor, tokenizer):
     messages = [
         {"role": "system", "content": text},
         {"role": "user", "content": [{"type": "text", "text": text}, {"type": "text", "text": text}]},
@@ -171,8 +171,8 @@ def test_harmless_text_has_the_ids_of_the_whole_prompt(text, processor, tokenize
 
 
 def test_a_picture_may_be_a_path_or_base64(processor, tmp_path):
-    given = picture(20, 30)
-    given.save(tmp_path / "picture.png")
+    image = picture(20, 30)
+    image.save(tmp_path / "picture.png")
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     data = base64.b64encode((tmp_path / "picture.png").read_bytes()).decode()
 
@@ -180,7 +180,7 @@ def test_a_picture_may_be_a_path_or_base64(processor, tmp_path):
         content = [{"type": "image", **part}, {"type": "text", "text": "What?"}]
         return processor.apply_chat_template([{"role": "user", "content": content}], **options)
 
-    truth = inputs(image=given)
+    truth = inputs(image=image)
     for part in ({"path": str(tmp_path / "picture.png")}, {"url": str(tmp_path / "picture.png")}, {"base64": data}):
         for name, value in inputs(**part).items():
             torch.testing.assert_close(value, truth[name])
@@ -195,21 +195,21 @@ def test_a_picture_may_be_a_path_or_base64(processor, tmp_path):
         ([{"role": "user", "content": [{"type": "video", "path": "x"}]}], "type 'video' is unknown"),
     ],
 )
-def test_messages_that_cannot_be_rendered_are_refused(messages, words, processor):
+def test_unknown_roles_parts_and_orders_of_messages_are_refused(messages, words, processor):
     with pytest.raises((ValueError, jinja2.TemplateError), match=words):
         processor.apply_chat_template(messages, add_generation_prompt=True)
 
 
-def test_the_number_of_tokens_is_known_beforehand(processor, tokenizer):
+def test_the_number_of_image_tokens_is_computed_from_the_sizes_alone(processor, tokenizer):
     sizes = [(16, 16), (40, 10)]
-    planned = processor._get_num_multimodal_tokens(image_sizes=sizes, max_patches=3)
+    computed = processor._get_num_multimodal_tokens(image_sizes=sizes, max_patches=3)
     pictures = [picture(width, height) for height, width in sizes]
-    for token_count, given in zip(planned.num_image_tokens, pictures, strict=True):
-        ids = processor(images=given, text="<image>", max_patches=3)["input_ids"][0]
-        assert len(ids) == token_count + 1  # beginning of text
+    for token_count, image in zip(computed.num_image_tokens, pictures, strict=True):
+        ids = processor(images=image, text="<image>", max_patches=3)["input_ids"][0]
+        assert len(ids) == token_count + 1  # <s>
 
 
-def test_a_raw_prompt_may_contain_control_tokens(processor, tokenizer):
+def test_control_tokens_in_a_raw_prompt_are_control_tokens(processor, tokenizer):
     ids = processor(text="<|im_start|>user\nHi<|im_end|>")["input_ids"]
     assert ids == [tokenizer("<|im_start|>user\nHi<|im_end|>")["input_ids"]]
 
@@ -217,20 +217,20 @@ def test_a_raw_prompt_may_contain_control_tokens(processor, tokenizer):
 @pytest.mark.parametrize(
     ("text", "images", "words"),
     [
-        ("no place", [picture(16, 16)], "0 <image> placeholders but there are 1 pictures"),
+        ("no placeholder", [picture(16, 16)], "0 <image> placeholders but there are 1 pictures"),
         ("<image><image>", [picture(16, 16)], "2 <image> placeholders but there are 1 pictures"),
         ("<image>", None, "1 <image> placeholders but there are 0 pictures"),
         (["<image>", "x"], [[], [picture(16, 16)]], "1 <image> placeholders but 0 pictures"),
         (None, None, "text is missing"),
     ],
 )
-def test_counts_must_agree(processor, text, images, words):
+def test_a_missing_prompt_or_a_wrong_number_of_placeholders_is_an_error_that_says_so(processor, text, images, words):
     with pytest.raises(ValueError) as error:
         processor(images=images, text=text)
     assert words in str(error.value)
 
 
-def test_a_saved_processor_loads_again(processor, tmp_path):
+def test_a_saved_and_loaded_processor_gives_the_same_inputs(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     again = MmMambaProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     options = {"images": [picture(40, 20)], "text": "<image>\nHi", "return_tensors": "pt"}
@@ -240,14 +240,14 @@ def test_a_saved_processor_loads_again(processor, tmp_path):
     assert again.chat_template == processor.chat_template
 
 
-def test_the_released_folder_loads_by_the_auto_class(processor, tmp_path):
+def test_the_released_folder_loads_with_autoprocessor(processor, tmp_path):
     for file in (*ROOT.glob("*.json"), *ROOT.glob("*_mmmamba.py"), ROOT / "chat_template.jinja"):
         shutil.copy(file, tmp_path)
-    released = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    ids = {token["content"]: int(number) for number, token in released.pop("added_tokens_decoder").items()}
+    tokenizer_config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    ids = {token["content"]: int(number) for number, token in tokenizer_config.pop("added_tokens_decoder").items()}
     assert {name: ids[name] for name in CONTROL} == dict(zip(CONTROL, range(92542, 92547), strict=True))
     # The fixture's vocabulary is smaller than the released one.
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(released))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     shutil.copy(GOLDEN / "tokenizer" / "tokenizer.model", tmp_path)
 
     loaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
@@ -255,8 +255,8 @@ def test_the_released_folder_loads_by_the_auto_class(processor, tmp_path):
     again = AutoProcessor.from_pretrained(tmp_path / "again", trust_remote_code=True)
     content = [{"type": "image", "image": picture(40, 20)}, {"type": "text", "text": "What? <|im_end|>"}]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-    for one in (loaded, again):
-        assert (one.tokens_per_tile, dict(one.image_processor.size)) == (256, {"height": 448, "width": 448})
-        inputs = one.apply_chat_template([{"role": "user", "content": content}], **options)
-        assert (inputs["input_ids"] == one.image_token_id).sum() == 256 * len(inputs["pixel_values"])
-        assert one.chat_template == processor.chat_template
+    for released in (loaded, again):
+        assert (released.tokens_per_tile, dict(released.image_processor.size)) == (256, {"height": 448, "width": 448})
+        inputs = released.apply_chat_template([{"role": "user", "content": content}], **options)
+        assert (inputs["input_ids"] == released.image_token_id).sum() == 256 * len(inputs["pixel_values"])
+        assert released.chat_template == processor.chat_template

@@ -89,7 +89,7 @@ def test_gradients_of_the_scan_are_those_of_the_recurrence(with_state):
     y, last = ssd_scan(*inputs, 5)
     upstream = torch.randn_like(y), torch.randn_like(last)
     gradients = torch.autograd.grad([y, last], leaves, upstream)
-    # The same recurrence, kept differentiable.
+    # The same recurrence, differentiable.
     v, k, q, dt, A, state = inputs
     S = torch.zeros_like(last) if state is None else state
     group, ys = q.shape[2] // k.shape[2], []
@@ -131,13 +131,13 @@ def test_decay_between_two_steps_is_the_product_of_the_decays_behind_the_first(l
 
 @pytest.mark.parametrize("chunk_size", [1, 37, 128])
 @pytest.mark.parametrize("large", LARGE)
-def test_large_steps_take_no_digits_of_results_and_gradients(large, chunk_size):
+def test_large_steps_do_not_reduce_the_precision_of_results_and_gradients(large, chunk_size):
     errors = largest_errors(lambda *inputs: ssd_scan(*inputs, chunk_size), large)
     assert max(errors.values()) < 5e-6, errors  # some roundings of fp32, whose unit is 6e-8
 
 
 @pytest.mark.parametrize("taps", [2, 4])
-def test_conv_equals_torch_and_splits_anywhere(taps):
+def test_convolution_equals_torch_and_may_be_split_anywhere(taps):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 9, 5, generator=generator).double()
     weight, bias = torch.randn(5, taps).double(), torch.randn(5).double()
@@ -158,7 +158,7 @@ def test_conv_state_ends_at_the_last_valid_step():
     assert state.tolist() == [[[2.0, 3.0]], [[0.0, 0.0]]]
 
 
-def test_norm_comes_before_the_gate():
+def test_the_gated_norm_normalises_before_gating():
     generator = torch.Generator().manual_seed(0)
     y, gate = (torch.randn(3, 4, 8, generator=generator).double() for _ in range(2))
     weight = torch.rand(8).double()
@@ -166,7 +166,7 @@ def test_norm_comes_before_the_gate():
     torch.testing.assert_close(gated_rmsnorm(y, gate, weight, 1e-5), expected)
 
 
-def test_decode_step_is_one_step_of_the_sequence():
+def test_decode_steps_equal_convolution_scan_and_norm_of_the_sequence():
     """Both states go on as those of the convolution and the scan over the whole sequence."""
     torch.manual_seed(0)
     batch, length, kv_heads, heads, size, taps = 2, 6, 2, 4, 6, 3
@@ -186,7 +186,7 @@ def test_decode_step_is_one_step_of_the_sequence():
     torch.testing.assert_close(states, (conv_state, state))
 
 
-def test_sequences_of_any_lengths_take_little_more_room_than_their_steps():
+def test_length_buckets_pad_to_less_than_twice_the_steps_and_give_the_results_of_each_sequence_alone():
     """One long and many short ones, an empty one among them, as if each were alone."""
     lengths = [900, *[3, 10, 0, 7] * 20]
     offsets = torch.tensor([0, *lengths]).cumsum(0)

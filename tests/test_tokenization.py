@@ -1,4 +1,4 @@
-"""The tokenizer against upstream's ids, and what loading, saving and other SentencePiece models need."""
+"""Ids and text equal upstream's; marked control tokens are text; folders save and load."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def reserved(tmp_path_factory):
-    """A model that, like InternLM2's, keeps whole pieces in reserve, and gives their ids to the control tokens."""
+    """A tokenizer and ids of its special tokens: as InternLM2's, control tokens have the ids of reserved pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["user\nWhat is this?", "assistant\nA red square."] * 50),
@@ -51,13 +51,13 @@ def reserved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", TRUTH["cases"], ids=range(len(TRUTH["cases"])))
-def test_ids_and_text_are_upstreams(case, tokenizer):
+def test_encoded_ids_and_decoded_text_are_upstreams(case, tokenizer):
     assert tokenizer(case["text"])["input_ids"] == case["ids"]
     assert tokenizer(case["text"], add_special_tokens=False)["input_ids"] == case["ids_no_special"]
     assert tokenizer.decode(case["ids"], skip_special_tokens=True) == case["decode_skip"]
 
 
-def test_special_tokens_are_appended_in_upstreams_order(tokenizer):
+def test_ids_of_special_tokens_are_upstreams(tokenizer):
     assert len(tokenizer) == TRUTH["len"]
     assert tokenizer.vocab_size == TRUTH["vocab_size"]
     assert {name: tokenizer.convert_tokens_to_ids(name) for name in TRUTH["added_ids"]} == TRUTH["added_ids"]
@@ -65,7 +65,7 @@ def test_special_tokens_are_appended_in_upstreams_order(tokenizer):
     assert ids == [TRUTH["unk"], TRUTH["bos"], TRUTH["eos"], TRUTH["pad"]]
 
 
-def test_a_folder_loads_by_the_auto_class_and_again_after_saving(tokenizer, tmp_path):
+def test_a_folder_loads_with_autotokenizer_and_again_after_saving(tokenizer, tmp_path):
     shutil.copy(GOLDEN / "tokenizer.model", tmp_path)
     config = {"auto_map": {"AutoTokenizer": ["tokenization_mmmamba.MmMambaTokenizer", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -82,7 +82,7 @@ def test_a_folder_loads_by_the_auto_class_and_again_after_saving(tokenizer, tmp_
         assert loaded.get_vocab() == tokenizer.get_vocab()
 
 
-def test_options_survive_saving(tmp_path):
+def test_options_are_saved_and_loaded(tmp_path):
     options = {"add_bos_token": False, "add_eos_token": True, "padding_side": "right"}
     MmMambaTokenizer(str(GOLDEN / "tokenizer.model"), **options).save_pretrained(tmp_path)
     again = MmMambaTokenizer.from_pretrained(tmp_path)
@@ -92,7 +92,7 @@ def test_options_survive_saving(tmp_path):
     assert ids[-1] == again.eos_token_id
 
 
-def test_it_travels_to_worker_processes(tokenizer):
+def test_the_tokenizer_can_be_pickled(tokenizer):
     copied = pickle.loads(pickle.dumps(tokenizer))
     assert copied("<img>Hello 这")["input_ids"] == tokenizer("<img>Hello 这")["input_ids"]
 
@@ -106,7 +106,7 @@ def test_a_batch_is_padded_on_the_left(tokenizer):
 
 
 @pytest.mark.parametrize("token", [*CONTROL_TOKENS, *PICTURE_TOKENS, "</s>"])
-def test_a_marked_token_is_the_text_that_it_looks_like(token, tokenizer):
+def test_a_marked_special_token_is_encoded_as_text(token, tokenizer):
     marked = f"say {token[0]}{PLAIN_TEXT_MARK}{token[1:]} now"
     assert tokenizer(marked, add_special_tokens=False)["input_ids"] == tokenizer.sp_model.encode(f"say {token} now")
 
@@ -122,7 +122,7 @@ def test_control_tokens_may_have_the_ids_of_reserved_pieces(reserved):
 @pytest.mark.parametrize(
     "typed", ["[?UNUSED_TOKEN_1]", "[UNUSED?_TOKEN_1]", "a[UNUSED_TOKEN_1?] b", "[[?UNUSED_TOKEN_1]]"]
 )
-def test_a_marked_reserved_piece_is_text(typed, reserved):
+def test_a_marked_reserved_piece_is_encoded_as_text(typed, reserved):
     tokenizer, ids = reserved
     text = f"[UNUSED_TOKEN_0]{typed} [UNUSED_TOKEN_99][UNUSED_TOKEN_0]".replace("?", PLAIN_TEXT_MARK)
     encoded = tokenizer(text)["input_ids"]
@@ -132,7 +132,7 @@ def test_a_marked_reserved_piece_is_text(typed, reserved):
     assert spelled == f"{typed.replace('?', '')} [UNUSED_TOKEN_99]"
 
 
-def test_a_missing_or_damaged_model_is_named(tmp_path):
+def test_a_missing_or_damaged_model_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ValueError, match=r"vocab_file=None is no file; put the SentencePiece `tokenizer.model` there"):
         MmMambaTokenizer()
     with pytest.raises(ValueError, match=r"nowhere\.model"):

@@ -1,7 +1,7 @@
 """Transformers' own common model tests on teacher, linear and hybrid.
 
-What the suite skips by its own conditions is not listed; other exceptions stand in `EXCEPTIONS`, with reasons, and in
-docs/common_tests.md.
+Tests that are skipped here are listed with reasons in `EXCEPTIONS` and in docs/common_tests.md; the suite skips more
+by its own conditions.
 """
 
 import unittest
@@ -21,7 +21,7 @@ from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration, MmMambaMod
 
 ModelTesterMixin, GenerationTesterMixin = mixins()
 
-# The suite looks up by name which class has a head and takes labels.
+# The suite finds out in these tables which class has a head and takes labels.
 MODEL_MAPPING_NAMES["mmmamba"] = "MmMambaModel"
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["mmmamba"] = "MmMambaForConditionalGeneration"
 

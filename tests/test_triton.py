@@ -38,7 +38,7 @@ layouts = st.one_of(
 )
 
 
-def check(examples):
+def random_shapes(examples):
     """Random shapes, the same on every run; a failing one is shown as it is, since the interpreter is slow.
 
     A GPU has every kernel compiled anew for every size: there are fewer of them there.
@@ -96,7 +96,7 @@ def random(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-@check(24)
+@random_shapes(24)
 @given(
     layouts, st.sampled_from([(1, 1), (1, 3), (2, 2)]), st.integers(2, 40), st.integers(2, 40), dtypes, st.booleans()
 )
@@ -152,7 +152,7 @@ def test_packed_sequences_with_wide_heads():
     agree(run(TRITON), run(TORCH), inputs, torch.bfloat16, exact=(3, 4, 5))
 
 
-def test_tensors_may_lie_in_memory_in_any_way():
+def test_tensors_may_have_any_strides():
     torch.manual_seed(0)
 
     def spread(*shape):  # no axis is contiguous
@@ -168,29 +168,29 @@ def test_tensors_may_lie_in_memory_in_any_way():
         "add_rmsnorm": [spread(2, 40, 16), spread(2, 40, 16), spread(16), 1e-5],
     }
     for name, arguments in calls.items():
-        given = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
-        found = []
+        inputs = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
+        by_backend = []
         for backend in (TRITON, TORCH):
-            output = getattr(backend, name)(*given)
+            output = getattr(backend, name)(*inputs)
             outputs = output if isinstance(output, tuple) else (output,)
-            leaves = [x for x in given if isinstance(x, torch.Tensor)]
-            found.append([*outputs, *torch.autograd.grad(sum((y * y).sum() for y in outputs), leaves)])
-        for ours, theirs in zip(*found, strict=True):
+            leaves = [x for x in inputs if isinstance(x, torch.Tensor)]
+            by_backend.append([*outputs, *torch.autograd.grad(sum((y * y).sum() for y in outputs), leaves)])
+        for ours, theirs in zip(*by_backend, strict=True):
             torch.testing.assert_close(
                 ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.detach().abs().max()), msg=name
             )
 
 
-def test_the_residual_stream_stays_as_wide_as_it_is():
+def test_the_residual_stream_keeps_its_dtype():
     """As under autocast: what is added is bf16, stream and weight are fp32."""
     torch.manual_seed(0)
     x = torch.randn(5, 40, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     residual, weight = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((5, 40), (40,)))
-    found = []
+    by_backend = []
     for backend in (TRITON, TORCH):
         normed, total = backend.add_rmsnorm(x, residual, weight, 1e-5)
-        found.append([normed, total, *torch.autograd.grad((normed**2 + total).sum(), [x, residual, weight])])
-    for ours, theirs in zip(*found, strict=True):
+        by_backend.append([normed, total, *torch.autograd.grad((normed**2 + total).sum(), [x, residual, weight])])
+    for ours, theirs in zip(*by_backend, strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs)
 
@@ -210,14 +210,14 @@ def test_fp16_does_not_overflow_where_the_result_is_small(backend):
         assert (y.double() - truth).norm() < 3e-3 * truth.norm()
 
 
-def test_kernels_are_compiled_for_no_length_in_particular():
+def test_kernels_are_not_specialised_for_lengths():
     """Triton compiles anew for numbers that are 1 or divisible by 16, unless told not to."""
     varying = {"tokens", "rows", "capacity", "mask_stride"}
     for module in (triton_mmmamba, attention_mmmamba):
         for function in ast.walk(ast.parse(Path(module.__file__).read_text())):
             if isinstance(function, ast.FunctionDef) and function.name.endswith("_kernel"):
-                given = varying & {argument.arg for argument in function.args.args}
-                assert given == set(re.findall(r"'(\w+)'", ast.unparse(function.decorator_list[0]))), function.name
+                lengths = varying & {argument.arg for argument in function.args.args}
+                assert lengths == set(re.findall(r"'(\w+)'", ast.unparse(function.decorator_list[0]))), function.name
 
 
 def test_strong_decay_over_a_long_sequence_does_not_overflow():
@@ -231,19 +231,19 @@ def test_strong_decay_over_a_long_sequence_does_not_overflow():
 
 
 @pytest.mark.parametrize("large", LARGE)
-def test_large_steps_take_no_digits_of_results_and_gradients(large):
+def test_large_steps_do_not_reduce_the_precision_of_results_and_gradients(large):
     errors = largest_errors(TRITON.ssd_scan, large, DEVICE)
     assert max(errors.values()) < 5e-6, errors  # some roundings of fp32, whose unit is 6e-8
 
 
-def test_a_step_that_is_not_a_number_is_seen_in_what_follows():
+def test_nan_in_a_step_reaches_all_later_outputs():
     v, dt = torch.ones(1, 5, 1, 16, device=DEVICE), torch.ones(1, 5, 1, device=DEVICE)
     dt[:, 2] = torch.nan
     y, last = TRITON.ssd_scan(v, v, v, dt, -torch.ones(1, device=DEVICE), None)
     assert y[:, :2].isfinite().all() and y[:, 2:].isnan().all() and last.isnan().all()
 
 
-@check(24)
+@random_shapes(24)
 @given(layouts, st.integers(1, 70), st.integers(2, 5), dtypes, st.booleans())
 def test_convolution_and_every_gradient(layout, channels, taps, dtype, with_state):
     torch.manual_seed(0)
@@ -257,7 +257,7 @@ def test_convolution_and_every_gradient(layout, channels, taps, dtype, with_stat
     agree(run(TRITON), run(TORCH), inputs, dtype)
 
 
-@check(12)
+@random_shapes(12)
 @given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 5), st.integers(2, 130), dtypes)
 def test_gated_norm_and_every_gradient(rows, length, heads, head_dim, dtype):
     torch.manual_seed(0)
@@ -266,7 +266,7 @@ def test_gated_norm_and_every_gradient(rows, length, heads, head_dim, dtype):
     agree(ours, reference, inputs, dtype)
 
 
-@check(12)
+@random_shapes(12)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 300), dtypes)
 def test_norm_with_residual_and_every_gradient(rows, length, width, dtype):
     torch.manual_seed(0)
@@ -275,7 +275,7 @@ def test_norm_with_residual_and_every_gradient(rows, length, width, dtype):
     agree(ours, reference, inputs, dtype)
 
 
-@check(16)
+@random_shapes(16)
 @given(st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(2, 150), st.integers(2, 5), dtypes)
 def test_decode_step(batch, kv_heads, group, head_dim, taps, dtype):
     torch.manual_seed(0)
@@ -296,7 +296,7 @@ def test_decode_step(batch, kv_heads, group, head_dim, taps, dtype):
     agree(run(TRITON.decode_step), run(decode_step), inputs, dtype, differentiable=False, exact=(3, 4, 7))
 
 
-@check(16)
+@random_shapes(16)
 @given(
     st.integers(1, 3), st.integers(1, 2), st.integers(1, 4), st.integers(2, 140), st.integers(1, 300),
     st.integers(0, 100), dtypes, st.booleans(),
@@ -321,7 +321,7 @@ LINEAR, FULL = "linear_attention", "full_attention"
 @pytest.mark.parametrize(
     "layer_types", [[FULL] * 2, [LINEAR] * 2, [LINEAR, FULL, LINEAR]], ids=["teacher", "linear", "hybrid"]
 )
-def test_a_model_is_the_same_on_both_backends(layer_types):
+def test_a_model_has_the_same_outputs_gradients_and_tokens_on_torch_and_triton(layer_types):
     """More layers or larger weights would magnify fp32's own roundings beyond the tolerance."""
     layers = {"layer_types": layer_types, "num_hidden_layers": len(layer_types), "num_embedding_layers": 1}
     ids = torch.stack([token_ids(133, seed=1), token_ids(133, seed=2)]).to(DEVICE)  # in two chunks
@@ -345,7 +345,7 @@ def test_a_model_is_the_same_on_both_backends(layer_types):
     assert torch.equal(tokens, expected)
 
 
-def test_nothing_read_leaves_the_states_as_they_are():
+def test_empty_sequences_leave_the_states_unchanged():
     sequences = Sequences.from_mask(torch.zeros(2, 3, device=DEVICE))
     v, q, dt = (torch.zeros(1, 0, 2, *size, device=DEVICE) for size in ((16,), (16,), ()))
     state, conv_state = torch.randn(2, 2, 16, 16, device=DEVICE), torch.randn(2, 8, 1, device=DEVICE)
@@ -363,7 +363,7 @@ def test_nothing_read_leaves_the_states_as_they_are():
     ("capability", "head_dim", "dtype"),
     [(80, 128, "bfloat16"), (90, 128, "bfloat16"), (80, 128, "float16"), (80, 128, "float32"), (80, 256, "bfloat16")],
 )
-def test_every_kernel_compiles_for_a_gpu_and_fits_into_it(capability, head_dim, dtype):
+def test_every_kernel_compiles_for_a_gpu_and_fits_its_shared_memory(capability, head_dim, dtype):
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(script), str(capability), str(head_dim), dtype]

@@ -12,13 +12,11 @@ LAYER_TYPES = {
     "hybrid": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
 }
 IMAGE_TOKEN = 90
-
-
-TILE_TOKENS = 4
+TILE_TOKENS = 4  # image tokens per tile
 
 
 def token_ids(*parts, seed: int) -> torch.Tensor:
-    """Token ids (length,) from lengths of text and "tile"."""
+    """Random token ids (length,): each part is a number of text tokens, or "tile" for the image tokens of a tile."""
     generator = torch.Generator().manual_seed(seed)
     ids = []
     for part in parts:
@@ -45,7 +43,7 @@ def tiny_config(kind: str, image_token_id: int = IMAGE_TOKEN, **text) -> MmMamba
 
 
 def tiny_model(kind: str, **text) -> MmMambaForConditionalGeneration:
-    """A random fp64 model whose mixers are not at their initial values, so that every parameter matters."""
+    """A random fp64 model; parameters with constant initial values are random, too, so that each has an effect."""
     torch.manual_seed(0)
     model = MmMambaForConditionalGeneration(tiny_config(kind, **text)).double().eval()
     for name, parameter in model.named_parameters():
@@ -55,6 +53,6 @@ def tiny_model(kind: str, **text) -> MmMambaForConditionalGeneration:
 
 
 def enable_checkpointing(model) -> None:
-    """Gradient checkpointing by the name that the installed version of Transformers has for it."""
+    """Enables gradient checkpointing by the name of the method in the installed Transformers version."""
     name = "activation_checkpointing_enable"  # since 5.23
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()

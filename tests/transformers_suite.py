@@ -1,6 +1,6 @@
 """Transformers' own common model tests, from the source distribution of the installed version.
 
-The distribution leaves out some modules that the suite imports; empty mixins stand in for them.
+The distribution lacks some modules that the suite imports; they are replaced by empty mixins.
 """
 
 import importlib
@@ -12,15 +12,15 @@ from source_distributions import unpacked
 
 
 PACKAGE = "transformers_suite_tests"
-LEFT_OUT = {"exporters.test_export": "ExportTesterMixin", "generation.test_utils": "GenerationTesterMixin"}
+MISSING_MODULES = {"exporters.test_export": "ExportTesterMixin", "generation.test_utils": "GenerationTesterMixin"}
 
 
 def mixins() -> tuple[type, type]:
-    """`ModelTesterMixin` of the installed version, and the stand-in for `GenerationTesterMixin`."""
+    """`ModelTesterMixin` of the installed version, and an empty `GenerationTesterMixin`."""
     package = types.ModuleType(PACKAGE)
     package.__path__ = [str(unpacked("transformers", transformers.__version__) / "tests")]
     sys.modules[PACKAGE] = package
-    for name, mixin in LEFT_OUT.items():
+    for name, mixin in MISSING_MODULES.items():
         parent = types.ModuleType(f"{PACKAGE}.{name.split('.')[0]}")
         parent.__path__ = []
         module = types.ModuleType(f"{PACKAGE}.{name}")

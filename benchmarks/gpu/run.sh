@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything that wants measuring on a GPU, on a bare machine without network: kernel tests, then the benchmarks.
+# Kernel tests, then all benchmarks, on a machine with a GPU; needs no network.
 #
 #     benchmarks/gpu/run.sh [FOLDER]      # writes gpu.json, report.md and plots to FOLDER (default: gpu-results)
 #
-# Needs torch with triton and transformers 5.17 or newer; nothing is installed. Wheels in a folder named wheels beside
-# this script (mamba-ssm, causal-conv1d, einops, a newer transformers) are used if they are there.
+# Needs torch with triton and transformers 5.17 or newer, and installs nothing into the environment. Wheels in a folder
+# `wheels` beside this script (mamba-ssm, causal-conv1d, einops, a newer transformers) go to a temporary folder.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 site="$(mktemp -d)"

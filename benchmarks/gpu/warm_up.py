@@ -1,16 +1,16 @@
-"""First-answer latency: after warming up, on lengths that were never seen, and on one of them again."""
+"""Latency of the first token after `warm_up`, for prompts of lengths not seen before and of one length twice."""
 
 import argparse
-import time
 
 import torch
 
-from mmmamba.benchmarks.models import add_arguments, make
-from mmmamba.benchmarks.timing import table
+from mmmamba.benchmarks.models import add_arguments, make_model
+from mmmamba.benchmarks.prefill import generate_one
+from mmmamba.benchmarks.timing import format_table, time_once
 
 
-# A length divisible by 16, an odd one, and one that is read in two pieces.
-COLUMNS = {"1 s": 1, "777 s": 777, "4096 s": 4096, "9001 s": 9001, "9001 again s": 9001}
+# Prompt lengths by column: Triton specialises kernels for 1 and multiples of 16, and 9001 is read in two pieces.
+LENGTHS = {"1 s": 1, "777 s": 777, "4096 s": 4096, "9001 s": 9001, "9001 again s": 9001}
 
 
 def main() -> None:
@@ -20,17 +20,13 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for name in ("linear", "hybrid"):
-        model = make(name, args, device)
+        model = make_model(name, args, device)
         row = {"model": name, "warm_up s": model.warm_up((1,))}
-        for label, length in COLUMNS.items():
+        for column, length in LENGTHS.items():
             ids = torch.zeros(1, length, dtype=torch.long, device=device)
-            start = time.perf_counter()
-            model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, eos_token_id=None, pad_token_id=0
-            )
-            row[label] = time.perf_counter() - start
+            row[column] = time_once(lambda ids=ids, model=model: generate_one(model, ids), device)
         rows.append(row)
-    print(table(rows, ["model", "warm_up s", *COLUMNS]))
+    print(format_table(rows, ["model", "warm_up s", *LENGTHS]))
 
 
 if __name__ == "__main__":

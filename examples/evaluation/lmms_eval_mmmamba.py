@@ -7,7 +7,7 @@ Copy this file to `lmms_eval/models/simple/mmmamba.py`, add one line to `AVAILAB
 
 and run `python -m lmms_eval --model mmmamba --model_args pretrained=user/name-or-folder --tasks mme --batch_size 8`.
 
-The model brings its own code from its folder or from the Hub; the package mmmamba need not be installed.
+The model's code is loaded with it from its folder or the Hub; the package mmmamba need not be installed.
 """
 
 import os
@@ -21,10 +21,10 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 
-IMAGE = "<image>"
-# Of a task's generation arguments, those that `generate` is given; others are meant for other models.
-GENERATION = ("max_new_tokens", "num_beams", "top_p", "top_k", "repetition_penalty", "length_penalty")
-VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+PLACEHOLDER = "<image>"
+# Generation arguments of a task that are passed on to `generate`; others are meant for other models.
+GENERATION_ARGUMENTS = ("max_new_tokens", "num_beams", "top_p", "top_k", "repetition_penalty", "length_penalty")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
 @register_model("mmmamba")
@@ -33,11 +33,11 @@ class MmMamba(lmms):
 
     Args:
         pretrained: Model folder, or its name on the Hub.
-        device: Where it runs; a GPU if there is one, each process of several on its own.
+        device: Such as "cpu"; if not given, a GPU if there is one, and each process its own of several.
         batch_size: Questions answered at once.
-        dtype: Of the weights; as they are stored on a GPU, float32 on a processor, if not given.
-        max_new_tokens: Longest answer, in tokens, where a task does not say.
-        max_batch_size: Not used; lmms-eval gives it to every model.
+        dtype: Of the weights; if not given, as they are stored on a GPU, float32 on a CPU.
+        max_new_tokens: Longest answer in tokens, for tasks that do not set it.
+        max_batch_size: Not used; lmms-eval passes it to every model.
 
     Raises:
         ValueError: if `batch_size` is no number.
@@ -57,38 +57,44 @@ class MmMamba(lmms):
             raise ValueError(f"batch_size={batch_size!r} cannot be used; give a number of at least 1.")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
-        # Many processors have no instructions for half precision; fp32 runs well on all.
+        # Many CPUs have no instructions for half precision.
         dtype = dtype or ("float32" if self.device.type == "cpu" else "auto")
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)
         self.model = AutoModel.from_pretrained(pretrained, dtype=dtype, trust_remote_code=True).to(self.device).eval()
         self.batch_size, self.max_new_tokens = int(batch_size), max_new_tokens
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answers requests with arguments (question, generation arguments, pictures of a document, document, task,
-        split). Raises ValueError for videos."""
+        """Answers requests.
+
+        Args:
+            requests: Their arguments are (question, generation arguments, function from a document to its pictures,
+                document number, task, split).
+
+        Raises:
+            ValueError: for videos.
+        """
         ordered = utils.Collator([request.args for request in requests], lambda x: -len(x[0]), grouping=True)
         answers = []
         with self._progress(len(requests)) as bar:
             for batch in ordered.get_batched(n=self.batch_size):
-                questions, arguments, to_pictures, *places = zip(*batch, strict=True)
-                documents = [self._document(*place) for place in zip(*places, strict=True)]
-                pictures = [
-                    pictures_of(document) for pictures_of, document in zip(to_pictures, documents, strict=True)
-                ]
-                # The collator puts requests with the same generation arguments together.
-                new = self._answers(questions, pictures, arguments[0])
-                for question, answer in zip(questions, new, strict=True):
-                    self.cache_hook.add_partial("generate_until", (question, arguments[0]), answer)
-                answers += new
+                questions, arguments = [request[0] for request in batch], batch[0][1]  # batches share arguments
+                pictures = [to_pictures(self._document(*place)) for _, _, to_pictures, *place in batch]
+                batch_answers = self._answer(questions, pictures, arguments)
+                for question, answer in zip(questions, batch_answers, strict=True):
+                    self.cache_hook.add_partial("generate_until", (question, arguments), answer)
+                answers += batch_answers
                 bar.update(len(batch))
         return ordered.get_original(answers)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """Answers requests whose task asks on after each answer.
+        """Answers requests whose task asks another question after each answer.
 
-        Their arguments have, after the pictures, a function of (document, earlier answers, number of the round, and
-        what it returned before) that gives the round's pictures and question, whether to stop, all answers, and what
-        it wants to be given next time. A round's question stands alone; earlier ones are not shown to the model.
+        The model sees the question of a round without the earlier ones.
+
+        Args:
+            requests: Their arguments are those of `generate_until` with one more after the pictures: a function of
+                (document, earlier answers, number of the round, information from the round before) that returns the
+                round's pictures and question, whether to stop, all answers, and information for the next round.
 
         Returns:
             The answers of all rounds, for each request.
@@ -97,25 +103,29 @@ class MmMamba(lmms):
         results = []
         with self._progress(len(requests)) as bar:
             for batch in ordered.get_batched(n=self.batch_size):
-                open_ones = [_Conversation(self._document(*request[4:]), request) for request in batch]
-                conversations = list(open_ones)
-                while open_ones:
-                    questions, pictures = [one.question for one in open_ones], [one.pictures for one in open_ones]
-                    new = self._answers(questions, pictures, batch[0][1])
-                    open_ones = [one for one, answer in zip(open_ones, new, strict=True) if one.goes_on(answer)]
-                for one in conversations:
-                    self.cache_hook.add_partial("generate_until_multi_round", one.request[:2], one.answers)
-                results += [one.answers for one in conversations]
+                conversations = [_Conversation(self._document(*request[4:]), request) for request in batch]
+                unfinished = conversations
+                while unfinished:
+                    questions, pictures = [c.question for c in unfinished], [c.pictures for c in unfinished]
+                    answers = self._answer(questions, pictures, batch[0][1])
+                    unfinished = [c for c, answer in zip(unfinished, answers, strict=True) if c.next_round(answer)]
+                for conversation in conversations:
+                    arguments = conversation.request[:2]
+                    self.cache_hook.add_partial("generate_until_multi_round", arguments, conversation.answers)
+                results += [conversation.answers for conversation in conversations]
                 bar.update(len(batch))
         return ordered.get_original(results)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Scores answers to requests with arguments (question, answer or function of the document, pictures of a
-        document, document, task, split), or (question, answer) alone.
+        """Log probabilities of answers.
+
+        Args:
+            requests: Their arguments are (question, answer or function from a document to it, function from a
+                document to its pictures, document number, task, split), or (question, answer) alone.
 
         Returns:
-            The log probability of the answer as the whole of what follows the question, end of turn not counted, and
-            whether it is what the model would say.
+            For each request the log probability of the answer, without the end of its turn, and whether greedy
+            decoding would give it.
         """
         results = []
         with self._progress(len(requests)) as bar:
@@ -126,43 +136,47 @@ class MmMamba(lmms):
                     document = self._document(*place)
                     pictures = to_pictures(document)
                     answer = answer(document) if callable(answer) else answer
-                results.append(self._score(question, pictures, str(answer)))
+                results.append(self._log_probability(question, pictures, str(answer)))
                 bar.update()
         return results
 
-    def _score(self, question: str, pictures, answer: str) -> tuple[float, bool]:
-        pictures = _pictures(pictures)
+    def _log_probability(self, question: str, pictures, answer: str) -> tuple[float, bool]:
+        pictures = _flatten(pictures)
         content = [{"type": "image", "image": picture} for picture in pictures]
-        if text := question.replace(IMAGE, "").strip():
+        if text := question.replace(PLACEHOLDER, "").strip():
             content.append({"type": "text", "text": text})
         user = [{"role": "user", "content": content}] if content else []
 
-        def encoded(said: str):
-            # Tasks put a space before an answer; here it begins its turn.
-            turns = [*user, {"role": "assistant", "content": said.strip()}]
+        def encode(answer: str):
+            # Tasks put a space before an answer, but here it starts a turn.
+            turns = [*user, {"role": "assistant", "content": answer.strip()}]
             return self.processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
 
-        # Without an answer the turn is open, as it is for generation.
-        inputs, start = encoded(answer).to(self.device), encoded("")["input_ids"].shape[1]
-        targets = inputs["input_ids"][0, start:-1]  # the last one ends the turn
+        # The template renders an empty answer like the prompt of an answer to be generated.
+        inputs, start = encode(answer).to(self.device), encode("")["input_ids"].shape[1]
+        targets = inputs["input_ids"][0, start:-1]  # without <|im_end|>
         with torch.inference_mode():
             logits = self.model(**inputs, logits_to_keep=len(targets) + 2).logits[0, :-2].float()
-        chosen = logits.log_softmax(-1).gather(-1, targets[:, None])
-        return chosen.sum().item(), bool((logits.argmax(-1) == targets).all())
+        log_probabilities = logits.log_softmax(-1).gather(-1, targets[:, None])
+        return log_probabilities.sum().item(), bool((logits.argmax(-1) == targets).all())
 
-    def _answers(self, questions, pictures, arguments: dict) -> list[str]:
-        """Answers several questions at once, each about its own pictures, and ends them where the task says."""
-        pictures = [_pictures(row) for row in pictures]
-        questions = [_with_places(question, len(row)) for question, row in zip(questions, pictures, strict=True)]
+    def _answer(self, questions, pictures, arguments: dict) -> list[str]:
+        """Answers a batch of questions about their own pictures; answers end before a string of `until`."""
+        pictures = [_flatten(row) for row in pictures]
+        questions = [_with_placeholders(question, len(row)) for question, row in zip(questions, pictures, strict=True)]
         tiles, counts = None, []
-        if flat := [picture for row in pictures for picture in row]:
-            vision = self.processor.image_processor(flat, return_tensors="pt")
+        if all_pictures := _flatten(pictures):
+            vision = self.processor.image_processor(all_pictures, return_tensors="pt")
             tiles, counts = vision["pixel_values"], vision["num_patches"].tolist()
         counts = iter(counts)
-        per_question = [[next(counts) for _ in row] for row in pictures]
+        num_patches_list = [[next(counts) for _ in row] for row in pictures]
         with torch.inference_mode():
             answers = self.model.batch_chat(
-                self.processor.tokenizer, tiles, questions, self._options(arguments), num_patches_list=per_question
+                self.processor.tokenizer,
+                tiles,
+                questions,
+                self._generation_options(arguments),
+                num_patches_list=num_patches_list,
             )
         until = arguments.get("until") or []
         ends = [until] if isinstance(until, str) else [end for end in until if end]
@@ -170,16 +184,17 @@ class MmMamba(lmms):
             answers = [answer.split(end)[0].strip() for answer in answers]
         return answers
 
-    def _options(self, arguments: dict) -> dict:
-        """Arguments of `generate` from a task's; a temperature of 0 means greedy, as everywhere in lmms-eval."""
-        options = {key: arguments[key] for key in GENERATION if arguments.get(key) is not None}
+    def _generation_options(self, arguments: dict) -> dict:
+        """Arguments of `generate` from a task's; as everywhere in lmms-eval, a temperature of 0 means greedy."""
+        options = {key: arguments[key] for key in GENERATION_ARGUMENTS if arguments.get(key) is not None}
         options.setdefault("max_new_tokens", self.max_new_tokens)
         temperature = arguments.get("temperature") or 0
         options["do_sample"] = bool(arguments.get("do_sample", temperature > 0) and arguments.get("temperature") != 0)
-        if options["do_sample"]:
-            options |= {"temperature": temperature} if temperature else {}
-        else:
-            options = {key: value for key, value in options.items() if key not in ("top_p", "top_k")}
+        if options["do_sample"] and temperature:
+            options["temperature"] = temperature
+        if not options["do_sample"]:
+            for name in ("top_p", "top_k"):
+                options.pop(name, None)
         return options
 
     def _document(self, number, task: str, split: str):
@@ -190,41 +205,41 @@ class MmMamba(lmms):
 
 
 class _Conversation:
-    """One request of several rounds."""
+    """A request of several rounds, with the pictures and the question of its current round."""
 
     def __init__(self, document, request: tuple):
-        self.document, self.request, self.ask = document, request, request[3]
-        self.question, self.pictures = request[0], request[2](document)
-        self.answers, self.info = [], None
+        self.document, self.request = document, request
+        self.question, _, to_pictures, self.ask_task, *_ = request
+        self.pictures, self.answers, self.round_info = to_pictures(document), [], None
 
-    def goes_on(self, answer: str) -> bool:
-        """Takes the answer, and asks for the next round."""
+    def next_round(self, answer: str) -> bool:
+        """Gives the answer to the task; returns whether there is another round."""
         self.answers.append(answer)
-        self.pictures, self.question, stop, answers, self.info = self.ask(
+        self.pictures, self.question, stop, answers, self.round_info = self.ask_task(
             self.document,
             previous_output=list(self.answers),
             round_idx=len(self.answers),
-            previous_round_info=self.info,
+            previous_round_info=self.round_info,
         )
         self.answers = list(answers)
         return not stop
 
 
-def _pictures(pictures) -> list:
-    """Pictures as a flat list of PIL images and paths."""
+def _flatten(pictures) -> list:
+    """A picture, or nested lists of pictures, as a flat list; None is no picture. Raises ValueError for videos."""
     if pictures is None:
         return []
     flat = []
     for picture in pictures if isinstance(pictures, (list, tuple)) else [pictures]:
-        flat += _pictures(picture) if isinstance(picture, (list, tuple)) else [] if picture is None else [picture]
-    if videos := [str(x) for x in flat if str(x).lower().endswith(VIDEOS)]:
-        raise ValueError(f"{videos[0]} is a video, which mmMamba does not look at; choose tasks with pictures.")
+        flat += _flatten(picture) if isinstance(picture, (list, tuple)) else [] if picture is None else [picture]
+    if videos := [str(x) for x in flat if str(x).lower().endswith(VIDEO_SUFFIXES)]:
+        raise ValueError(f"{videos[0]} is a video, which mmMamba does not read; choose tasks with pictures.")
     return flat
 
 
-def _with_places(question: str, pictures: int) -> str:
-    """A question with `<image>` for each picture: where the task put it, or else in front."""
-    if question.count(IMAGE) == pictures:
+def _with_placeholders(question: str, num_pictures: int) -> str:
+    """A question with one `<image>` per picture: where the task put them, else in front."""
+    if question.count(PLACEHOLDER) == num_pictures:
         return question
-    question = question.replace(IMAGE, "").strip()
-    return IMAGE * pictures + "\n" + question if pictures else question
+    question = question.replace(PLACEHOLDER, "").strip()
+    return PLACEHOLDER * num_pictures + "\n" + question if num_pictures else question

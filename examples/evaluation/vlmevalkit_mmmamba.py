@@ -11,7 +11,7 @@ Python path, and add one line to `run.py` after its imports:
 
     import vlmevalkit_mmmamba; vlmevalkit_mmmamba.register("mmMamba", model_path="user/name-or-folder")
 
-The model brings its own code from its folder or from the Hub; the package mmmamba need not be installed.
+The model's code is loaded with it from its folder or the Hub; the package mmmamba need not be installed.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ class MmMamba(BaseModel):
 
     Args:
         model_path: Model folder, or its name on the Hub.
-        device: Where it runs; a GPU if there is one.
+        device: Such as "cpu"; a GPU if there is one, if not given.
         options: Arguments of `generate`. The defaults answer greedily with up to 1024 tokens.
     """
 
@@ -37,7 +37,7 @@ class MmMamba(BaseModel):
     def __init__(self, model_path: str, device: str | None = None, **options):
         super().__init__()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        # Many processors have no instructions for half precision; fp32 runs well on all.
+        # Many CPUs have no instructions for half precision.
         dtype = torch.float32 if device == "cpu" else "auto"
         self.processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
         self.model = AutoModel.from_pretrained(model_path, dtype=dtype, trust_remote_code=True).to(device).eval()
@@ -49,13 +49,15 @@ class MmMamba(BaseModel):
         Args:
             message: Texts and pictures in order, `{"type": "text", "value": …}` and `{"type": "image", "value": …}`;
                 a picture is a path, a URL or a PIL image.
-            dataset: Which benchmark asks; makes no difference.
+            dataset: The benchmark; makes no difference.
         """
         return self.chat_inner([{"role": "user", "content": message}], dataset)
 
     def chat_inner(self, message: list[dict], dataset: str | None = None) -> str:
         """Answers the last of several turns, each `{"role": "user" or "assistant", "content": as above}`."""
-        turns = [{"role": turn["role"], "content": [_part(**part) for part in turn["content"]]} for turn in message]
+        turns = [
+            {"role": turn["role"], "content": [_content_part(**part) for part in turn["content"]]} for turn in message
+        ]
         inputs = self.processor.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device)
@@ -65,12 +67,13 @@ class MmMamba(BaseModel):
         return self.processor.decode(answer, skip_special_tokens=True).strip()
 
 
-def _part(type: str, value, **other) -> dict:
+def _content_part(type: str, value, **_) -> dict:
+    """A part of a message from VLMEvalKit's format to Transformers'."""
     return {"type": type, "text" if type == "text" else "image": value}
 
 
 def register(name: str = "mmMamba", **arguments) -> None:
     """Makes `--model NAME` stand for `MmMamba(**arguments)`."""
-    from vlmeval.config import supported_VLM  # it imports every model, so not before it is needed
+    from vlmeval.config import supported_VLM  # slow: imports every model
 
     supported_VLM[name] = partial(MmMamba, **arguments)
