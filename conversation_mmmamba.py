@@ -172,7 +172,8 @@ class ConversationState:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
+        # The model was copied, too: the same weights in another place.
+        self.__dict__.update(state, _lock=threading.RLock(), _read_by=None)
 
     def fork(self) -> "ConversationState":
         """A second conversation with the same past; each goes on without the other."""
@@ -243,7 +244,7 @@ class ConversationState:
             sample: Whether to look at some weights, too; else only at what PyTorch counts.
         """
         signature = (self.model.input_device, self.model.dtype, weights_signature(self.model))
-        if not self.ids:
+        if not self.ids or self._read_by is None:
             self._read_by = (*signature, weights_sample(self.model))
         *before, old_sample = self._read_by
         if tuple(before[:2]) != signature[:2]:

@@ -39,11 +39,11 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module", params=["linear", "hybrid", "teacher"])
-def talker(request, tokenizer):
-    return make_talker(request.param, tokenizer)
+def chat_model(request, tokenizer):
+    return make_chat_model(request.param, tokenizer)
 
 
-def make_talker(kind, tokenizer, **text):
+def make_chat_model(kind, tokenizer, **text):
     image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     return tiny_model(kind, image_token_id=image_token, vocab_size=len(tokenizer), **text)
 
@@ -65,7 +65,7 @@ def read(monkeypatch):
     return lengths
 
 
-def has_read(state, turns, question, counts):
+def assert_has_read(state, turns, question, counts):
     """The state is that of a cache that has read the conversation's beginning at once."""
     ids = encode_conversation(state.tokenizer, question, turns, counts, TOKENS_PER_TILE, state.system_message)
     assert ids[: len(state)] == state.ids
@@ -76,32 +76,32 @@ def has_read(state, turns, question, counts):
 
 
 @pytest.mark.parametrize("system_message", [None, "You look at pictures."])
-def test_every_turn_is_as_if_everything_were_read_again(talker, tokenizer, system_message):
-    state = talker.conversation(tokenizer, system_message)
+def test_every_turn_is_as_if_everything_were_read_again(chat_model, tokenizer, system_message):
+    state = chat_model.conversation(tokenizer, system_message)
     turns, counts = [], []
     for seed, (question, count) in enumerate([("Compare <image> with\n", 3), ("Why? <image>", 1), ("Is it? ", 0)]):
         new = tiles(count, seed) if count else None
         counts += [count] if count else []
         pictures = torch.cat([tiles(n, i) for i, n in enumerate(counts)])
         options = {"num_patches_list": counts, "system_message": system_message}
-        expected = talker.chat(tokenizer, pictures, question, OPTIONS, list(turns), **options)
+        expected = chat_model.chat(tokenizer, pictures, question, OPTIONS, list(turns), **options)
         assert state.ask(question, OPTIONS, new) == expected
         turns.append((question, expected))
-        has_read(state, turns[:-1], question, counts)
+        assert_has_read(state, turns[:-1], question, counts)
 
 
-def test_chat_reads_only_what_is_new(talker, tokenizer, read):
+def test_chat_reads_only_what_is_new(chat_model, tokenizer, read):
     pictures = tiles(3)
-    _, history = talker.chat(tokenizer, pictures, "What is this?", OPTIONS, return_history=True)
+    _, history = chat_model.chat(tokenizer, pictures, "What is this?", OPTIONS, return_history=True)
     kept = len(history._kept[0][0])
     assert kept > 12  # the pictures at least
     del read[:]
-    answer, longer = talker.chat(
+    answer, longer = chat_model.chat(
         tokenizer, pictures, "Why?", OPTIONS, history, return_history=True, num_patches_list=[3]
     )
     whole = len(encode_conversation(tokenizer, "Why?", list(history), [3], TOKENS_PER_TILE))
     assert sum(read) == whole - kept + OPTIONS["max_new_tokens"] - 1
-    assert answer == talker.chat(tokenizer, pictures, "Why?", OPTIONS, list(history), num_patches_list=[3])
+    assert answer == chat_model.chat(tokenizer, pictures, "Why?", OPTIONS, list(history), num_patches_list=[3])
     assert longer == [*history, ("Why?", answer)]
 
 
@@ -115,31 +115,31 @@ def test_chat_reads_only_what_is_new(talker, tokenizer, read):
     ],
     ids=["copied", "pickled", "rewritten", "other-pictures"],
 )
-def test_a_history_is_read_again_where_its_state_does_not_fit(talker, tokenizer, change, read):
+def test_a_history_is_read_again_where_its_state_does_not_fit(chat_model, tokenizer, change, read):
     pictures = tiles(2)
-    _, history = talker.chat(tokenizer, pictures, "What is this?", OPTIONS, return_history=True)
+    _, history = chat_model.chat(tokenizer, pictures, "What is this?", OPTIONS, return_history=True)
     history, pictures = change(history, pictures)
-    expected = talker.chat(
+    expected = chat_model.chat(
         tokenizer, pictures, "Why?", OPTIONS, [tuple(turn) for turn in history], num_patches_list=[2]
     )
     length = sum(read)
     del read[:]
-    assert talker.chat(tokenizer, pictures, "Why?", OPTIONS, history, num_patches_list=[2]) == expected
+    assert chat_model.chat(tokenizer, pictures, "Why?", OPTIONS, history, num_patches_list=[2]) == expected
     whole = encode_conversation(tokenizer, "Why?", list(history), [2], TOKENS_PER_TILE)
     assert sum(read) == len(whole) + OPTIONS["max_new_tokens"] - 1 <= length
 
 
-def test_a_history_can_be_asked_twice(talker, tokenizer):
+def test_a_history_can_be_asked_twice(chat_model, tokenizer):
     pictures = tiles(2)
-    _, history = talker.chat(tokenizer, pictures, "What is this?", OPTIONS, return_history=True)
-    answers = [talker.chat(tokenizer, pictures, "Why?", OPTIONS, history, num_patches_list=[2]) for _ in range(2)]
+    _, history = chat_model.chat(tokenizer, pictures, "What is this?", OPTIONS, return_history=True)
+    answers = [chat_model.chat(tokenizer, pictures, "Why?", OPTIONS, history, num_patches_list=[2]) for _ in range(2)]
     assert answers[0] == answers[1]
 
 
 def test_a_model_that_has_changed_reads_again(tokenizer):
     options = {"return_history": True, "history": None}
     for change in ("dtype", "weights", "inference mode"):
-        model = make_talker("hybrid", tokenizer)
+        model = make_chat_model("hybrid", tokenizer)
         with torch.inference_mode(change == "inference mode"):
             _, history = model.chat(tokenizer, None, "What is this?", OPTIONS, **options)
             state = model.conversation(tokenizer).extend("What is this? And <image>", tiles(1))
@@ -193,7 +193,7 @@ def change_behind_autograds_back(model):
 
 @pytest.mark.parametrize("change", [train_one_step, switch_on, strengthen, change_behind_autograds_back])
 def test_nothing_is_answered_by_other_weights_than_read_it(tokenizer, tmp_path, change):
-    model = make_talker("linear", tokenizer)
+    model = make_chat_model("linear", tokenizer)
     if change in (switch_on, strengthen):
         torch.manual_seed(0)
         model.model.layers[0].mamba.in_proj = Adapter(model.model.layers[0].mamba.in_proj)
@@ -217,7 +217,7 @@ def test_nothing_is_answered_by_other_weights_than_read_it(tokenizer, tmp_path, 
 
 def test_a_checkpoint_in_another_dtype_is_the_same_model(tokenizer, tmp_path):
     """bf16 weights read as fp32 are the same numbers, so what was read with them may go on."""
-    model = make_talker("hybrid", tokenizer).to(torch.bfloat16)
+    model = make_chat_model("hybrid", tokenizer).to(torch.bfloat16)
     model.conversation(tokenizer).extend("What is this? And that?").save(tmp_path / "state.safetensors")
     state = ConversationState.load(tmp_path / "state.safetensors", model.float(), tokenizer)
     assert state.cache.keys(1).dtype == torch.float32
@@ -236,23 +236,23 @@ def in_threads(function, arguments):
         return list(pool.map(run, arguments))
 
 
-def test_threads_that_go_on_from_one_history_do_not_disturb_each_other(talker, tokenizer):
+def test_threads_that_go_on_from_one_history_do_not_disturb_each_other(chat_model, tokenizer):
     questions = ["Why?", "And then?", "Who wrote it?", "Where was that?"]
     for _ in range(3):
-        _, history = talker.chat(tokenizer, tiles(1), "What is this?", OPTIONS, return_history=True)
+        _, history = chat_model.chat(tokenizer, tiles(1), "What is this?", OPTIONS, return_history=True)
         expected = [
-            talker.chat(tokenizer, tiles(1), question, OPTIONS, list(history), num_patches_list=[1])
+            chat_model.chat(tokenizer, tiles(1), question, OPTIONS, list(history), num_patches_list=[1])
             for question in questions
         ]
 
         def ask(question, history=history):
-            return talker.chat(tokenizer, tiles(1), question, OPTIONS, history, num_patches_list=[1])
+            return chat_model.chat(tokenizer, tiles(1), question, OPTIONS, history, num_patches_list=[1])
 
         assert in_threads(ask, questions) == expected
 
 
-def test_threads_take_turns_with_one_state(talker, tokenizer):
-    state = talker.conversation(tokenizer).extend("What is this? " * 3)
+def test_threads_take_turns_with_one_state(chat_model, tokenizer):
+    state = chat_model.conversation(tokenizer).extend("What is this? " * 3)
     start, questions = state.fork(), ["Why?", "And then?", "Who wrote it?"]
     asked = list(zip(questions, in_threads(lambda question: state.ask(question, OPTIONS), questions), strict=True))
     # In some order, each was answered after the ones before it.
@@ -261,42 +261,42 @@ def test_threads_take_turns_with_one_state(talker, tokenizer):
     assert state.turns == 3
 
 
-def test_a_failed_turn_keeps_what_was_read(talker, tokenizer, read):
-    _, history = talker.chat(tokenizer, None, "What is this? " * 10, OPTIONS, return_history=True)
+def test_a_failed_turn_keeps_what_was_read(chat_model, tokenizer, read):
+    _, history = chat_model.chat(tokenizer, None, "What is this? " * 10, OPTIONS, return_history=True)
     kept = len(history._kept[0][0])
     with pytest.raises(ValueError, match="empty"):
-        talker.chat(tokenizer, None, "", OPTIONS, history)
+        chat_model.chat(tokenizer, None, "", OPTIONS, history)
     del read[:]
-    talker.chat(tokenizer, None, "Why?", OPTIONS, history)
+    chat_model.chat(tokenizer, None, "Why?", OPTIONS, history)
     whole = encode_conversation(tokenizer, "Why?", list(history), [], TOKENS_PER_TILE)
     assert sum(read) == len(whole) - kept + OPTIONS["max_new_tokens"] - 1
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
-def test_beams_go_on_from_the_kept_state(talker, tokenizer, options):
+def test_beams_go_on_from_the_kept_state(chat_model, tokenizer, options):
     options = {"max_new_tokens": 6, "do_sample": False} | options
-    state = talker.conversation(tokenizer).extend("What is <image> this?", tiles(1))
+    state = chat_model.conversation(tokenizer).extend("What is <image> this?", tiles(1))
     single = options | {"num_return_sequences": 1}
-    (expected,) = talker.batch_chat(tokenizer, tiles(1), ["What is <image> this? Why?"], single)
+    (expected,) = chat_model.batch_chat(tokenizer, tiles(1), ["What is <image> this? Why?"], single)
     assert state.ask(" Why?", options) == expected
     before = state.fork()
     assert state.ask("And then?", OPTIONS) == before.ask("And then?", OPTIONS)
-    has_read(state, [("What is <image> this? Why?", expected)], "And then?", [1])
+    assert_has_read(state, [("What is <image> this? Why?", expected)], "And then?", [1])
 
 
-def test_text_is_read_as_it_comes_and_as_one(talker, tokenizer, read):
+def test_text_is_read_as_it_comes_and_as_one(chat_model, tokenizer, read):
     words = (
         "  It was the best of times,\nit was   the worst of times. naïve – 日本語 text\u3000here <|im_end|> ▁ x " * 9
     )
-    state, sizes, place = talker.conversation(tokenizer), [1, 2, 3, 5, 50, 7, 300], 0
+    state, sizes, place = chat_model.conversation(tokenizer), [1, 2, 3, 5, 50, 7, 300], 0
     while place < len(words):
         state.extend(words[place : place + sizes[0]])
         place, sizes = place + sizes[0], [*sizes[1:], sizes[0]]
     whole = encode_conversation(tokenizer, words + " Why?", None, [], TOKENS_PER_TILE)
     assert sum(read) == len(state) > len(whole) - 40
-    has_read(state, [], words + " Why?", [])
+    assert_has_read(state, [], words + " Why?", [])
     del read[:]
-    assert state.fork().ask(" Why?", OPTIONS) == talker.chat(tokenizer, None, words + " Why?", OPTIONS)
+    assert state.fork().ask(" Why?", OPTIONS) == chat_model.chat(tokenizer, None, words + " Why?", OPTIONS)
     assert sum(read[: len(read) // 2]) < 60
 
 
@@ -308,68 +308,68 @@ def test_pieces_across_spaces_are_waited_for(tokenizer):
 
     other = Across(str(GOLDEN / "tokenizer" / "tokenizer.model"))
     other.chat_template = tokenizer.chat_template
-    state = make_talker("linear", tokenizer).conversation(other).extend("What is this? " * 20)
+    state = make_chat_model("linear", tokenizer).conversation(other).extend("What is this? " * 20)
     assert len(state.pending) > 200
 
 
 @pytest.mark.parametrize("turns", [[("Hi", "")], [("", "Hi")], [("Hi", ""), ("", ""), ("Why?", "So.")]])
-def test_turns_in_which_nothing_is_said(talker, tokenizer, turns):
-    state = talker.conversation(tokenizer)
+def test_turns_in_which_nothing_is_said(chat_model, tokenizer, turns):
+    state = chat_model.conversation(tokenizer)
     for turn in turns:
         state.add_turn(*turn)
     state.extend("").extend("What? ").extend("")
     whole = encode_conversation(tokenizer, "What? Who?", turns, [], TOKENS_PER_TILE)
     assert whole[: len(state)] == state.ids and len(state) > len(whole) - 12
-    assert state.ask("Who?", OPTIONS) == talker.chat(tokenizer, None, "What? Who?", OPTIONS, turns)
+    assert state.ask("Who?", OPTIONS) == chat_model.chat(tokenizer, None, "What? Who?", OPTIONS, turns)
 
 
-def test_tiles_of_another_size_are_refused(talker, tokenizer):
+def test_tiles_of_another_size_are_refused(chat_model, tokenizer):
     for size in (8, 32):
         with pytest.raises(ValueError, match=f"A tile of {size} x {size} pixels gives"):
-            talker.chat(tokenizer, torch.randn(2, 3, size, size), "What?", OPTIONS)
+            chat_model.chat(tokenizer, torch.randn(2, 3, size, size), "What?", OPTIONS)
 
 
 @pytest.mark.parametrize("as_object", [False, True])
-def test_the_longest_answer_can_be_said_either_way(talker, tokenizer, as_object):
+def test_the_longest_answer_can_be_said_either_way(chat_model, tokenizer, as_object):
     from transformers import GenerationConfig
 
     options = {"max_length": 125, "do_sample": False}
-    state = talker.conversation(tokenizer)
+    state = chat_model.conversation(tokenizer)
     made = []
     streamer = type("Counts", (), {"put": lambda self, value: made.append(value.numel()), "end": lambda self: None})()
     state.ask("Hello", GenerationConfig(**options) if as_object else options, streamer=streamer)
     assert sum(made) <= 125
 
 
-def test_what_an_answer_calls_a_picture_is_text(talker, tokenizer):
+def test_what_an_answer_calls_a_picture_is_text(chat_model, tokenizer):
     history = [("What?", "see <image>")]
-    (answer,) = talker.batch_chat(tokenizer, None, ["Why?"], OPTIONS, history=[history])
-    assert answer == talker.chat(tokenizer, None, "Why?", OPTIONS, history)
+    (answer,) = chat_model.batch_chat(tokenizer, None, ["Why?"], OPTIONS, history=[history])
+    assert answer == chat_model.chat(tokenizer, None, "Why?", OPTIONS, history)
 
 
-def test_a_changed_history_is_not_answered_from_the_kept_state(talker, tokenizer):
-    _, history = talker.chat(tokenizer, None, "What is this?", OPTIONS, return_history=True)
+def test_a_changed_history_is_not_answered_from_the_kept_state(chat_model, tokenizer):
+    _, history = chat_model.chat(tokenizer, None, "What is this?", OPTIONS, return_history=True)
     history[0] = ("What was that?", "A circle.")
-    expected = talker.chat(tokenizer, None, "Why?", OPTIONS, [("What was that?", "A circle.")])
-    assert talker.chat(tokenizer, None, "Why?", OPTIONS, history) == expected
+    expected = chat_model.chat(tokenizer, None, "Why?", OPTIONS, [("What was that?", "A circle.")])
+    assert chat_model.chat(tokenizer, None, "Why?", OPTIONS, history) == expected
 
 
-def test_frames_one_by_one_cost_the_same_and_are_one_question(talker, tokenizer, read):
-    state, costs = talker.conversation(tokenizer), []
+def test_frames_one_by_one_cost_the_same_and_are_one_question(chat_model, tokenizer, read):
+    state, costs = chat_model.conversation(tokenizer), []
     for seed in range(5):
         del read[:]
         state.extend(f"Frame{seed % 2}: <image>\n", tiles(2, seed))
         costs.append(sum(read))
     assert len(set(costs[1:])) == 1
     question = "".join(f"Frame{seed % 2}: <image>\n" for seed in range(5))
-    has_read(state, [], question + "Which?", [2] * 5)
+    assert_has_read(state, [], question + "Which?", [2] * 5)
     pictures = torch.cat([tiles(2, seed) for seed in range(5)])
-    expected = talker.chat(tokenizer, pictures, question + "Which?", OPTIONS, num_patches_list=[2] * 5)
+    expected = chat_model.chat(tokenizer, pictures, question + "Which?", OPTIONS, num_patches_list=[2] * 5)
     assert state.ask("Which?", OPTIONS) == expected
 
 
-def test_forks_go_on_without_each_other(talker, tokenizer):
-    state = talker.conversation(tokenizer).extend("A long document. ")
+def test_forks_go_on_without_each_other(chat_model, tokenizer):
+    state = chat_model.conversation(tokenizer).extend("A long document. ")
     state.ask("What is it about?", OPTIONS)
     other = state.fork()
     first = state.ask("Why?", OPTIONS)
@@ -378,27 +378,27 @@ def test_forks_go_on_without_each_other(talker, tokenizer):
     assert state.ask("Who wrote it, and when?", OPTIONS) == different
 
 
-def test_saved_and_loaded_it_goes_on(talker, tokenizer, tmp_path):
-    state = talker.conversation(tokenizer, "Be brief.")
+def test_saved_and_loaded_it_goes_on(chat_model, tokenizer, tmp_path):
+    state = chat_model.conversation(tokenizer, "Be brief.")
     for step in range(3):
         if step == 1:
             state.ask("What is this?", OPTIONS, tiles(2))
         elif step == 2:
             state.extend("And <image> this", tiles(1))
         state.save(tmp_path / "state.safetensors")
-        loaded = ConversationState.load(tmp_path / "state.safetensors", talker, tokenizer)
+        loaded = ConversationState.load(tmp_path / "state.safetensors", chat_model, tokenizer)
         assert (len(loaded), loaded.nbytes, loaded.turns) == (len(state), state.nbytes, state.turns)
         assert loaded.ask("Why?", OPTIONS) == state.fork().ask("Why?", OPTIONS)
     assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
 
 
 def test_files_that_do_not_fit_are_refused_in_words(tokenizer, tmp_path):
-    model, file = make_talker("linear", tokenizer), tmp_path / "state.safetensors"
+    model, file = make_chat_model("linear", tokenizer), tmp_path / "state.safetensors"
     state = model.conversation(tokenizer).extend("Hello")
     state.ask("Why?", OPTIONS)
     state.save(file)
-    another = make_talker("hybrid", tokenizer)
-    trained = make_talker("linear", tokenizer)
+    another = make_chat_model("hybrid", tokenizer)
+    trained = make_chat_model("linear", tokenizer)
     trained.model.norm.weight.data += 1
     for other, word in ((another, "layer_types"), (trained, "weights")):
         with pytest.raises(ValueError, match=f"another model's conversation.*{word}"):
@@ -407,7 +407,7 @@ def test_files_that_do_not_fit_are_refused_in_words(tokenizer, tmp_path):
     save_file(load_file(file), tmp_path / "plain.safetensors")
     with pytest.raises(ValueError, match=r"another model's conversation.*template"):
         ConversationState.load(file, model, make_tokenizer("phi3-chat"))
-    distilled = make_talker("linear", tokenizer)
+    distilled = make_chat_model("linear", tokenizer)
     distilled.model.layers[2].mamba.dt_bias.data += 1
     with pytest.raises(ValueError, match="weights"):
         ConversationState.load(file, distilled, tokenizer)
@@ -435,7 +435,7 @@ def test_files_that_do_not_fit_are_refused_in_words(tokenizer, tmp_path):
 def test_the_state_of_a_linear_model_has_one_size(tokenizer):
     sizes = {}
     for kind in ("linear", "hybrid"):
-        state = make_talker(kind, tokenizer).conversation(tokenizer)
+        state = make_chat_model(kind, tokenizer).conversation(tokenizer)
         sizes[kind] = []
         for _ in range(2):
             state.ask("A rather long question about nothing? " * 5, OPTIONS)
@@ -445,9 +445,9 @@ def test_the_state_of_a_linear_model_has_one_size(tokenizer):
     assert large - small == (second - first) * 2 * 2 * 8 * 8  # keys and values of two heads of eight fp64 numbers
 
 
-def test_what_fails_leaves_the_conversation_as_it_was(talker, tokenizer, monkeypatch):
+def test_what_fails_leaves_the_conversation_as_it_was(chat_model, tokenizer, monkeypatch):
     for turns in range(2):
-        state = talker.conversation(tokenizer)
+        state = chat_model.conversation(tokenizer)
         if turns:
             state.ask("What is this?", OPTIONS, tiles(1))
         expected = state.fork().ask("Why?", OPTIONS)
@@ -484,7 +484,7 @@ class Interrupting:
 @pytest.mark.parametrize("template", ["internlm2-chat", "phi3-chat", "internlm2-base", "internlm2-basev0"])
 def test_every_template_of_the_package_can_be_taken_apart(tokenizer, template):
     other = make_tokenizer(template)
-    state = make_talker("linear", tokenizer).conversation(other)
+    state = make_chat_model("linear", tokenizer).conversation(other)
     turns = [("One", "Two"), ("Three", "Four")]
     for turn in turns:
         state.add_turn(*turn)
@@ -493,35 +493,71 @@ def test_every_template_of_the_package_can_be_taken_apart(tokenizer, template):
     assert len(state) > 0 or template == "phi3-chat"  # this tokenizer has none of its control tokens
 
 
-def test_chat_needs_no_template_that_can_be_taken_apart(talker, tokenizer):
+def test_chat_needs_no_template_that_can_be_taken_apart(chat_model, tokenizer):
     numbered = make_tokenizer()
     numbered.chat_template = (
         "{% for m in messages %}<|im_start|>{{ loop.length }} {{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
     )
     with pytest.raises(ValueError, match="renders a turn otherwise"):
-        talker.conversation(numbered)
-    answer, history = talker.chat(numbered, tiles(1), "What?", OPTIONS, return_history=True)
+        chat_model.conversation(numbered)
+    answer, history = chat_model.chat(numbered, tiles(1), "What?", OPTIONS, return_history=True)
     assert history == [("<image>\nWhat?", answer)] and type(history) is list
 
 
 @pytest.mark.parametrize("size", [1, 5, 16])
-def test_pieces_change_nothing(talker, tokenizer, size):
+def test_pieces_change_nothing(chat_model, tokenizer, size):
     pictures, question = tiles(3), "One: <image>\nTwo: <image>"
     arguments = (tokenizer, pictures, question, OPTIONS)
-    expected = talker.chat(*arguments, num_patches_list=[2, 1])
-    talker.config.text_config.prefill_chunk_size = size
+    expected = chat_model.chat(*arguments, num_patches_list=[2, 1])
+    chat_model.config.text_config.prefill_chunk_size = size
     try:
-        assert talker.chat(*arguments, num_patches_list=[2, 1]) == expected
-        batch = talker.batch_chat(tokenizer, pictures, [question, "Hello"], OPTIONS, num_patches_list=[[2, 1], 0])
+        assert chat_model.chat(*arguments, num_patches_list=[2, 1]) == expected
+        batch = chat_model.batch_chat(tokenizer, pictures, [question, "Hello"], OPTIONS, num_patches_list=[[2, 1], 0])
         assert batch[0] == expected
     finally:
-        talker.config.text_config.prefill_chunk_size = None
+        chat_model.config.text_config.prefill_chunk_size = None
 
 
 def test_the_saved_description_is_readable(tokenizer, tmp_path):
-    state = make_talker("linear", tokenizer).conversation(tokenizer)
+    state = make_chat_model("linear", tokenizer).conversation(tokenizer)
     state.ask("Hello", OPTIONS)
     state.save(tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         described = json.loads(file.metadata()["mmmamba"])
     assert described["turns"] == 1 and described["model"]["layer_types"] == ["linear_attention"] * 4
+
+
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+@pytest.mark.parametrize("module", ["model.embed_tokens", "model.layers.0", "model.layers.1", "lm_head"])
+def test_a_partly_offloaded_model_chats(tokenizer, tmp_path, module, place):
+    model = make_chat_model("hybrid", tokenizer).float()
+    model.save_pretrained(tmp_path / "model")
+    names = ["vision_embeddings", "embed_tokens", "norm", "embedding_rotary_emb", "rotary_emb"]
+    places = dict.fromkeys([f"model.{name}" for name in names] + [f"model.layers.{i}" for i in range(4)], "cpu")
+    places |= {"lm_head": "cpu", module: place}
+    again = type(model).from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload")
+    answers = []
+    for one in (model, again):
+        answer, history = one.chat(tokenizer, tiles(2), "What is this?", OPTIONS, return_history=True)
+        state = one.conversation(tokenizer).extend("What is this? <image>", tiles(1))
+        state.save(tmp_path / "state.safetensors")
+        state = ConversationState.load(tmp_path / "state.safetensors", one, tokenizer)
+        later = one.chat(tokenizer, tiles(2), "Why?", OPTIONS, history, num_patches_list=[2])
+        answers.append(
+            (answer, later, state.ask("Why?", OPTIONS), one.batch_chat(tokenizer, None, ["A", "B?"], OPTIONS))
+        )
+    assert answers[0] == answers[1]
+
+
+def test_a_state_can_be_copied_and_pickled(tokenizer):
+    state = make_chat_model("hybrid", tokenizer).conversation(tokenizer).extend("What is this? And that?")
+    expected = state.fork().ask("Why?", OPTIONS)
+    assert copy.deepcopy(state).ask("Why?", OPTIONS) == expected
+    assert pickle.loads(pickle.dumps(state)).ask("Why?", OPTIONS) == expected
+
+
+def test_answers_may_be_asked_for_as_generate_returns_them(chat_model, tokenizer):
+    expected = chat_model.chat(tokenizer, None, "Hello", OPTIONS)
+    options = OPTIONS | {"return_dict_in_generate": True, "output_scores": True}
+    assert chat_model.chat(tokenizer, None, "Hello", options) == expected
+    assert chat_model.batch_chat(tokenizer, None, ["Hello"], options) == [expected]

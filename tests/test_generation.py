@@ -261,3 +261,56 @@ def test_offloaded_modules_give_the_same_tokens(tmp_path, modules, place):
         assert any(parameter.is_meta for parameter in again.parameters())
     inputs = batch() | {"pixel_values": batch()["pixel_values"].float()}
     assert generate(again, inputs)[0].tolist() == generate(model, inputs)[0].tolist()
+
+
+def test_whoever_replaces_the_hook_gets_the_whole_prompt(model, monkeypatch):
+    """As PEFT's prompt tuning does, which puts virtual tokens before the prompt of the first step."""
+    ids, options = prompt(9, seed=4), {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    virtual = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0)).double()
+    plain, sizes = model.prepare_inputs_for_generation, []
+
+    def prepare(input_ids, *args, **kwargs):
+        inputs = plain(input_ids, *args, **kwargs)
+        sizes.append(inputs["input_ids"].shape[1])
+        if inputs[CACHE].get_seq_length() == 0:
+            embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+            inputs["inputs_embeds"] = torch.cat([virtual, embeds], 1)
+        inputs["attention_mask"] = inputs["position_ids"] = None
+        return inputs
+
+    with monkeypatch.context() as patch:
+        patch.setitem(vars(model), "prepare_inputs_for_generation", prepare)
+        tokens = model.generate(ids, **options)[:, 9:]
+    assert sizes == [9, 1, 1, 1, 1]
+    embeds = torch.cat([virtual, model.get_input_embeddings()(ids)], 1)
+    for step in range(5):
+        assert model(inputs_embeds=embeds).logits[0, -1].argmax() == tokens[0, step]
+        embeds = torch.cat([embeds, model.get_input_embeddings()(tokens[:, step : step + 1])], 1)
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was(model):
+    cache = model.new_cache()
+    model(prompt(9, seed=1), **{CACHE: cache})
+    whole = {"input_ids": torch.cat([prompt(9, seed=1), prompt(5, seed=2)], 1), CACHE: cache}
+    for options in ({"do_sample": False, "num_return_sequences": 3}, {"misspelled": 3}, {"max_new_tokens": 0}):
+        with pytest.raises(ValueError):
+            model.generate(**whole, **options)
+        assert cache.get_seq_length() == 9 and cache.batch_size == 1
+    with pytest.raises(ValueError, match="use_cache=False and a cache contradict"):
+        model.generate(**whole, use_cache=False)
+
+
+def test_embeddings_need_a_cache_and_nothing_at_all_begins_with_bos(model):
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    ids = prompt(9, seed=4)
+    embeds = model.get_input_embeddings()(ids)
+    expected = model.generate(ids, **options)[:, 9:]
+    assert torch.equal(model.generate(inputs_embeds=embeds, use_cache=False, **options), expected)
+    assert torch.equal(model.generate(bos_token_id=1, **options), model.generate(torch.tensor([[1]]), **options))
+
+
+def test_a_cache_that_is_too_short_is_refused_in_words():
+    model = tiny_model("hybrid")
+    cache = MmMambaCache(model.config, max_cache_len=12)
+    with pytest.raises(ValueError, match="room for 12 tokens, and 9 with up to 6 new ones need more"):
+        model.generate(prompt(9, seed=1), **{CACHE: cache}, max_new_tokens=6)

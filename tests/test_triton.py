@@ -17,6 +17,7 @@ from large_steps import LARGE, largest_errors
 from tiny_models import tiny_model, token_ids
 
 from mmmamba.backends_mmmamba import find
+from mmmamba.cache_mmmamba import CACHE
 from mmmamba.ssm_mmmamba import TORCH, Sequences, decode_step
 
 
@@ -343,6 +344,21 @@ def test_a_model_has_the_same_outputs_gradients_and_tokens_on_torch_and_triton(l
     for name, truth in truths.items():
         assert (values[name].double() - truth).norm() <= 2e-5 * truth.norm(), name
     assert torch.equal(tokens, expected)
+
+
+def test_hooked_or_replaced_modules_are_called_in_decoding_steps():
+    """Where somebody listens to the convolution or the norm, the fused step does not go around them."""
+    layers = {"layer_types": [LINEAR, LINEAR], "num_hidden_layers": 2, "num_embedding_layers": 1}
+    ids, more, logits = token_ids(9, seed=1)[None].to(DEVICE), token_ids(1, seed=2)[None].to(DEVICE), []
+    for implementation in ("torch", "triton"):
+        model = tiny_model("linear", **layers).float().to(DEVICE)
+        model.config.ssm_implementation = implementation
+        model.model.layers[0].mamba.norm.register_forward_hook(lambda module, args, output: 1.5 * output)
+        with torch.no_grad():
+            cache = model.new_cache()
+            model(ids, **{CACHE: cache})
+            logits.append(model(more, **{CACHE: cache}).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
 def test_empty_sequences_leave_the_states_unchanged():
