@@ -6,7 +6,7 @@
 - Mamba-2 layers share keys and values inside a group, too, and see no positions.
 - The first `num_embedding_layers` layers (the holistic embedding) have their own rotary base and norm epsilon.
 
-Read top to bottom: patch embedding, norm, MLP, rotary positions, attention, Mamba-2 mixer, decoder layer, model, head.
+Read top to bottom: norm, MLP, rotary positions, attention, Mamba-2 mixer, decoder layer, model, head.
 Shapes: B batch, L length, D hidden size, H query heads, K key/value heads, P head size.
 """
 
@@ -509,10 +509,7 @@ class MmMambaModel(MmMambaPreTrainedModel):
                 self.config.text_config, inputs_embeds, padding, cache, position_ids
             )
         if attention_mask is not None and "linear_attention" in self.config.text_config.layer_types:
-            if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
-                shape = tuple(attention_mask.shape)
-                raise ValueError(f"attention_mask has shape {shape}; Mamba-2 layers need (batch, tokens so far).")
-            masks["linear_attention"] = Sequences.from_mask(attention_mask[:, -length:])
+            masks["linear_attention"] = Sequences.from_attention_mask(attention_mask, length)
         return masks
 
     def rotary(self, attention_mask, inputs_embeds: Tensor, cache: MmMambaCache | None, position_ids) -> dict:

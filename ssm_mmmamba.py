@@ -54,6 +54,36 @@ class Sequences:
         self.derived = {}  # what backends derive from the boundaries, once for all layers
 
     @classmethod
+    def from_attention_mask(cls, mask: Tensor, length: int) -> "Sequences | None":
+        """The rows of a padded batch, by an attention mask for its last `length` steps.
+
+        Args:
+            mask: (batch, past + length), 1 where a step is valid; or (batch, 1, length, past + length), as attention
+                takes it, True or 0.0 where a step sees another.
+            length: Steps at hand.
+
+        Returns:
+            None if all steps are valid.
+
+        Raises:
+            ValueError: if it is neither, or hides more of a step's past than padding.
+        """
+        if mask.ndim == 4:
+            visible = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, :, -length:]  # (batch, queries, keys)
+            mask = visible[:, -1]
+            causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril() & mask[:, None]
+            alike = torch.equal(visible & mask[..., None], causal & mask[..., None])
+            # Rows of padding see nothing, or everything, which softmax bears better.
+            if not alike or (~mask & visible.any(-1) & ~visible.all(-1)).any():
+                raise ValueError("The 4-D attention_mask hides more of the past than padding, which no state forgets.")
+        if mask.ndim != 2 or mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}; Mamba-2 layers need (batch, tokens so far), and "
+                f"{length} tokens are given."
+            )
+        return cls.from_mask(mask[:, -length:])
+
+    @classmethod
     def from_mask(cls, mask: Tensor) -> "Sequences | None":
         """The rows of a padded batch. Waits for the device.
 

@@ -260,3 +260,20 @@ def test_packing_and_padding_steps_are_undone_exactly():
     assert Sequences.from_position_ids(positions).lengths.tolist() == [2, 1, 2, 5, 2, 3]
     assert Sequences.from_mask(torch.ones(2, 5)) is None
     assert Sequences.from_position_ids(torch.arange(5).expand(2, 5) + torch.tensor([[0], [3]])) is None
+
+
+def test_a_square_mask_is_padding_or_refused():
+    """Attention takes any square mask; a state can leave out padding, but forget nothing that it has read."""
+    model, ids = tiny_model("hybrid"), torch.stack([token_ids(9, seed=1), token_ids(9, seed=2)])
+    padding = (torch.arange(9) >= torch.tensor([[0], [3]])).long()
+    square = torch.ones(9, 9, dtype=torch.bool).tril() & padding[:, None].bool()
+    positions = (padding.cumsum(1) - 1).clamp(min=0)
+    expected = model(ids, attention_mask=padding, position_ids=positions).logits[padding.bool()]
+    close(model(ids, attention_mask=square[:, None], position_ids=positions).logits[padding.bool()], expected)
+    square[0, 5:, :5] = False
+    for mask, words in (
+        (square[:, None], "hides more of the past than padding"),
+        (padding[:, :4], "9 tokens are given"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tiny_model("linear")(ids, attention_mask=mask)
