@@ -172,7 +172,7 @@ def test_memory_of_a_linear_model_does_not_grow():
     sizes = []
     for length in (10, 500):
         cache = model(prompt(length, seed=7), use_cache=True)[CACHE]
-        sizes.append([(layer.conv_states[0].shape, layer.recurrent_states[0].shape) for layer in cache.layers])
+        sizes.append({name: tensor.shape for name, tensor in cache.tensors().items()})
     assert sizes[0] == sizes[1]
 
 

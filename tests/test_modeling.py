@@ -108,9 +108,8 @@ def test_every_dtype_gives_the_logits_of_fp64_and_recurrent_states_stay_fp32(kin
     assert outputs.logits.dtype == dtype
     # Some eight roundings in each of four layers; the per-head norm of small states amplifies some of them.
     assert (outputs.logits.double() - expected).norm() / expected.norm() < 8 * 4 * torch.finfo(dtype).eps
-    for layer in outputs[CACHE].layers:
-        if hasattr(layer, "recurrent_states"):
-            assert layer.recurrent_states[0].dtype == torch.float32
+    for index in outputs[CACHE].state_layers:
+        assert outputs[CACHE].recurrent_state(index).dtype == torch.float32
 
 
 def test_logits_to_keep_selects_positions_and_the_loss_is_of_the_next_token(model):
