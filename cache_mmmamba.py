@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
@@ -52,7 +52,7 @@ class MmMambaKeyValueLayer(DynamicLayer):
         return still_views and keys.shape[2] >= length and _writable(keys)
 
 
-class MmMambaCache(Cache):
+class MmMambaCache(DynamicCache):
     """The cache of one batch: growing keys and values (attention), states of fixed size (Mamba-2).
 
     Args:
@@ -71,7 +71,8 @@ class MmMambaCache(Cache):
         if offloading and "full_attention" not in kinds:
             raise ValueError("An offloaded cache moves keys and values, which a model without attention has not got.")
         self._layer_options = {"max_cache_len": max_cache_len, "in_place": not offloading}
-        super().__init__(layers=[_new_layer(kind, **self._layer_options) for kind in kinds], offloading=offloading)
+        # As any cache of given layers: `DynamicCache` would choose other ones.
+        Cache.__init__(self, layers=[_new_layer(kind, **self._layer_options) for kind in kinds], offloading=offloading)
         self._read = 0
 
     @classmethod

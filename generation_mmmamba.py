@@ -415,7 +415,8 @@ class MmMambaGenerationMixin(GenerationMixin):
             inputs["inputs_embeds"], rows = inputs_embeds[:, -unread:], len(inputs_embeds)
         else:
             inputs["input_ids"], rows = input_ids[:, -unread:], len(input_ids)
-        inputs |= {"attention_mask": attention_mask, CACHE: cache}
+        replaced = "prepare_inputs_for_generation" in vars(self)  # by PEFT, which knows the older name only
+        inputs |= {"attention_mask": attention_mask, "past_key_values" if replaced else CACHE: cache}
         if kwargs.get("position_ids") is not None:
             inputs["position_ids"] = kwargs["position_ids"][..., -unread:]
         if call.images is not None:

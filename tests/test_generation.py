@@ -272,7 +272,7 @@ def test_whoever_replaces_the_hook_gets_the_whole_prompt(model, monkeypatch):
     def prepare(input_ids, *args, **kwargs):
         inputs = plain(input_ids, *args, **kwargs)
         sizes.append(inputs["input_ids"].shape[1])
-        if inputs[CACHE].get_seq_length() == 0:
+        if inputs["past_key_values"].get_seq_length() == 0:
             embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
             inputs["inputs_embeds"] = torch.cat([virtual, embeds], 1)
         inputs["attention_mask"] = inputs["position_ids"] = None
