@@ -9,7 +9,7 @@ import os
 from functools import lru_cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from .ssm_mmmamba import TORCH, Backend
@@ -117,3 +117,24 @@ def are_plain(modules: dict[nn.Module, type], device: torch.device) -> bool:
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
         for module, kind in modules.items()
     )
+
+
+def project(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer(x)`; one row of fp32 on a CPU, as in a decoding step, is multiplied on all cores.
+
+    BLAS multiplies a single row on one core; as a batch of slices of the weight the product is spread over them. A
+    layer that is quantised, hooked, replaced or elsewhere is called as it is.
+
+    Args:
+        layer: To (..., out).
+        x: (..., width).
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() != x.shape[-1] or torch.is_grad_enabled():
+        return layer(x)
+    if not are_plain({layer: nn.Linear}, x.device) or type(layer.weight) is not nn.Parameter:
+        return layer(x)
+    weight = layer.weight
+    if layer.bias is not None or len(weight) % 4 or not weight.is_contiguous() or weight.dtype != x.dtype:
+        return layer(x)
+    slices = weight.view(4, -1, weight.shape[1]).transpose(1, 2)  # (4, width, out / 4)
+    return torch.bmm(x.reshape(1, 1, -1).expand(4, 1, -1), slices).view(*x.shape[:-1], -1)

@@ -27,7 +27,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
-from .backends_mmmamba import are_plain, backend
+from .backends_mmmamba import are_plain, backend, project
 from .cache_mmmamba import CACHE, MmMambaCache
 from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig
 from .conversation_mmmamba import ConversationMixin
@@ -69,7 +69,7 @@ class MmMambaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x (B, L, D). Returns the same shape."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return project(self.down_proj, self.act_fn(project(self.gate_proj, x)) * project(self.up_proj, x))
 
 
 class MmMambaRotaryEmbedding(nn.Module):
@@ -151,9 +151,9 @@ class MmMambaAttention(nn.Module):
         """Args: hidden_states (B, L, D); position_embeddings, cosines and sines (B or 1, L, P); attention_mask as the
         attention function needs it; attention_function instead of the config's; attention_weights, a list to append
         the weights to, or None where the function does not give them. Returns (B, L, D)."""
-        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, L, P)
-        k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, P)
-        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, P)
+        q = project(self.q_proj, hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, L, P)
+        k = project(self.k_proj, hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, P)
+        v = project(self.v_proj, hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, P)
         q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
@@ -164,7 +164,7 @@ class MmMambaAttention(nn.Module):
         heads, weights = attend(self, q, k, v, attention_mask, **kwargs)
         if attention_weights is not None:
             attention_weights.append(weights)
-        return self.o_proj(heads.flatten(2))
+        return project(self.o_proj, heads.flatten(2))
 
 
 class MmMambaConv(nn.Conv1d):
@@ -217,7 +217,7 @@ class MmMambaMixer(nn.Module):
         self, hidden_states: Tensor, sequences: Sequences | None = None, cache: MmMambaCache | None = None
     ) -> Tensor:
         """The mixer before its output projection: (B, L, D) to (B, L, H, P)."""
-        projected = self.in_proj(hidden_states)
+        projected = project(self.in_proj, hidden_states)
         conv_state = state = None
         if cache is not None:
             conv_state, state = cache.conv_state(self.layer_idx), cache.recurrent_state(self.layer_idx)
@@ -255,7 +255,7 @@ class MmMambaMixer(nn.Module):
         self, hidden_states: Tensor, sequences: Sequences | None = None, cache: MmMambaCache | None = None
     ) -> Tensor:
         """Args: hidden_states (B, L, D). Returns the same shape."""
-        return self.out_proj(self.heads(hidden_states, sequences, cache).flatten(2))
+        return project(self.out_proj, self.heads(hidden_states, sequences, cache).flatten(2))
 
 
 class MmMambaDecoderLayer(GradientCheckpointingLayer):
@@ -572,7 +572,7 @@ class MmMambaForConditionalGeneration(ConversationMixin, MmMambaGenerationMixin,
             **kwargs,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = project(self.lm_head, outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmmamba import backends_mmmamba
-from mmmamba.backends_mmmamba import BACKENDS, ENVIRONMENT, backend, find, unavailable_reason
+from mmmamba.backends_mmmamba import BACKENDS, ENVIRONMENT, backend, find, project, unavailable_reason
 from mmmamba.ssm_mmmamba import TORCH
 
 
@@ -107,3 +107,44 @@ def test_kernel_files_import_the_reference_and_it_imports_none_of_them():
         source = Path(backends_mmmamba.__file__).with_name(f"{name}_mmmamba.py").read_text(encoding="utf-8")
         imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.level]
         assert {node.module.removesuffix("_mmmamba") for node in imports} == below, name
+
+
+class Quantised(torch.Tensor):
+    """A weight of a class of its own, as quantisation tools have them."""
+
+
+def hook(layer):
+    layer.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def replace_forward(layer):
+    layer.forward = lambda x: torch.zeros(*x.shape[:-1], layer.out_features)
+
+
+def quantise(layer):
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantised), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [lambda layer: None, hook, replace_forward, quantise])
+@pytest.mark.parametrize("shape", [(1, 1, 24), (24,), (2, 3, 24)])
+@torch.no_grad()
+def test_a_projection_is_what_the_layer_gives_whatever_was_done_to_it(change, shape):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(24, 36, bias=False), torch.randn(shape)
+    change(layer)
+    torch.testing.assert_close(project(layer, x), layer(x))
+
+
+@torch.no_grad()
+def test_a_single_row_is_multiplied_in_slices(monkeypatch):
+    """Else the fast way would be dead code that no comparison misses."""
+    products, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *args: products.append(1) or bmm(*args))
+    layer = torch.nn.Linear(24, 36, bias=False)
+    project(layer, torch.randn(1, 1, 24))
+    assert len(products) == 1
+    for x in (torch.randn(1, 2, 24), torch.randn(1, 1, 24, dtype=torch.float64)):
+        project(layer.to(x.dtype), x)
+    hook(layer.float())
+    project(layer, torch.randn(1, 1, 24))
+    assert len(products) == 1
