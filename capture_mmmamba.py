@@ -13,6 +13,7 @@ from threading import Lock
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from .backends_mmmamba import find
 from .cache_mmmamba import CACHE, MmMambaCache
@@ -22,10 +23,10 @@ FEWEST_STEPS = 8  # an answer that is sure to be shorter is not worth a recordin
 _recording = Lock()
 
 
-def recordable(model, cache: MmMambaCache | None) -> bool:
+def recordable(model, cache: Cache | None) -> bool:
     """Whether steps of this model with this cache can be recorded: on one CUDA device, unquantised, unsharded."""
-    if cache is None or model.device.type != "cuda" or torch.version.cuda is None:
-        return False
+    if not hasattr(cache, "fixed_length") or model.device.type != "cuda" or torch.version.cuda is None:
+        return False  # among others Transformers' own caches
     if getattr(model, "hf_quantizer", None) is not None:
         return False
     if torch.distributed.is_available() and torch.distributed.is_initialized():
