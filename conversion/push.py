@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import mmap
 import os
 import pickletools
 import re
@@ -170,9 +171,17 @@ def _objection(path: Path, folder: Path) -> str | None:
         )
     if path.suffix.lower() in UNFINISHED_SUFFIXES:
         return "is unfinished by its name; finish or remove it"
-    if SECRET_CONTENT.search(path.read_bytes()):
+    if _contains_secret(path):
         return "contains an access token or a private key; remove it from the file"
     return None
+
+
+def _contains_secret(path: Path) -> bool:
+    if not path.stat().st_size:
+        return False  # nothing to map
+    # Mapped, not read: a shard of weights may be larger than memory.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return SECRET_CONTENT.search(content) is not None
 
 
 def _is_pickle(path: Path) -> bool:
@@ -183,7 +192,7 @@ def _is_pickle(path: Path) -> bool:
     with path.open("rb") as file:
         try:
             names = [opcode.name for opcode, _, _ in pickletools.genops(file)]
-        except Exception:
+        except Exception:  # pickletools raises many kinds on bytes that are no pickle, or not a whole one
             file.seek(0)
             return re.match(rb"\x80[\x02-\x05]", file.read(2)) is not None  # cut short
     # Protocols 0 and 1 have no header, so that a short text can be a pickle by chance.
