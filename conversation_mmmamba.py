@@ -23,25 +23,23 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .cache_mmmamba import CACHE
+from .chat_template_mmmamba import BOUNDARY_MARK, PLACEHOLDER, PLAIN_TEXT_MARK, as_text, encode_prompt
 from .fingerprint_mmmamba import pictures_digest, weights_checksum, weights_sample, weights_signature
 from .generation_mmmamba import PromptImages, answer_options, generation_option
 from .processing_mmmamba import (
-    PLACEHOLDER,
     TemplateError,
     answers_show_pictures,
-    as_text,
     check_tiles,
     decode_answer,
     encode_conversation,
     expand_placeholders,
     template_parts,
 )
-from .tokenization_mmmamba import PLAIN_TEXT_MARK
 
 
 FORMAT = "mmmamba-conversation-2"
 # Text up to the last space that follows no other: see `MmMambaTokenizer.splits_at_spaces`.
-WORDS = re.compile(f".*[^\\s▁{PLAIN_TEXT_MARK}](?= )", re.DOTALL)
+WORDS = re.compile(f".*[^\\s▁{PLAIN_TEXT_MARK}{BOUNDARY_MARK}](?= )", re.DOTALL)
 WORD = "x"  # any word, to stand before a space
 
 
@@ -212,7 +210,7 @@ class ConversationState:
     def _encode(self, text: str) -> list[int]:
         """Ids of text that follows what was read."""
         if not self.ids:
-            return self.tokenizer(text)["input_ids"]
+            return encode_prompt(self.tokenizer, text)
         texts = (self._last_token, self._last_token + text)
         read, both = (self.tokenizer(x, add_special_tokens=False)["input_ids"] for x in texts)
         return both[len(read) :]
@@ -225,7 +223,7 @@ class ConversationState:
         if not ends:
             self.pending = text
             return
-        end, last_token = max(ends)
+        end, last_token = max(ends, key=lambda end: (end[0], end[1] != WORD))  # control tokens split words, too
         ids = self._encode(text[:end])
         self._check_model(sample=False)
         new = torch.tensor([ids], device=self.model.input_device)

@@ -1,37 +1,40 @@
 """Pictures and text to model inputs, and the prompt of a conversation.
 
-`<image>` is a picture's placeholder in a prompt. It becomes `<img>`, one `<IMG_CONTEXT>` for each decoder row of the
-picture's tiles, and `</img>`. Users cannot inject any of these: control tokens and placeholders that are typed in
-messages are encoded as plain text (see `as_text`).
+A picture's placeholder in a prompt is `<image>`, or `<img><IMG_CONTEXT></img>` as the chat template writes it. It
+becomes `<img>`, one `<IMG_CONTEXT>` for each decoder row of the picture's tiles, and `</img>`. Users cannot inject any
+of these: control tokens and placeholders that are typed in messages are encoded as plain text (see
+`chat_template_mmmamba.py`).
 """
 
 import re
+from bisect import bisect_right
+from collections.abc import Iterator
 
-import jinja2
 from torch import Tensor
 from transformers import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
 
+from .chat_template_mmmamba import (
+    CONTENT_MARK,
+    MARKS,
+    PLACEHOLDER,
+    as_text,
+    check_conversation,
+    check_template_arguments,
+    encode_prompt,
+    mark_texts,
+    template_errors_in_a_sentence,
+)
 from .image_processing_mmmamba import MmMambaImageProcessorKwargs
-from .tokenization_mmmamba import PLAIN_TEXT_MARK, RESERVED_PIECE, MmMambaTokenizer
+from .tokenization_mmmamba import MmMambaTokenizer
 
 
-PLACEHOLDER = "<image>"
-CONTENT_MARK = "\x00"  # marks a message's content in a rendered chat template; never encoded
-NON_TEXT_KEYS = {"role", "type", "image", "url", "path", "base64"}  # of messages and their parts
-
-
-def as_text(text: str, tokenizer: MmMambaTokenizer) -> str:
-    """Marks `text` so that the tokenizer encodes control tokens and placeholders in it as plain text."""
-    tokens = sorted([*tokenizer.get_added_vocab(), PLACEHOLDER], key=len, reverse=True)
-    pattern = "|".join([*map(re.escape, tokens), RESERVED_PIECE.pattern])
-    text = re.sub(pattern, lambda match: match[0][0] + PLAIN_TEXT_MARK + match[0][1:], text)
-    # Marks at both ends keep adjacent texts from forming a control token.
-    return PLAIN_TEXT_MARK + text + PLAIN_TEXT_MARK if text else text
+# As users write a picture, as the chat template does (or a processor before), and as Transformers' pipelines do.
+PICTURE = re.compile(f"{PLACEHOLDER}|<img>(?:<IMG_CONTEXT>)+</img>|<IMG_CONTEXT>")
 
 
 def expand_placeholders(prompts: list[str], num_patches_list: list[int], tokens_per_tile: int) -> list[str]:
-    """Replaces each `<image>`, in order over all prompts, by its picture's image tokens.
+    """Replaces each picture's placeholder, in order over all prompts, by its picture's image tokens.
 
     Args:
         prompts: Rendered prompts.
@@ -41,17 +44,46 @@ def expand_placeholders(prompts: list[str], num_patches_list: list[int], tokens_
     Raises:
         ValueError: if placeholders and pictures differ in number.
     """
-    placeholders = sum(prompt.count(PLACEHOLDER) for prompt in prompts)
+    placeholders = sum(len(PICTURE.findall(prompt)) for prompt in prompts)
     if placeholders != len(num_patches_list):
         raise ValueError(
             f"The prompt has {placeholders} {PLACEHOLDER} placeholders but there are {len(num_patches_list)} "
             f"pictures; write one {PLACEHOLDER} per picture."
         )
     counts = iter(num_patches_list)
-    return [
-        re.sub(PLACEHOLDER, lambda _: "<img>" + "<IMG_CONTEXT>" * (tokens_per_tile * next(counts)) + "</img>", prompt)
-        for prompt in prompts
-    ]
+    return [PICTURE.sub(lambda _: image_tokens(next(counts) * tokens_per_tile), prompt) for prompt in prompts]
+
+
+def image_tokens(count: int) -> str:
+    """A picture of `count` decoder rows, as it stands in a prompt."""
+    return "<img>" + "<IMG_CONTEXT>" * count + "</img>"
+
+
+def original_offsets(
+    offsets: list[tuple[int, int]], prompt: str, num_patches_list: Iterator[int], tokens_per_tile: int
+) -> list[tuple[int, int]]:
+    """Offsets in a prompt, of tokens whose offsets are those in the prompt with its placeholders expanded.
+
+    All tokens of a picture get the span of its placeholder.
+    """
+    pictures, grown = [], 0  # (start and end in the expanded prompt, start and end in the prompt)
+    for match in PICTURE.finditer(prompt):
+        length = len(image_tokens(next(num_patches_list) * tokens_per_tile))
+        start = match.start() + grown
+        pictures.append((start, start + length, *match.span()))
+        grown += length - len(match[0])
+    starts = [picture[0] for picture in pictures]
+    moved = []
+    for start, end in offsets:
+        before = bisect_right(starts, start) - 1
+        if before < 0:
+            moved.append((start, end))
+            continue
+        _, expanded_end, original_start, original_end = pictures[before]
+        shift = original_end - expanded_end
+        inside = start < expanded_end
+        moved.append((original_start, original_end) if inside else (start + shift, end + shift))
+    return moved
 
 
 def answers_show_pictures(history: list[tuple[str, str]] | None, question: str, num_patches_list: list[int]) -> bool:
@@ -95,7 +127,7 @@ def encode_conversation(
     (prompt,) = expand_placeholders([prompt], num_patches_list, tokens_per_tile)
     if not question.replace(PLACEHOLDER, "").strip():
         raise ValueError("The question is empty; ask something.")
-    return tokenizer(prompt)["input_ids"]
+    return encode_prompt(tokenizer, prompt)
 
 
 def check_tiles(num_patches_list: list[int], pixel_values: Tensor | None) -> None:
@@ -155,7 +187,7 @@ def template_parts(tokenizer: MmMambaTokenizer, system_message: str | None = Non
             "empty turn": render("a", "b", "").removeprefix(render("a", "b")),
             "empty answer": render("a", "").removeprefix(render("a")),
         }
-    except (ValueError, jinja2.TemplateError) as error:  # such as one that writes what is said twice
+    except ValueError as error:  # such as one that writes what is said twice
         raise TemplateError(f"The tokenizer's chat template cannot be rendered turn by turn ({error}).") from None
     joined = start + "a" + end_of_turn + parts["answer"] + "b" + end_of_answer
     joined += turn + "c" + end_of_turn + parts["answer"] + "d" + end_of_answer
@@ -173,6 +205,15 @@ class MmMambaProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": False}}  # noqa: RUF012
 
 
+# What a call of the processor takes: of tokenizers, of the image processor, and of processors.
+KEYWORDS = {
+    *TextKwargs.__annotations__,
+    *MmMambaImageProcessorKwargs.__annotations__,
+    *MmMambaProcessorKwargs.__annotations__,
+    *("return_mm_token_type_ids", "return_text_replacement_offsets"),
+}
+
+
 class MmMambaProcessor(ProcessorMixin):
     """Combines an image processor and a tokenizer.
 
@@ -182,6 +223,8 @@ class MmMambaProcessor(ProcessorMixin):
         tokens_per_tile: Decoder rows of a tile, as the model's `vision_config.tokens_per_tile`.
         chat_template: Jinja template that renders messages; the tokenizer's if not given.
     """
+
+    valid_processor_kwargs = MmMambaProcessorKwargs
 
     def __init__(
         self,
@@ -201,62 +244,122 @@ class MmMambaProcessor(ProcessorMixin):
 
         Args:
             images: One picture or a list of them (PIL, array, path or URL), or a list of pictures per prompt.
-            text: One prompt or a list of them, with one `<image>` per picture. Its control tokens stay control tokens.
+            text: One prompt or a list of them, with one `<image>` per picture. Its control tokens stay control tokens;
+                the beginning token is added unless a prompt starts with it.
 
         Returns:
             `input_ids` and `attention_mask` (batch, length), and `pixel_values` (tiles, 3, size, size) if there are
-            pictures.
+            pictures. With `return_offsets_mapping`, offsets are those in `text`.
 
         Raises:
-            ValueError: if placeholders and pictures differ in number, in all or in one prompt.
+            ValueError: if placeholders and pictures differ in number, in all or in one prompt, if a picture is
+                truncated, or for a keyword that is not known.
         """
         if text is None:
             raise ValueError(f"text is missing; give a prompt with one {PLACEHOLDER} per picture.")
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        if unknown := sorted(set(kwargs) - KEYWORDS):
+            raise ValueError(
+                f"The processor does not know {unknown[0]}={kwargs[unknown[0]]!r:.60}; give text, images and keywords "
+                "of the tokenizer and the image processor."
+            )
         options = self._merge_kwargs(
             MmMambaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
-        return_tensors = options["text_kwargs"].pop("return_tensors", None)
+        for_text = options["text_kwargs"]
+        return_tensors = for_text.pop("return_tensors", None)
+        token_types = kwargs.get("return_mm_token_type_ids")
+        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
+            for_text.pop(name, None)
         prompts = [text] if isinstance(text, str) else list(text)
-        pictures = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
-        if any(isinstance(row, (list, tuple)) for row in pictures):
-            for prompt, row in zip(prompts, pictures, strict=True):
-                if prompt.count(PLACEHOLDER) != len(row):
-                    raise ValueError(
-                        f"A prompt has {prompt.count(PLACEHOLDER)} {PLACEHOLDER} placeholders but {len(row)} "
-                        f"pictures: {prompt[:80]!r}; write one {PLACEHOLDER} per picture."
-                    )
-            pictures = [picture for row in pictures for picture in row]
+        pictures = self._pictures_in_order(images, prompts)
         vision, counts = {}, []
         if pictures:
             vision = self.image_processor(images=pictures, **options["images_kwargs"])
             counts = [int(count) for count in vision.pop("num_patches")]
-        prompts = expand_placeholders(prompts, counts, self.tokens_per_tile)
-        encoded = self.tokenizer(prompts, **options["text_kwargs"])
+        expanded = expand_placeholders(prompts, counts, self.tokens_per_tile)
+        bos = self.tokenizer.bos_token
+        if "add_special_tokens" not in kwargs and bos and any(prompt.startswith(bos) for prompt in prompts):
+            for_text["add_special_tokens"] = False  # the chat template has written them
+            expanded = [prompt if prompt.startswith(bos) else bos + prompt for prompt in expanded]
+        encoded = self.tokenizer(expanded, **for_text)
+        self._check_truncation(expanded, encoded["input_ids"], for_text.get("max_length"))
+        if "offset_mapping" in encoded:
+            patches = iter(counts)
+            encoded["offset_mapping"] = [
+                original_offsets(offsets, prompt, patches, self.tokens_per_tile)
+                for offsets, prompt in zip(encoded["offset_mapping"], prompts, strict=True)
+            ]
+        if token_types:
+            encoded["mm_token_type_ids"] = [
+                [int(index == self.image_token_id) for index in row] for row in encoded["input_ids"]
+            ]
         return BatchFeature({**encoded, **vision}, tensor_type=return_tensors)
 
+    def _pictures_in_order(self, images, prompts: list[str]) -> list:
+        """All pictures in one list. Raises ValueError if rows of pictures do not fit the prompts."""
+        pictures = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+        if not any(isinstance(row, (list, tuple)) for row in pictures):
+            return list(pictures)
+        if len(pictures) != len(prompts):
+            raise ValueError(
+                f"There are {len(pictures)} lists of pictures for {len(prompts)} prompts; give one list per prompt, "
+                "an empty one where there is no picture."
+            )
+        for index, (prompt, row) in enumerate(zip(prompts, pictures, strict=True)):
+            if not isinstance(row, (list, tuple)):
+                raise ValueError(f"images[{index}] is {row!r:.60}; give a list, as for the other prompts.")
+            if (placeholders := len(PICTURE.findall(prompt))) != len(row):
+                raise ValueError(
+                    f"A prompt has {placeholders} {PLACEHOLDER} placeholders but {len(row)} pictures: "
+                    f"{MARKS.sub('', prompt)[:80]!r}; write one {PLACEHOLDER} per picture."
+                )
+        return [picture for row in pictures for picture in row]
+
+    def _check_truncation(self, prompts: list[str], input_ids: list[list[int]], max_length: int | None) -> None:
+        """Raises ValueError if image tokens were cut off, for which there are pictures."""
+        for prompt, ids in zip(prompts, input_ids, strict=True):
+            expected, found = prompt.count(self.image_token), list(ids).count(self.image_token_id)
+            if found != expected:
+                raise ValueError(
+                    f"max_length={max_length} leaves {found} of the {expected} image tokens of a prompt; allow more "
+                    "tokens, or fewer tiles by max_patches."
+                )
+
     def apply_chat_template(
-        self, conversation, chat_template: str | None = None, *, sanitize_control_tokens: bool = True, **kwargs
+        self,
+        conversation,
+        chat_template: str | None = None,
+        tools=None,
+        documents=None,
+        *,
+        sanitize_control_tokens: bool = True,
+        **kwargs,
     ):
         """Renders messages, and encodes them and their pictures with `tokenize=True`.
 
         Typed control tokens and placeholders are plain text when encoded, unless `sanitize_control_tokens=False`.
         Other arguments and what is returned: see Transformers' `ProcessorMixin.apply_chat_template`.
-        """
-        if not conversation:
-            raise ValueError("The conversation has no messages; give at least one.")
-        if sanitize_control_tokens and kwargs.get("tokenize"):
-            conversation = self._mark_texts(conversation)
-        return super().apply_chat_template(conversation, chat_template, **kwargs)
 
-    def _mark_texts(self, messages):
-        """A copy of (lists of) messages with `as_text` applied to all texts; pictures are shared, not copied."""
-        if isinstance(messages, str):
-            return as_text(messages, self.tokenizer)
-        if isinstance(messages, (list, tuple)):
-            return [self._mark_texts(message) for message in messages]
-        if isinstance(messages, dict):
-            return {key: value if key in NON_TEXT_KEYS else self._mark_texts(value) for key, value in messages.items()}
-        return messages
+        Raises:
+            ValueError: if the messages cannot be rendered, or the template does not use `tools` or `documents`.
+        """
+        check_conversation(conversation)
+        for name in ("images", "videos"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name}={kwargs[name]!r:.60} stands beside the messages; put each into its message, as "
+                    f"{{'type': '{name[:-1]}', '{name[:-1]}': …}}."
+                )
+        check_template_arguments(chat_template or self.chat_template, tools=tools, documents=documents)
+        if sanitize_control_tokens and kwargs.get("tokenize"):
+            conversation = mark_texts(conversation, self.tokenizer)
+        with template_errors_in_a_sentence():
+            return super().apply_chat_template(conversation, chat_template, tools=tools, documents=documents, **kwargs)
+
+    def get_vocab(self) -> dict[str, int]:
+        """The tokenizer's vocabulary: token to id."""
+        return self.tokenizer.get_vocab()
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Number of tokens and tiles of pictures of these sizes, (height, width) in pixels, as vLLM asks for them."""

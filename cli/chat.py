@@ -16,7 +16,7 @@ from mmmamba.conversion.publish import check_model_folder
 from mmmamba.examples.shapes.world import conversation
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
-from mmmamba.tokenization_mmmamba import MmMambaTokenizer
+from mmmamba.tokenization_mmmamba import MmMambaTokenizerFast
 
 from .arguments import HYBRID
 from .env import usable_device
@@ -89,7 +89,7 @@ class Chat:
         # Many CPUs have no instructions for half precision.
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
         self.model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
-        self.tokenizer = MmMambaTokenizer.from_pretrained(folder)
+        self.tokenizer = MmMambaTokenizerFast.from_pretrained(folder)
         self.image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
         self.generation_config = {"max_new_tokens": max_new_tokens, "do_sample": False}
         self.start()

@@ -30,6 +30,7 @@ from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 # model_type of the model, of its embedding stack, of its language stack.
 HOVLE = ("internvl_chat", "holistic_embedding", "internlm2")
 RELEASED = ("mmMamba_chat", "mmMamba_embedding", "mmMamba")
+BOS_LINE = "{{- bos_token if bos_token is defined else '' -}}\n"  # of the chat templates
 LAYER_TYPES = {"mha": "full_attention", "mamba2": "linear_attention"}
 # Upstream switches that change the network and that neither published model turns on.
 _UNSUPPORTED = {
@@ -369,14 +370,20 @@ def convert(
     return Report(config, len(planned), left_out, notes)
 
 
-def chat_template(name: str) -> str:
-    """The Jinja text of a conversation template of upstream. Raises ValueError for an unknown name."""
+def chat_template(name: str, with_bos_token: bool = True) -> str:
+    """The Jinja text of a conversation template of upstream. Raises ValueError for an unknown name.
+
+    Args:
+        name: Upstream's name of it.
+        with_bos_token: Whether it begins with the tokenizer's beginning token.
+    """
     # Hermes-2 is the same text under another name.
     files = dict.fromkeys(("internlm2-chat", "Hermes-2"), PACKAGE / "chat_template.jinja")
     files |= {file.stem: file for file in (Path(__file__).parent / "chat_templates").glob("*.jinja")}
     if name not in files:
         raise ValueError(f"config.json has template={name!r}; the known templates are {', '.join(sorted(files))}.")
-    return files[name].read_text(encoding="utf-8")
+    text = files[name].read_text(encoding="utf-8")
+    return text if with_bos_token else text.replace(BOS_LINE, "")
 
 
 def _processor(source: Path, upstream: Upstream) -> tuple[ProcessorMixin | BaseImageProcessor, list[str]]:
@@ -390,7 +397,7 @@ def _processor(source: Path, upstream: Upstream) -> tuple[ProcessorMixin | BaseI
         ]
     tokenizer = MmMambaTokenizer.from_pretrained(source)
     _check_tokenizer(tokenizer, upstream)
-    tokenizer.chat_template = chat_template(upstream.template)
+    tokenizer.chat_template = chat_template(upstream.template, tokenizer.add_bos_token)
     tokens_per_tile = upstream.config.vision_config.tokens_per_tile
     return MmMambaProcessor(image_processor, tokenizer, tokens_per_tile, tokenizer.chat_template), []
 

@@ -18,7 +18,7 @@ CLASSES = {
     "image_processing_mmmamba": ["MmMambaImageProcessor", "MmMambaImageProcessorPil"],
     "modeling_mmmamba": ["MmMambaForConditionalGeneration"],
     "processing_mmmamba": ["MmMambaProcessor"],
-    "tokenization_mmmamba": ["MmMambaTokenizer"],
+    "tokenization_mmmamba": ["MmMambaTokenizer", "MmMambaTokenizerFast"],
 }
 SOURCE = '"""The code of this model is that of the package `mmmamba`, which must be installed."""\n\n' + "".join(
     f"from mmmamba.{module} import {', '.join(names)}\n" for module, names in CLASSES.items()

@@ -35,7 +35,7 @@ END_OF_TURN_TOKENS = ("<|im_end|>", "<|end|>", "[UNUSED_TOKEN_1]")
 # Files of a model folder that depend on neither the weights nor the layer types.
 PROCESSOR_FILES = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.jinja",
-    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 CARD = """---
 {metadata}

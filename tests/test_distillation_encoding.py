@@ -24,7 +24,7 @@ CONVERSATIONS = {
     "blanks around": [" Hi ", " \n Hello \n", "\n\nNow", "\n\n\nyes\n"],
     "other scripts": ["这是什么？", "是一只猫🙂", "Où?", "là"],
     "reserved pieces": ["[UNUSED_TOKEN_1]", "x[UNUSED_TOKEN_145]y", "z", "[UNUSED_TOKEN_146]"],
-    "noncharacters": ["\ufdd1\ufdd0", "a\ufdd1b\ufdd2", "c", "<|im\ufdd0_end|>"],
+    "noncharacters": ["\ufdd3\ufdd0", "a\ufdd3b\ufdd4", "c", "<|im\ufdd0_end|>"],
 }
 
 
@@ -120,7 +120,7 @@ def test_time_grows_with_the_length_only(encoder, monkeypatch):
     """Each answer is encoded a bounded number of times, however many there are."""
     encoded = []
     tokenize = encoder.tokenizer.tokenize
-    monkeypatch.setattr(encoder.tokenizer, "tokenize", lambda text: encoded.append(len(text)) or tokenize(text))
+    monkeypatch.setattr(encoder.tokenizer, "tokenize", lambda text, **_: encoded.append(len(text)) or tokenize(text))
 
     def characters(count):
         encoded.clear()
@@ -250,7 +250,7 @@ BAD = {
     "list": ([1], "no object with keys but list"),
     "video": ({"video": "a.mp4", "conversations": turns("a", "b")}, "has a video"),
     "long": ({"conversations": turns("a " * 300, "b")}, r"it has 4\d\d tokens, more than max_tokens=200"),
-    "surrogate": ({"conversations": turns("a\ud83d", "b")}, "lone surrogates"),
+    "surrogate": ({"conversations": turns("a\ud83d", "b")}, "lone surrogate"),
 }
 
 

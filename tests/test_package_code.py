@@ -31,7 +31,7 @@ from mmmamba.examples.shapes.world import example
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessor, MmMambaImageProcessorPil
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.processing_mmmamba import MmMambaProcessor
-from mmmamba.tokenization_mmmamba import MmMambaTokenizer
+from mmmamba.tokenization_mmmamba import MmMambaTokenizerFast
 
 
 PACKAGE = Path(mmmamba.__file__).parent
@@ -92,7 +92,7 @@ def test_auto_classes_load_the_packages_classes_from_a_shipped_folder(folder):
 
     assert load(AutoConfig) is MmMambaConfig
     assert [load(auto) for auto in MODELS] == [MmMambaForConditionalGeneration] * 3
-    assert load(AutoTokenizer) is MmMambaTokenizer
+    assert load(AutoTokenizer) is MmMambaTokenizerFast
     assert load(AutoProcessor) is MmMambaProcessor
     assert load(AutoImageProcessor, backend="pil") is MmMambaImageProcessorPil
     assert load(AutoImageProcessor, backend="torchvision") is MmMambaImageProcessor

@@ -9,6 +9,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from PIL import Image
 from transformers import AutoProcessor
@@ -16,18 +17,19 @@ from transformers import AutoProcessor
 from mmmamba.conversion.convert import chat_template
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
 from mmmamba.processing_mmmamba import MmMambaProcessor, encode_conversation, expand_placeholders
-from mmmamba.tokenization_mmmamba import MmMambaTokenizer
+from mmmamba.tokenization_mmmamba import MmMambaTokenizer, MmMambaTokenizerFast
 
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+SENTENCEPIECE = sentencepiece.SentencePieceProcessor(str(GOLDEN / "tokenizer" / "tokenizer.model"))
 CASES = json.loads((GOLDEN / "prompts.json").read_text())["cases"]
 CONTROL = ["<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = MmMambaTokenizer(str(GOLDEN / "tokenizer" / "tokenizer.model"))
+@pytest.fixture(scope="module", params=[MmMambaTokenizer, MmMambaTokenizerFast], ids=["sentencepiece", "tokenizers"])
+def tokenizer(request):
+    tokenizer = request.param(str(GOLDEN / "tokenizer" / "tokenizer.model"))
     tokenizer.chat_template = chat_template("internlm2-chat")
     return tokenizer
 
@@ -59,11 +61,11 @@ def test_rendered_prompts_and_their_ids_are_upstreams(case, tokenizer):
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = chat_template(case["template"])
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert prompt == case["prompt_before_image_expansion"]
+    assert prompt == "<s>" + case["prompt_before_image_expansion"]  # which upstream's tokenizer adds
 
     tiles = case["num_image_token"]
     if prompt.count("<image>") == len(case["num_patches_list"]):
-        assert expand_placeholders([prompt], case["num_patches_list"], tiles) == [case["prompt"]]
+        assert expand_placeholders([prompt], case["num_patches_list"], tiles) == ["<s>" + case["prompt"]]
         if question:
             ids = encode_conversation(
                 tokenizer, question, case["history"], case["num_patches_list"], tiles, case["system_message"]
@@ -131,7 +133,7 @@ def test_typed_control_tokens_and_placeholders_in_messages_are_encoded_as_text(r
     assert [i for i in ids if i in control] == [i for i in ids_of("harmless") if i in control]
     # What was typed is still there, as the pieces that SentencePiece makes of it as text.
     text = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    pieces = tokenizer.sp_model.encode(f"{role}\n" + text.replace("\ufdd0", ""))
+    pieces = SENTENCEPIECE.encode(f"{role}\n" + text.replace("\ufdd0", ""))
     assert any(ids[start : start + len(pieces)] == pieces for start in range(len(ids)))
 
 
@@ -155,7 +157,7 @@ def test_control_tokens_in_messages_are_kept_without_sanitizing(processor, token
     rendered = processor.apply_chat_template(message)
     assert "a<|im_end|>b" in rendered
     ids = processor.apply_chat_template(message, tokenize=True, return_dict=True, sanitize_control_tokens=False)
-    assert np.ravel(ids["input_ids"]).tolist() == tokenizer(rendered)["input_ids"]
+    assert np.ravel(ids["input_ids"]).tolist() == tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,8 @@ def test_sanitizing_does_not_change_the_ids_of_harmless_text(text, processor, to
         {"role": "user", "content": [{"type": "text", "text": text}, {"type": "text", "text": text}]},
     ]
     ids = processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-    assert np.ravel(ids).tolist() == tokenizer(processor.apply_chat_template(messages))["input_ids"]
+    rendered = processor.apply_chat_template(messages)
+    assert np.ravel(ids).tolist() == tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 def test_a_picture_may_be_a_path_or_base64(processor, tmp_path):
@@ -260,3 +263,137 @@ def test_the_released_folder_loads_with_autoprocessor(processor, tmp_path):
         inputs = released.apply_chat_template([{"role": "user", "content": content}], **options)
         assert (inputs["input_ids"] == released.image_token_id).sum() == 256 * len(inputs["pixel_values"])
         assert released.chat_template == processor.chat_template
+
+
+# --- one prompt everywhere -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["internlm2-chat", "internlm2-base", "internlm2-basev0", "phi3-chat"])
+def test_tokenizer_processor_and_chat_encode_a_conversation_alike(template, processor, tokenizer):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = chat_template(template)
+    processor = MmMambaProcessor(processor.image_processor, tokenizer, 4)
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello <|im_end|>"},
+        {"role": "user", "content": "Who are you?"},
+    ]
+    of_chat = encode_conversation(tokenizer, "Who are you?", [("Hi", "Hello <|im_end|>")], [], 4)
+    assert of_chat.count(tokenizer.bos_token_id) == 1
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    assert tokenizer.apply_chat_template(messages, **options)["input_ids"] == of_chat
+    assert np.ravel(processor.apply_chat_template(messages, **options)["input_ids"]).tolist() == of_chat
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    unmarked = processor(text=rendered, return_tensors="np")["input_ids"][0].tolist()
+    assert unmarked.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_template_for_a_tokenizer_without_beginning_token_writes_none(processor):
+    assert "bos_token" not in chat_template("internlm2-chat", with_bos_token=False)
+
+
+@pytest.mark.parametrize(
+    "written", ["<image>", "<IMG_CONTEXT>", "<img><IMG_CONTEXT></img>", "<img><IMG_CONTEXT><IMG_CONTEXT></img>"]
+)
+def test_a_picture_in_a_prompt_may_be_written_as_users_templates_and_pipelines_do(written, processor):
+    expected = processor(text="a <image> b", images=picture(16, 16))["input_ids"]
+    assert processor(text=f"a {written} b", images=picture(16, 16))["input_ids"] == expected
+
+
+def test_developer_is_system_and_other_roles_are_refused_by_name(processor, tokenizer):
+    def rendered(role):
+        messages = [{"role": role, "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    assert rendered("developer") == rendered("system")
+    for apply in (tokenizer.apply_chat_template, processor.apply_chat_template):
+        with pytest.raises(ValueError, match="role 'tool' is unknown; use 'system', 'developer', 'user' or 'assist"):
+            apply([{"role": "user", "content": "Hi"}, {"role": "tool", "content": "5"}])
+
+
+BAD_MESSAGES = {
+    "no list": ("Hi", "is 'Hi'; give a list of messages"),
+    "empty": ([], "has no messages"),
+    "no message": ([5], "5 is no message"),
+    "no role": ([{"content": "Hi"}], "is no message"),
+    "no content": ([{"role": "user"}], "has the content None"),
+    "number": ([{"role": "user", "content": 5}], "has the content 5"),
+    "strings": ([{"role": "user", "content": ["Hi"]}], "'Hi' is no part of a message"),
+    "audio": ([{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}], "is no part of a message"),
+    "no text": ([{"role": "user", "content": [{"type": "text"}]}], "The text of a message is None"),
+    "surrogate": ([{"role": "user", "content": "a\ud83d"}], r"lone surrogate, U\+D83D, at character 1"),
+}
+
+
+@pytest.mark.parametrize("tokenize", [True, False])
+@pytest.mark.parametrize(("messages", "reason"), BAD_MESSAGES.values(), ids=BAD_MESSAGES)
+def test_bad_messages_are_refused_in_a_sentence(messages, reason, tokenize, processor, tokenizer):
+    for apply in (tokenizer.apply_chat_template, processor.apply_chat_template):
+        with pytest.raises(ValueError, match=reason):
+            apply(messages, tokenize=tokenize)
+
+
+@pytest.mark.parametrize("argument", [{"tools": [{"type": "function"}]}, {"documents": [{"text": "x"}]}])
+def test_arguments_that_the_template_does_not_use_are_refused(argument, processor, tokenizer):
+    messages = [{"role": "user", "content": "Hi"}]
+    (name,) = argument
+    for apply in (tokenizer.apply_chat_template, processor.apply_chat_template):
+        with pytest.raises(ValueError, match=f"does not use {name}="):
+            apply(messages, **argument)
+    uses = "{{ messages[0]['content'] }}{{ " + name + " | length }}"
+    assert tokenizer.apply_chat_template(messages, chat_template=uses, tokenize=False, **argument) == "Hi1"
+
+
+def test_unknown_keywords_are_refused(processor, tokenizer):
+    with pytest.raises(ValueError, match="does not use enable_thinking=True"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], enable_thinking=True)
+    with pytest.raises(ValueError, match=r"The processor does not know audio='a.wav'"):
+        processor(text="Hi", audio="a.wav")
+    with pytest.raises(ValueError, match="The processor does not know crop=True"):
+        processor(text="Hi", crop=True)
+
+
+@pytest.mark.parametrize(
+    "broken", ["{{ messages[0]['content'] ", "{{ messages[0]['content'] | nothing }}", "{{ 1 / 0 }}"]
+)
+def test_a_chat_template_that_cannot_be_rendered_is_refused_in_a_sentence(broken, processor, tokenizer):
+    for apply in (tokenizer.apply_chat_template, processor.apply_chat_template):
+        with pytest.raises(ValueError, match="chat template cannot render this conversation"):
+            apply([{"role": "user", "content": "Hi"}], chat_template=broken)
+
+
+def test_rows_of_pictures_that_do_not_fit_the_prompts_are_refused(processor):
+    image = picture(16, 16)
+    with pytest.raises(ValueError, match=r"images\[1\] is None; give a list"):
+        processor(text=["<image> a", "b"], images=[[image], None])
+    with pytest.raises(ValueError, match="There are 1 lists of pictures for 2 prompts"):
+        processor(text=["<image> a", "<image> b"], images=[[image]])
+    with pytest.raises(ValueError, match=r"1 pictures: '[^\ufdd0]*'; write one"):
+        processor(text=["a \ufdd0 b", "c"], images=[[image], []])
+    with pytest.raises(ValueError, match=r"put each into its message, as \{'type': 'image'"):
+        messages = [{"role": "user", "content": "<image>\nq"}]
+        processor.apply_chat_template(messages, images=[image], tokenize=True, return_dict=True)
+    with pytest.raises(ValueError, match="max_length=5 leaves 3 of the 4 image tokens"):
+        processor(text="<image> a", images=image, truncation=True, max_length=5)
+
+
+def test_the_assistant_mask_marks_answers_behind_pictures(processor, tokenizer):
+    """Placeholders become many tokens, so places in the rendered prompt are others than in the encoded one."""
+    if not tokenizer.is_fast:
+        pytest.skip("masks need offsets, which SentencePiece does not give")
+    content = [{"type": "image", "image": picture(32, 16)}, {"type": "text", "text": "What is <|im_end|> this?"}]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": "A red square."}]},
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": "No."}]},
+    ]
+    out = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    (ids,), (mask,) = out["input_ids"], out["assistant_masks"]
+    said = [index for index, masked in zip(ids, mask, strict=True) if masked]
+    # The template writes a line break, the answer and the end of the turn; the line break is the role's line's end.
+    answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("A red square.", "No.")]
+    spoken = tokenizer.decode(said, skip_special_tokens=False)
+    assert spoken.count("<|im_end|>") == 2
+    assert tokenizer.decode(said, skip_special_tokens=True).replace("\n", "").split() == ["A", "red", "square.No."]
+    assert len(said) <= sum(map(len, answers)) + 4

@@ -9,7 +9,7 @@ from mmmamba.conversion.publish import whole_folder, write_model_folder
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.processing_mmmamba import MmMambaProcessor
-from mmmamba.tokenization_mmmamba import MmMambaTokenizer
+from mmmamba.tokenization_mmmamba import MmMambaTokenizerFast
 
 from .tokenizer import MODEL_FILE, SYSTEM_MESSAGE
 from .world import MAX_TILES, TILE
@@ -24,7 +24,7 @@ def make_processor() -> MmMambaProcessor:
     template = (PACKAGE / "chat_template.jinja").read_text(encoding="utf-8")
     start = template.index("'<|im_start|>system\\n你") + len("'<|im_start|>system\\n")
     end = template.index("<|im_end|>", start)
-    tokenizer = MmMambaTokenizer(str(MODEL_FILE))
+    tokenizer = MmMambaTokenizerFast(str(MODEL_FILE))
     tokenizer.chat_template = template[:start] + SYSTEM_MESSAGE + template[end:]
     image_processor = MmMambaImageProcessorPil(size={"height": TILE, "width": TILE}, max_patches=MAX_TILES)
     return MmMambaProcessor(image_processor, tokenizer, TOKENS_PER_TILE, tokenizer.chat_template)

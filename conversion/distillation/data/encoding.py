@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import jinja2
 import torch
 from PIL import Image, ImageOps
 
-from mmmamba.processing_mmmamba import PLACEHOLDER, MmMambaProcessor, as_text, expand_placeholders
-from mmmamba.tokenization_mmmamba import RESERVED_PIECE
+from mmmamba.chat_template_mmmamba import PLACEHOLDER, RESERVED_PIECE, as_text, encode_prompt
+from mmmamba.processing_mmmamba import MmMambaProcessor, expand_placeholders
 
 from .formats import BadRow, error_reason, parse_record
 
 
 # Noncharacters, which Unicode reserves for internal use. One that no text of a conversation holds delimits its answers
 # in the rendered prompt, which is split there before it is encoded.
-_DELIMITERS = [chr(code) for code in range(0xFDD1, 0xFDF0)]
+_DELIMITERS = [chr(code) for code in range(0xFDD3, 0xFDF0)]
 
 
 class ConversationEncoder:
@@ -43,8 +42,6 @@ class ConversationEncoder:
         self._control_tokens = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, self._control_tokens)))
         self._turn_end = self._find_turn_end()
-        # Special tokens, such as the beginning of text, that the tokenizer puts in front.
-        self._num_prefix_tokens = self.tokenizer.build_inputs_with_special_tokens([-1]).index(-1)
 
     def __call__(
         self, record: dict[str, Any], root: str | Path = ".", max_patches: int | None = None
@@ -122,6 +119,20 @@ class ConversationEncoder:
         delimiter = next((one for one in _DELIMITERS if not any(one in text for text in texts)), None)
         if delimiter is None:
             raise BadRow("its texts hold all characters that Unicode reserves for internal use")
+        try:
+            delimited = self._delimit(messages, delimiter, literal_placeholders)
+            pieces = self.tokenizer.apply_chat_template(delimited, tokenize=False).split(delimiter)
+        except ValueError as error:
+            raise BadRow(f"it cannot be rendered ({error_reason(error)})") from None
+        answers = sum(message["role"] == "assistant" for message in messages)
+        if len(pieces) != 2 * answers + 1:
+            raise ValueError("The chat template leaves out answers or repeats them; give one that renders each once.")
+        return pieces
+
+    def _delimit(
+        self, messages: list[dict[str, Any]], delimiter: str, literal_placeholders: bool
+    ) -> list[dict[str, Any]]:
+        """The messages with their texts marked as text, and with delimiters around the answers."""
         delimited = []
         for message in messages:
             around = delimiter if message["role"] == "assistant" else ""
@@ -139,24 +150,15 @@ class ConversationEncoder:
                     content[0] = {"type": "text", "text": around + content[0]["text"]}
                     content[-1] = {"type": "text", "text": content[-1]["text"] + around}
             delimited.append({"role": message["role"], "content": content})
-        try:
-            pieces = self.tokenizer.apply_chat_template(delimited, tokenize=False).split(delimiter)
-        except jinja2.TemplateError as error:
-            raise BadRow(f"the chat template refuses it ({error_reason(error)})") from None
-        answers = sum(message["role"] == "assistant" for message in messages)
-        if len(pieces) != 2 * answers + 1:
-            raise ValueError("The chat template leaves out answers or repeats them; give one that renders each once.")
-        return pieces
+        return delimited
 
     def _encode(self, pieces: list[str]) -> tuple[list[int], list[int]]:
         """Ids of the prompt, and labels: ids of answers and of the tokens that end them, -100 elsewhere."""
         prompt = "".join(pieces)
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise BadRow("its text holds halves of characters (lone surrogates)") from None
         tokens = self.tokenizer.tokenize(prompt)
-        ids = self.tokenizer.build_inputs_with_special_tokens(self.tokenizer.convert_tokens_to_ids(tokens))
+        ids = encode_prompt(self.tokenizer, prompt)
+        written = prompt.startswith(self.tokenizer.bos_token or prompt)  # by the chat template
+        num_prefix_tokens = int(self.tokenizer.add_bos_token and not written)
         # A control token in the prompt is one token, whatever stands around it. So control tokens align offsets in the
         # text with indices of tokens, and the text between two of them is encoded on its own.
         starts = [match.start() for match in self._control.finditer(prompt)]
@@ -185,9 +187,7 @@ class ConversationEncoder:
                 end = offset + len(piece)
                 if pieces[number + 1].startswith(self._turn_end):
                     end += len(self._turn_end)
-                answer = slice(
-                    self._num_prefix_tokens + tokens_before(offset), self._num_prefix_tokens + tokens_before(end)
-                )
+                answer = slice(num_prefix_tokens + tokens_before(offset), num_prefix_tokens + tokens_before(end))
                 labels[answer] = ids[answer]
             offset += len(piece)
         return ids, labels

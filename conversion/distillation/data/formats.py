@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import UnidentifiedImageError
 
-from mmmamba.processing_mmmamba import PLACEHOLDER
+from mmmamba.chat_template_mmmamba import PLACEHOLDER
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

@@ -1,0 +1,199 @@
+"""What stands between messages and a chat template: checks, and text that stays text.
+
+A chat template writes control tokens (`<|im_start|>`, `<img>`, …) around what users say. A user who types such a token
+must not be able to end a turn or to insert a picture, so texts are marked (`as_text`) before they are rendered, and
+the tokenizers encode marked tokens as plain text. The marks are Unicode noncharacters, which texts should not contain:
+they are removed from what users say, and before text is encoded.
+"""
+
+import re
+import traceback
+from contextlib import contextmanager
+
+import jinja2
+
+
+PLAIN_TEXT_MARK = "\ufdd0"  # inside a control token: it is not recognised
+BOUNDARY_MARK = "\ufdd1"  # between two characters: they are encoded apart
+CONTENT_MARK = "\ufdd2"  # the place of a message in a rendered template; never encoded
+MARKS = re.compile("[\ufdd0-\ufdd2]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+# InternLM2's SentencePiece model has these as pieces, some with the ids of control tokens.
+RESERVED_PIECE = re.compile(r"\[UNUSED_TOKEN_\d+\]")
+
+PLACEHOLDER = "<image>"  # what users write for a picture
+VIDEO_PLACEHOLDER = "<video>"
+ROLES = ("system", "developer", "user", "assistant")
+PART_TYPES = ("text", "image", "image_url", "video")
+
+
+def check_text(text: str, name: str = "A text") -> str:
+    """Returns `text`. Raises ValueError if it is no string, or one that cannot be encoded as UTF-8."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is {text!r:.80} ({type(text).__name__}); give a string.")
+    if surrogate := SURROGATE.search(text):
+        raise ValueError(
+            f"{name} has a lone surrogate, U+{ord(surrogate[0]):04X}, at character {surrogate.start()}, which stands "
+            "for no character; decode the text correctly, or with errors='replace'."
+        )
+    return text
+
+
+def as_text(text: str, tokenizer) -> str:
+    """Marks `text` so that the tokenizer encodes control tokens and placeholders in it as plain text.
+
+    Raises:
+        ValueError: see `check_text`.
+    """
+    text = MARKS.sub("", check_text(text))
+    tokens = sorted([*tokenizer.get_added_vocab(), PLACEHOLDER, VIDEO_PLACEHOLDER], key=len, reverse=True)
+    patterns = [re.escape(token) for token in tokens if not RESERVED_PIECE.fullmatch(token)]
+    patterns += [RESERVED_PIECE.pattern] if tokenizer.has_reserved_pieces else []
+
+    def mark(match: re.Match) -> str:
+        token = match[0]
+        if RESERVED_PIECE.fullmatch(token):  # a piece of the model, not only a token beside it: spell it
+            return BOUNDARY_MARK + BOUNDARY_MARK.join(token) + BOUNDARY_MARK
+        return token[0] + PLAIN_TEXT_MARK + token[1:]
+
+    text = re.sub("|".join(patterns), mark, text)
+    # More marks keep adjacent texts from forming a control token. The first stands behind a character, so that a text
+    # starts where its first token does.
+    return text[0] + PLAIN_TEXT_MARK + text[1:] + PLAIN_TEXT_MARK if text else text
+
+
+def mark_texts(messages, tokenizer):
+    """A copy of (lists of) messages with `as_text` applied to what is said; pictures are shared, not copied."""
+    if isinstance(messages, str):
+        return as_text(messages, tokenizer)
+    if isinstance(messages, (list, tuple)):
+        return [mark_texts(message, tokenizer) for message in messages]
+    if isinstance(messages, dict):
+        return {
+            key: mark_texts(value, tokenizer) if key in ("content", "text") else value
+            for key, value in messages.items()
+        }
+    return messages
+
+
+def check_conversation(conversation) -> None:
+    """Raises ValueError unless this is a list of messages, or a list of such lists, each with a role and content."""
+    conversation = getattr(conversation, "messages", conversation)
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        raise ValueError(
+            "The conversation has no messages; give a list of messages such as {'role': 'user', 'content': 'Hello'}."
+            if conversation is None or (isinstance(conversation, (list, tuple)) and not conversation)
+            else f"The conversation is {conversation!r:.80}; give a list of messages."
+        )
+    if isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"):
+        for one in conversation:
+            check_conversation(one)
+        return
+    for message in conversation:
+        _check_message(message)
+
+
+def _check_message(message) -> None:
+    if not isinstance(message, dict) or "role" not in message:
+        raise ValueError(f"{message!r:.80} is no message; write {{'role': 'user', 'content': 'Hello'}}.")
+    content = message.get("content")
+    if isinstance(content, str):
+        check_text(content)
+        return
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(
+            f"A message of role {message['role']!r} has the content {content!r:.80}; give a string or a list of "
+            "parts such as {'type': 'text', 'text': 'Hello'}."
+        )
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") not in PART_TYPES:
+            raise ValueError(f"{part!r:.80} is no part of a message; its type must be one of {', '.join(PART_TYPES)}.")
+        if part["type"] == "text":
+            check_text(part.get("text"), "The text of a message")
+
+
+def check_template_arguments(template: str | dict | None, **arguments) -> None:
+    """Raises ValueError for the first argument that is given but that the template does not use."""
+    texts = " ".join(template.values()) if isinstance(template, dict) else template or ""
+    for name, value in arguments.items():
+        if value is not None and not re.search(rf"\b{re.escape(name)}\b", texts):
+            raise ValueError(
+                f"The chat template does not use {name}={value!r:.60}; leave it out, or give a template that does."
+            )
+
+
+@contextmanager
+def template_errors_in_a_sentence():
+    """Raises ValueError for what a chat template refuses, and for faults in it."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, jinja2.TemplateError) or frames[-1].filename == "<template>":
+            raise ValueError(f"The chat template cannot render this conversation: {error}.") from None
+        raise
+
+
+class ChatTemplateMixin:
+    """`apply_chat_template` and calls of a tokenizer that refuse what cannot be encoded."""
+
+    def __call__(self, text=None, *args, **kwargs):
+        """As in Transformers. Raises ValueError for texts that cannot be encoded as UTF-8."""
+        texts = text if isinstance(text, (list, tuple)) else [] if text is None else [text]
+        for one in texts:
+            if not isinstance(one, (list, tuple)):  # pairs, and texts that are split into words
+                check_text(one)
+        return super().__call__(text, *args, **kwargs)
+
+    def apply_chat_template(
+        self,
+        conversation,
+        tools=None,
+        documents=None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        *,
+        sanitize_control_tokens: bool = True,
+        **kwargs,
+    ):
+        """Renders messages and encodes them; arguments and what is returned as in Transformers.
+
+        Args:
+            sanitize_control_tokens: Whether control tokens and placeholders that are typed in messages are encoded as
+                plain text; without effect if the text is not encoded.
+
+        Raises:
+            ValueError: if the messages cannot be rendered, or the template does not use `tools`, `documents` or
+                another keyword that is given.
+        """
+        check_conversation(conversation)
+        template = chat_template or self.chat_template
+        options = {"padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
+        options |= {"return_assistant_tokens_mask"}
+        for_template = {name: value for name, value in kwargs.items() if name not in options}
+        check_template_arguments(template, tools=tools, documents=documents, **for_template)
+        if tokenize and sanitize_control_tokens:
+            conversation = mark_texts(conversation, self)
+        with template_errors_in_a_sentence():
+            return super().apply_chat_template(
+                conversation,
+                tools=tools,
+                documents=documents,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=tokenize,
+                **kwargs,
+            )
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Ids of a rendered conversation; the beginning token is added if the chat template has not written it."""
+    written = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    return tokenizer(prompt, add_special_tokens=not written)["input_ids"]
+
+
+__all__ = ["ChatTemplateMixin", "as_text", "encode_prompt"]
