@@ -1,15 +1,18 @@
-"""Pictures and text to model inputs, and the prompt of a conversation.
+"""Pictures, videos and text to model inputs, and the prompt of a conversation.
 
 A picture's placeholder in a prompt is `<image>`, or `<img><IMG_CONTEXT></img>` as the chat template writes it. It
-becomes `<img>`, one `<IMG_CONTEXT>` for each decoder row of the picture's tiles, and `</img>`. Users cannot inject any
-of these: control tokens and placeholders that are typed in messages are encoded as plain text (see
+becomes `<img>`, one `<IMG_CONTEXT>` for each decoder row of the picture's tiles, and `</img>`. A video's is `<video>`, or
+`<img></img>` from the chat template; it becomes a line `Frame1: ` with a picture for each frame. Users cannot inject
+any of these: control tokens and placeholders that are typed in messages are encoded as plain text (see
 `chat_template_mmmamba.py`).
 """
 
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import islice
 
+import torch
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
@@ -18,6 +21,7 @@ from .chat_template_mmmamba import (
     CONTENT_MARK,
     MARKS,
     PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
     as_text,
     check_conversation,
     check_template_arguments,
@@ -27,10 +31,14 @@ from .chat_template_mmmamba import (
 )
 from .image_processing_mmmamba import MmMambaImageProcessorKwargs
 from .tokenization_mmmamba import MmMambaTokenizer
+from .video_processing_mmmamba import MmMambaVideoProcessor, MmMambaVideoProcessorKwargs, is_video, list_videos
+from .video_reading_mmmamba import check_sampling
 
 
-# As users write a picture, as the chat template does (or a processor before), and as Transformers' pipelines do.
-PICTURE = re.compile(f"{PLACEHOLDER}|<img>(?:<IMG_CONTEXT>)+</img>|<IMG_CONTEXT>")
+# A picture or a video as users write it, as the chat template does (or a processor before), and a picture as
+# Transformers' pipelines do.
+PLACEHOLDERS = re.compile(f"{PLACEHOLDER}|{VIDEO_PLACEHOLDER}|<img>(?:<IMG_CONTEXT>)*</img>|<IMG_CONTEXT>")
+OF_VIDEOS = (VIDEO_PLACEHOLDER, "<img></img>")
 
 
 def expand_placeholders(prompts: list[str], num_patches_list: list[int], tokens_per_tile: int) -> list[str]:
@@ -44,14 +52,54 @@ def expand_placeholders(prompts: list[str], num_patches_list: list[int], tokens_
     Raises:
         ValueError: if placeholders and pictures differ in number.
     """
-    placeholders = sum(len(PICTURE.findall(prompt)) for prompt in prompts)
-    if placeholders != len(num_patches_list):
-        raise ValueError(
-            f"The prompt has {placeholders} {PLACEHOLDER} placeholders but there are {len(num_patches_list)} "
-            f"pictures; write one {PLACEHOLDER} per picture."
-        )
-    counts = iter(num_patches_list)
-    return [PICTURE.sub(lambda _: image_tokens(next(counts) * tokens_per_tile), prompt) for prompt in prompts]
+    texts = iter(_placeholder_texts(prompts, num_patches_list, [], tokens_per_tile))
+    return [PLACEHOLDERS.sub(lambda _: next(texts), prompt) for prompt in prompts]
+
+
+def _placeholder_texts(
+    prompts: list[str], pictures: list[int], videos: list[list[int]], tokens_per_tile: int
+) -> list[str]:
+    """What each placeholder becomes, in order over all prompts.
+
+    Args:
+        prompts: Rendered prompts.
+        pictures: Tiles of each picture.
+        videos: Tiles of each frame of each video.
+        tokens_per_tile: Decoder rows of a tile.
+
+    Raises:
+        ValueError: if placeholders and pictures or videos differ in number.
+    """
+    found = [placeholder for prompt in prompts for placeholder in PLACEHOLDERS.findall(prompt)]
+    of_videos = sum(placeholder in OF_VIDEOS for placeholder in found)
+    for count, given, written, name in (
+        (len(found) - of_videos, len(pictures), PLACEHOLDER, "picture"),
+        (of_videos, len(videos), VIDEO_PLACEHOLDER, "video"),
+    ):
+        if count != given:
+            raise ValueError(
+                f"The prompt has {count} {written} placeholders but there are {given} {name}s; write one {written} per "
+                f"{name}."
+            )
+    left_pictures, left_videos = iter(pictures), iter(videos)
+    return [
+        video_tokens(next(left_videos), tokens_per_tile)
+        if placeholder in OF_VIDEOS
+        else image_tokens(next(left_pictures) * tokens_per_tile)
+        for placeholder in found
+    ]
+
+
+def video_tokens(num_patches_list: list[int], tokens_per_tile: int) -> str:
+    """A video as it stands in a prompt: a line for each frame, numbered from 1, as in InternVL's examples.
+
+    Args:
+        num_patches_list: Tiles of each frame.
+        tokens_per_tile: Decoder rows of a tile.
+    """
+    return "\n".join(
+        f"Frame{number}: {image_tokens(tiles * tokens_per_tile)}" for number, tiles in enumerate(num_patches_list, 1)
+    )
 
 
 def image_tokens(count: int) -> str:
@@ -59,16 +107,14 @@ def image_tokens(count: int) -> str:
     return "<img>" + "<IMG_CONTEXT>" * count + "</img>"
 
 
-def original_offsets(
-    offsets: list[tuple[int, int]], prompt: str, num_patches_list: Iterator[int], tokens_per_tile: int
-) -> list[tuple[int, int]]:
-    """Offsets in a prompt, of tokens whose offsets are those in the prompt with its placeholders expanded.
+def original_offsets(offsets: list[tuple[int, int]], prompt: str, texts: Iterator[str]) -> list[tuple[int, int]]:
+    """Offsets in a prompt, of tokens whose offsets are those in the prompt with its placeholders replaced by `texts`.
 
-    All tokens of a picture get the span of its placeholder.
+    All tokens of a picture or a video get the span of its placeholder.
     """
     pictures, grown = [], 0  # (start and end in the expanded prompt, start and end in the prompt)
-    for match in PICTURE.finditer(prompt):
-        length = len(image_tokens(next(num_patches_list) * tokens_per_tile))
+    for match in PLACEHOLDERS.finditer(prompt):
+        length = len(next(texts))
         start = match.start() + grown
         pictures.append((start, start + length, *match.span()))
         grown += length - len(match[0])
@@ -202,24 +248,27 @@ def template_parts(tokenizer: MmMambaTokenizer, system_message: str | None = Non
 
 class MmMambaProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: MmMambaImageProcessorKwargs
+    videos_kwargs: MmMambaVideoProcessorKwargs
     _defaults = {"text_kwargs": {"padding": False}}  # noqa: RUF012
 
 
-# What a call of the processor takes: of tokenizers, of the image processor, and of processors.
+# What a call of the processor takes: of tokenizers, of the image and video processors, and of processors.
 KEYWORDS = {
     *TextKwargs.__annotations__,
     *MmMambaImageProcessorKwargs.__annotations__,
+    *MmMambaVideoProcessorKwargs.__annotations__,
     *MmMambaProcessorKwargs.__annotations__,
     *("return_mm_token_type_ids", "return_text_replacement_offsets"),
 }
 
 
 class MmMambaProcessor(ProcessorMixin):
-    """Combines an image processor and a tokenizer.
+    """Combines an image processor, a video processor and a tokenizer.
 
     Args:
         image_processor: Cuts pictures into tiles.
         tokenizer: Encodes text.
+        video_processor: Cuts frames of videos into tiles; if not given, one with the image processor's tiles.
         tokens_per_tile: Decoder rows of a tile, as the model's `vision_config.tokens_per_tile`.
         chat_template: Jinja template that renders messages; the tokenizer's if not given.
     """
@@ -230,6 +279,7 @@ class MmMambaProcessor(ProcessorMixin):
         self,
         image_processor=None,
         tokenizer=None,
+        video_processor=None,
         tokens_per_tile: int = 256,
         chat_template: str | None = None,
         **kwargs,
@@ -237,32 +287,42 @@ class MmMambaProcessor(ProcessorMixin):
         self.tokens_per_tile = tokens_per_tile
         self.image_token = "<IMG_CONTEXT>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        if video_processor is None:
+            names = ("image_mean", "image_std", "resample", "rescale_factor")
+            alike = {name: getattr(image_processor, name) for name in names}
+            size = {name: image_processor.size[name] for name in ("height", "width")}
+            video_processor = MmMambaVideoProcessor(size=size, **alike)
+        template = chat_template or tokenizer.chat_template
+        super().__init__(image_processor, tokenizer, video_processor, chat_template=template)
 
-    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
-        """Model inputs from prompts and pictures.
+    def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
+        """Model inputs from prompts, pictures and videos.
 
         Args:
             images: One picture or a list of them (PIL, array, path or URL), or a list of pictures per prompt.
-            text: One prompt or a list of them, with one `<image>` per picture. Its control tokens stay control tokens;
-                the beginning token is added unless a prompt starts with it.
+            text: One prompt or a list of them, with one `<image>` per picture and one `<video>` per video. Its control
+                tokens stay control tokens; the beginning token is added unless a prompt starts with it.
+            videos: One video or a list of them (path, URL, array or list of pictures; see `MmMambaVideoProcessor`), or
+                a list of videos per prompt.
 
         Returns:
             `input_ids` and `attention_mask` (batch, length), and `pixel_values` (tiles, 3, size, size) if there are
-            pictures. With `return_offsets_mapping`, offsets are those in `text`.
+            pictures or videos, in the order of their placeholders. With `return_offsets_mapping`, offsets are those in
+            `text`; with `return_metadata`, `video_metadata` says which frames were taken.
 
         Raises:
-            ValueError: if placeholders and pictures differ in number, in all or in one prompt, if a picture is
-                truncated, or for a keyword that is not known.
+            ValueError: if placeholders and pictures or videos differ in number, in all or in one prompt, if a picture is
+                truncated, a video cannot be read, or for a keyword that is not known.
         """
         if text is None:
             raise ValueError(f"text is missing; give a prompt with one {PLACEHOLDER} per picture.")
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         if unknown := sorted(set(kwargs) - KEYWORDS):
             raise ValueError(
-                f"The processor does not know {unknown[0]}={kwargs[unknown[0]]!r:.60}; give text, images and keywords "
-                "of the tokenizer and the image processor."
+                f"The processor does not know {unknown[0]}={kwargs[unknown[0]]!r:.60}; give text, images, videos and "
+                "keywords of the tokenizer and the image and video processors."
             )
+        check_sampling(kwargs.get("num_frames"), kwargs.get("fps"))
         options = self._merge_kwargs(
             MmMambaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
@@ -272,12 +332,21 @@ class MmMambaProcessor(ProcessorMixin):
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
             for_text.pop(name, None)
         prompts = [text] if isinstance(text, str) else list(text)
-        pictures = self._pictures_in_order(images, prompts)
-        vision, counts = {}, []
+        pictures, videos = self._pictures_in_order(images, prompts), self._videos_in_order(videos, prompts)
+        vision, counts, frames = {}, [], []
         if pictures:
             vision = self.image_processor(images=pictures, **options["images_kwargs"])
             counts = [int(count) for count in vision.pop("num_patches")]
-        expanded = expand_placeholders(prompts, counts, self.tokens_per_tile)
+        if videos:
+            of_videos = self.video_processor(videos, **options["videos_kwargs"])
+            of_frames = iter(of_videos.pop("num_patches"))
+            frames = [[int(next(of_frames)) for _ in range(int(number))] for number in of_videos.pop("num_frames")]
+        texts = _placeholder_texts(prompts, counts, frames, self.tokens_per_tile)
+        if videos:
+            tiles = self._tiles_in_order(prompts, vision, counts, of_videos, frames)
+            vision = {**vision, **of_videos, "pixel_values": tiles}
+        left = iter(texts)
+        expanded = [PLACEHOLDERS.sub(lambda _: next(left), prompt) for prompt in prompts]
         bos = self.tokenizer.bos_token
         if "add_special_tokens" not in kwargs and bos and any(prompt.startswith(bos) for prompt in prompts):
             for_text["add_special_tokens"] = False  # the chat template has written them
@@ -285,9 +354,9 @@ class MmMambaProcessor(ProcessorMixin):
         encoded = self.tokenizer(expanded, **for_text)
         self._check_truncation(expanded, encoded["input_ids"], for_text.get("max_length"))
         if "offset_mapping" in encoded:
-            patches = iter(counts)
+            left = iter(texts)
             encoded["offset_mapping"] = [
-                original_offsets(offsets, prompt, patches, self.tokens_per_tile)
+                original_offsets(offsets, prompt, left)
                 for offsets, prompt in zip(encoded["offset_mapping"], prompts, strict=True)
             ]
         if token_types:
@@ -301,20 +370,48 @@ class MmMambaProcessor(ProcessorMixin):
         pictures = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
         if not any(isinstance(row, (list, tuple)) for row in pictures):
             return list(pictures)
-        if len(pictures) != len(prompts):
+        return self._rows_in_order("picture", pictures, prompts)
+
+    def _videos_in_order(self, videos, prompts: list[str]) -> list:
+        """All videos in one list. Raises ValueError for what is no video, or rows that do not fit the prompts."""
+        if videos is None or (isinstance(videos, (list, tuple)) and not videos):
+            return []
+        rows = isinstance(videos, (list, tuple)) and all(
+            isinstance(row, (list, tuple)) and (not row or not is_video(row)) for row in videos
+        )
+        if not rows:
+            return list_videos(videos)
+        return list_videos(self._rows_in_order("video", videos, prompts))
+
+    def _rows_in_order(self, kind: str, rows: list, prompts: list[str]) -> list:
+        written = PLACEHOLDER if kind == "picture" else VIDEO_PLACEHOLDER
+        if len(rows) != len(prompts):
             raise ValueError(
-                f"There are {len(pictures)} lists of pictures for {len(prompts)} prompts; give one list per prompt, "
-                "an empty one where there is no picture."
+                f"There are {len(rows)} lists of {kind}s for {len(prompts)} prompts; give one list per prompt, "
+                f"an empty one where there is no {kind}."
             )
-        for index, (prompt, row) in enumerate(zip(prompts, pictures, strict=True)):
+        for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
             if not isinstance(row, (list, tuple)):
                 raise ValueError(f"images[{index}] is {row!r:.60}; give a list, as for the other prompts.")
-            if (placeholders := len(PICTURE.findall(prompt))) != len(row):
+            found = [placeholder in OF_VIDEOS for placeholder in PLACEHOLDERS.findall(prompt)]
+            if (placeholders := found.count(kind == "video")) != len(row):
                 raise ValueError(
-                    f"A prompt has {placeholders} {PLACEHOLDER} placeholders but {len(row)} pictures: "
-                    f"{MARKS.sub('', prompt)[:80]!r}; write one {PLACEHOLDER} per picture."
+                    f"A prompt has {placeholders} {written} placeholders but {len(row)} {kind}s: "
+                    f"{MARKS.sub('', prompt)[:80]!r}; write one {written} per {kind}."
                 )
-        return [picture for row in pictures for picture in row]
+        return [one for row in rows for one in row]
+
+    def _tiles_in_order(self, prompts, vision, counts: list[int], of_videos, frames: list[list[int]]) -> list[Tensor]:
+        """The tiles of pictures and videos in the order of their placeholders."""
+        of_pictures = iter([torch.as_tensor(tile) for tile in vision.get("pixel_values", [])])
+        of_videos = iter([torch.as_tensor(tile) for tile in of_videos["pixel_values"]])
+        counts, sums = iter(counts), iter([sum(video) for video in frames])
+        tiles = []
+        for prompt in prompts:
+            for placeholder in PLACEHOLDERS.findall(prompt):
+                video = placeholder in OF_VIDEOS
+                tiles += islice(of_videos, next(sums)) if video else islice(of_pictures, next(counts))
+        return tiles
 
     def _check_truncation(self, prompts: list[str], input_ids: list[list[int]], max_length: int | None) -> None:
         """Raises ValueError if image tokens were cut off, for which there are pictures."""

@@ -399,7 +399,7 @@ def _processor(source: Path, upstream: Upstream) -> tuple[ProcessorMixin | BaseI
     _check_tokenizer(tokenizer, upstream)
     tokenizer.chat_template = chat_template(upstream.template, tokenizer.add_bos_token)
     tokens_per_tile = upstream.config.vision_config.tokens_per_tile
-    return MmMambaProcessor(image_processor, tokenizer, tokens_per_tile, tokenizer.chat_template), []
+    return MmMambaProcessor(image_processor, tokenizer, tokens_per_tile=tokens_per_tile), []
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, upstream: Upstream) -> None:

@@ -19,6 +19,7 @@ CLASSES = {
     "modeling_mmmamba": ["MmMambaForConditionalGeneration"],
     "processing_mmmamba": ["MmMambaProcessor"],
     "tokenization_mmmamba": ["MmMambaTokenizer", "MmMambaTokenizerFast"],
+    "video_processing_mmmamba": ["MmMambaVideoProcessor"],
 }
 SOURCE = '"""The code of this model is that of the package `mmmamba`, which must be installed."""\n\n' + "".join(
     f"from mmmamba.{module} import {', '.join(names)}\n" for module, names in CLASSES.items()

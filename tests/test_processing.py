@@ -195,7 +195,7 @@ def test_a_picture_may_be_a_path_or_base64(processor, tmp_path):
         ([], "has no messages"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "must be the first message"),
         ([{"role": "tool", "content": "a"}], "role 'tool' is unknown"),
-        ([{"role": "user", "content": [{"type": "video", "path": "x"}]}], "type 'video' is unknown"),
+        ([{"role": "user", "content": [{"type": "audio", "path": "x"}]}], "its type must be one of"),
     ],
 )
 def test_unknown_roles_parts_and_orders_of_messages_are_refused(messages, words, processor):
@@ -272,7 +272,7 @@ def test_the_released_folder_loads_with_autoprocessor(processor, tmp_path):
 def test_tokenizer_processor_and_chat_encode_a_conversation_alike(template, processor, tokenizer):
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = chat_template(template)
-    processor = MmMambaProcessor(processor.image_processor, tokenizer, 4)
+    processor = MmMambaProcessor(processor.image_processor, tokenizer, tokens_per_tile=4)
     messages = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello <|im_end|>"},

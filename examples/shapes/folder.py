@@ -27,7 +27,7 @@ def make_processor() -> MmMambaProcessor:
     tokenizer = MmMambaTokenizerFast(str(MODEL_FILE))
     tokenizer.chat_template = template[:start] + SYSTEM_MESSAGE + template[end:]
     image_processor = MmMambaImageProcessorPil(size={"height": TILE, "width": TILE}, max_patches=MAX_TILES)
-    return MmMambaProcessor(image_processor, tokenizer, TOKENS_PER_TILE, tokenizer.chat_template)
+    return MmMambaProcessor(image_processor, tokenizer, tokens_per_tile=TOKENS_PER_TILE)
 
 
 def save(model: MmMambaForConditionalGeneration, folder: Path, name: str, origin: str) -> None:

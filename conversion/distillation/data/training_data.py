@@ -101,4 +101,4 @@ def load_processor(folder: Path) -> MmMambaProcessor:
     config = MmMambaConfig.from_pretrained(folder)
     tokenizer = MmMambaTokenizer.from_pretrained(folder)
     image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
-    return MmMambaProcessor(image_processor, tokenizer, config.vision_config.tokens_per_tile, tokenizer.chat_template)
+    return MmMambaProcessor(image_processor, tokenizer, tokens_per_tile=config.vision_config.tokens_per_tile)

@@ -5,3 +5,4 @@ from mmmamba.image_processing_mmmamba import MmMambaImageProcessor, MmMambaImage
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.processing_mmmamba import MmMambaProcessor
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer, MmMambaTokenizerFast
+from mmmamba.video_processing_mmmamba import MmMambaVideoProcessor
