@@ -1,9 +1,9 @@
 """Pictures, videos and text to model inputs, and the prompt of a conversation.
 
 A picture's placeholder in a prompt is `<image>`, or `<img><IMG_CONTEXT></img>` as the chat template writes it. It
-becomes `<img>`, one `<IMG_CONTEXT>` for each decoder row of the picture's tiles, and `</img>`. A video's is `<video>`, or
-`<img></img>` from the chat template; it becomes a line `Frame1: ` with a picture for each frame. Users cannot inject
-any of these: control tokens and placeholders that are typed in messages are encoded as plain text (see
+becomes `<img>`, one `<IMG_CONTEXT>` for each decoder row of the picture's tiles, and `</img>`. A video's is `<video>`,
+or `<img></img>` from the chat template; it becomes a line `Frame1: ` with a picture for each frame. Users cannot
+inject any of these: control tokens and placeholders that are typed in messages are encoded as plain text (see
 `chat_template_mmmamba.py`).
 """
 
@@ -78,8 +78,8 @@ def _placeholder_texts(
     ):
         if count != given:
             raise ValueError(
-                f"The prompt has {count} {written} placeholders but there are {given} {name}s; write one {written} per "
-                f"{name}."
+                f"The prompt has {count} {written} placeholders but there are {given} {name}s; write one {written} "
+                f"per {name}."
             )
     left_pictures, left_videos = iter(pictures), iter(videos)
     return [
@@ -311,8 +311,8 @@ class MmMambaProcessor(ProcessorMixin):
             `text`; with `return_metadata`, `video_metadata` says which frames were taken.
 
         Raises:
-            ValueError: if placeholders and pictures or videos differ in number, in all or in one prompt, if a picture is
-                truncated, a video cannot be read, or for a keyword that is not known.
+            ValueError: if placeholders and pictures or videos differ in number, in all or in one prompt, if a picture
+                is truncated, a video cannot be read, or for a keyword that is not known.
         """
         if text is None:
             raise ValueError(f"text is missing; give a prompt with one {PLACEHOLDER} per picture.")

@@ -62,6 +62,15 @@ class MmMambaVideoProcessor(MmMambaImageProcessor, BaseVideoProcessor):
             kwargs["num_frames"] = None
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, video_processor_dict: dict, **kwargs):
+        if (
+            "video_processor_type" not in video_processor_dict
+        ):  # a folder without videos' settings: these are pictures'
+            other = ("min_patches", "max_patches", "use_thumbnail", "image_processor_type", "auto_map")
+            video_processor_dict = {name: x for name, x in video_processor_dict.items() if name not in other}
+        return super().from_dict(video_processor_dict, **kwargs)
+
     def preprocess(self, videos, **kwargs) -> BatchFeature:
         """See Transformers' `BaseVideoProcessor` for the keywords.
 
@@ -148,6 +157,9 @@ class MmMambaVideoProcessor(MmMambaImageProcessor, BaseVideoProcessor):
         part = (total - 1) / num_frames
         return (part / 2 + np.round(part * np.arange(num_frames))).astype(int)
 
+    def convert_to_rgb(self, video, **kwargs):
+        return BaseVideoProcessor.convert_to_rgb(self, video)  # image processors' takes a data format, too
+
     def _preprocess(self, videos, return_tensors=None, **kwargs) -> BatchFeature:
         frames = [frame for video in videos for frame in video]
         output = super()._preprocess(frames, return_tensors=None, **kwargs)
@@ -170,7 +182,9 @@ def list_videos(videos) -> list:
     """
     if is_video(videos):
         return [videos]
-    listed = list(videos) if isinstance(videos, (list, tuple)) or (_is_array(videos) and videos.ndim == 5) else [videos]
+    listed = (
+        list(videos) if isinstance(videos, (list, tuple)) or (_is_array(videos) and videos.ndim == 5) else [videos]
+    )
     for video in listed:
         paths = isinstance(video, (list, tuple)) and all(isinstance(frame, (str, os.PathLike)) for frame in video)
         if not paths and not is_video(video):

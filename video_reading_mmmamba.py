@@ -13,12 +13,12 @@ import tempfile
 import urllib.request
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
+from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
-from transformers.utils import is_decord_available, is_torchcodec_available
 from transformers.video_utils import VideoMetadata, load_video
 
 
@@ -213,14 +213,20 @@ def check_sampling(num_frames: int | None, fps: float | None) -> None:
 def shown(source: str | os.PathLike) -> str:
     """A file or an address as it is named in errors."""
     name = os.fspath(source)
-    return name if len(name) < 200 else name[:100] + "…"
+    name = name if len(name) < 200 else name[:100] + "…"
+    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def _sample_with_transformers(source, choose) -> tuple[np.ndarray, VideoMetadata]:
-    backends = {"torchcodec": is_torchcodec_available, "decord": is_decord_available}
-    backend = next((name for name, available in backends.items() if available()), None)
+    backend = None
+    for name, module in (("decord", "decord"), ("torchcodec", "torchcodec.decoders")):
+        with suppress(Exception):  # torchcodec fails without FFmpeg
+            import_module(module)
+            backend = name
     if backend is None:
-        raise ValueError("No video decoder is installed; install PyAV with `pip install av` (or torchcodec or decord).")
+        raise ValueError(
+            "No video decoder is installed; install PyAV with `pip install av` (or torchcodec or decord)."
+        )
 
     def choose_from_some(metadata, **_):
         if not metadata.total_num_frames:
@@ -240,12 +246,17 @@ def _open(source: str | os.PathLike):
     if name.startswith(("http://", "https://")):
         return _download(name)
     try:
-        mode = os.stat(name).st_mode
-        if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
-            raise ValueError(f"{shown(source)} is no file but a folder, pipe or device; {REMEDY}.")
-        return open(name, "rb")
-    except FileNotFoundError:
+        described = os.stat(name)
+    except (FileNotFoundError, ValueError):  # a null byte
         raise ValueError(f"{shown(source)} does not exist; give the path of a video, or an http(s) address.") from None
+    except OSError as error:
+        raise _unreadable(shown(source), error) from None
+    if not stat.S_ISREG(described.st_mode):  # opening a pipe would wait for its writer
+        raise ValueError(f"{shown(source)} is no file but a folder, pipe or device; {REMEDY}.")
+    if described.st_size == 0:
+        raise ValueError(f"{shown(source)} is empty; {REMEDY}.")
+    try:
+        return open(name, "rb")
     except OSError as error:
         raise _unreadable(shown(source), error) from None
 
@@ -279,8 +290,8 @@ def _errors_in_a_sentence(name: str) -> Iterator[None]:
 
 
 def _unreadable(name: str, error: Exception) -> ValueError:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return ValueError(f"{name} cannot be read as a video ({' '.join(reason.split())}); {REMEDY}.")
+    reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+    return ValueError(f"{name} cannot be read as a video ({reason:.200}); {REMEDY}.")
 
 
 __all__ = ["VideoFrame", "VideoReader", "sample_video"]

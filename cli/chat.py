@@ -1,4 +1,4 @@
-"""`mmmamba chat`: shows pictures and texts to a model, asks it, and prints the answers as they are generated."""
+"""`mmmamba chat`: shows pictures, videos and texts to a model, asks it, and prints its answers as they grow."""
 
 import argparse
 import shutil
@@ -13,13 +13,17 @@ from transformers import TextStreamer
 
 from mmmamba.conversation_mmmamba import ConversationState
 from mmmamba.conversion.publish import check_model_folder
+from mmmamba.examples.shapes.clip import write_clip
 from mmmamba.examples.shapes.world import conversation
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.tokenization_mmmamba import MmMambaTokenizerFast
+from mmmamba.video_processing_mmmamba import MmMambaVideoProcessor
+from mmmamba.video_reading_mmmamba import check_sampling
 
 from .arguments import HYBRID
 from .env import usable_device
+from .video import check_video, read_video
 
 
 DEMO_CONVERSATION = 6  # index in the held-out split; it asks for a count, a number and a position
@@ -30,20 +34,27 @@ def run(args: argparse.Namespace) -> None:
     check_model_folder(args.model)
     device = usable_device(args.device)
     images, texts = [read_image(path) for path in args.image], [read_text(path) for path in args.text]
+    check_sampling(args.num_frames, args.fps)
+    for path in args.video:
+        check_video(path)
     if args.state is not None and not args.state.resolve().parent.is_dir():
         raise ValueError(f"--state {args.state} is in a folder that does not exist; make the folder.")
-    chat = Chat(args.model, device, args.max_new_tokens)
+    chat = Chat(args.model, device, args.max_new_tokens, {"num_frames": args.num_frames, "fps": args.fps})
     if args.state is not None and args.state.exists():
-        if images or texts:
-            raise ValueError(f"--state {args.state} holds a conversation already; give no --image and no --text.")
+        if images or texts or args.video:
+            raise ValueError(
+                f"--state {args.state} holds a conversation already; give no --image, no --video and no --text."
+            )
         chat.state = ConversationState.load(args.state, chat.model, chat.tokenizer)
-    elif args.question is None and not images and not texts and args.model == HYBRID:
+    elif args.question is None and not images and not texts and not args.video and args.model == HYBRID:
         run_demo(chat)
     else:
         if args.question is None:
             for path, image in zip(args.image, images, strict=True):
                 print_image(image, path)
         chat.start(images, texts)
+        for path in args.video:
+            chat.read_video(path)
     try:
         if args.question is None:
             read_questions(chat, new_image_restarts=args.state is None)
@@ -83,14 +94,19 @@ class Chat:
         folder: Model folder.
         device: Where the model runs; in fp32 on the CPU, elsewhere in the dtype of its weights.
         max_new_tokens: Longest answer.
+        sampling: How many frames to take of videos, `num_frames` or `fps`; as the folder says if neither is given.
     """
 
-    def __init__(self, folder: Path, device: torch.device | str, max_new_tokens: int):
+    def __init__(
+        self, folder: Path, device: torch.device | str, max_new_tokens: int, sampling: dict[str, float | None]
+    ):
         # Many CPUs have no instructions for half precision.
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
         self.model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
         self.tokenizer = MmMambaTokenizerFast.from_pretrained(folder)
         self.image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
+        self.video_processor = MmMambaVideoProcessor.from_pretrained(folder)
+        self.sampling = sampling
         self.generation_config = {"max_new_tokens": max_new_tokens, "do_sample": False}
         self.start()
 
@@ -110,6 +126,10 @@ class Chat:
             tiles = inputs["pixel_values"]
             self.pixel_values = tiles if self.pixel_values is None else torch.cat([self.pixel_values, tiles])
             self.num_patches_list = self.num_patches_list + inputs["num_patches"].tolist()
+
+    def read_video(self, path: Path) -> None:
+        """Shows a video; the model reads it now."""
+        read_video(self.state, self.video_processor, path, **self.sampling)
 
     def ask(self, question: str, remember: bool = True) -> str:
         """Prints the answer while it is generated and returns it.
@@ -153,6 +173,10 @@ def run_demo(chat: Chat) -> None:
         print(f"> {question}", flush=True)
         chat.ask(question, remember=False)
         print(f"  (right: {truth})\n")
+    clip = path.with_name("clip.mp4")
+    write_clip(clip)
+    print(f"Beside it lies a short video: type `/video {clip}` here, or run")
+    print(f'mmmamba chat --video {clip} "Where is the red star?"\n')
 
 
 def read_questions(chat: Chat, new_image_restarts: bool = True) -> None:
@@ -160,12 +184,12 @@ def read_questions(chat: Chat, new_image_restarts: bool = True) -> None:
 
     Args:
         chat: The conversation to continue.
-        new_image_restarts: Whether `/image FILE` starts a new conversation or adds the image to this one.
+        new_image_restarts: Whether `/image FILE` and `/video FILE` start a new conversation or add to this one.
     """
     if not sys.stdin.isatty():
         return
-    effect = "starts again with another picture" if new_image_restarts else "adds a picture"
-    print(f"Your turn. An empty line or Ctrl-D ends the chat; /image FILE {effect}.")
+    effect = "start again with another picture or video" if new_image_restarts else "add a picture or video"
+    print(f"Your turn. An empty line or Ctrl-D ends the chat; /image FILE and /video FILE {effect}.")
     while True:
         try:
             line = input("> ").strip()
@@ -180,6 +204,12 @@ def read_questions(chat: Chat, new_image_restarts: bool = True) -> None:
                 image = read_image(path)
                 print_image(image, path)
                 (chat.start if new_image_restarts else chat.add_images)([image])
+            elif line.startswith("/video "):
+                path = Path(line.removeprefix("/video ").strip())
+                check_video(path)
+                if new_image_restarts:
+                    chat.start()
+                chat.read_video(path)
             else:
                 chat.ask(line)
         except ValueError as error:

@@ -1,7 +1,7 @@
 """A short video of the picture world: a red star moves past a blue square that stays where it is.
 
     python -m mmmamba.examples.shapes.clip clip.mp4
-    mmmamba chat --video clip.mp4 --question "…"
+    mmmamba chat --video clip.mp4 "Where is the red star?"
 
 The name decides on the format: .mp4, .mkv or .avi (MPEG-4), .webm (VP9) or .gif.
 """
