@@ -36,12 +36,12 @@ class MmMambaVideoProcessorKwargs(VideosKwargs, total=False):
 class MmMambaVideoProcessor(MmMambaImageProcessor, BaseVideoProcessor):
     """Samples frames of videos and cuts each into tiles.
 
-    Calling it with videos returns `pixel_values` (tiles, 3, size, size), the tiles of all frames of all videos in order;
-    `num_frames` (videos,); and `num_patches` (frames of all videos,), how many tiles each frame has.
+    Calling it with videos returns `pixel_values` (tiles, 3, size, size), the tiles of all frames of all videos in
+    order; `num_frames` (videos,); and `num_patches` (frames of all videos,), how many tiles each frame has.
 
     A video is a file, an http(s) address, an array (frames, height, width, channels) or (frames, channels, height,
-    width), or a list of pictures. Of files and addresses `num_frames` frames are taken, or `fps` in each second. Frames
-    that are given are all taken, unless the call names `num_frames` or `fps` (which needs `video_metadata`).
+    width), or a list of pictures. Of files and addresses `num_frames` frames are taken, or `fps` in each second.
+    Frames that are given are all taken, unless the call names `num_frames` or `fps` (which needs `video_metadata`).
 
     Args:
         num_frames: Frames of a video; 8 if neither this nor `fps` is given, or all if it has fewer.
@@ -64,9 +64,7 @@ class MmMambaVideoProcessor(MmMambaImageProcessor, BaseVideoProcessor):
 
     @classmethod
     def from_dict(cls, video_processor_dict: dict, **kwargs):
-        if (
-            "video_processor_type" not in video_processor_dict
-        ):  # a folder without videos' settings: these are pictures'
+        if "video_processor_type" not in video_processor_dict:  # a folder older than video: pictures' settings
             other = ("min_patches", "max_patches", "use_thumbnail", "image_processor_type", "auto_map")
             video_processor_dict = {name: x for name, x in video_processor_dict.items() if name not in other}
         return super().from_dict(video_processor_dict, **kwargs)
@@ -122,8 +120,8 @@ class MmMambaVideoProcessor(MmMambaImageProcessor, BaseVideoProcessor):
         if sizes := {tuple(frame.shape[1:]) for frame in frames[1:]} - {tuple(frames[0].shape[1:])}:
             (height, width), other = frames[0].shape[1:], min(sizes)
             raise ValueError(
-                f"The frames of a video differ in size ({height} x {width} and {other[0]} x {other[1]}); give frames of "
-                "one size, or pictures."
+                f"The frames of a video differ in size ({height} x {width} and {other[0]} x {other[1]}); give frames "
+                "of one size, or pictures."
             )
         return torch.stack(frames), metadata
 
@@ -190,8 +188,8 @@ def list_videos(videos) -> list:
         if not paths and not is_video(video):
             given = f"An array of shape {tuple(video.shape)}" if _is_array(video) else f"{video!r:.60}"
             raise ValueError(
-                f"{given} is no video; give a path, an http(s) address, an array (frames, height, width, channels), or "
-                "a list of pictures."
+                f"{given} is no video; give a path, an http(s) address, an array (frames, height, width, channels), "
+                "or a list of pictures."
             )
     return listed
 

@@ -1,7 +1,7 @@
 """Videos from files and addresses, frame by frame.
 
-PyAV decodes one frame after another, so a video of any length takes the memory of one frame. Transformers' own reader on
-PyAV needs the number of frames, which WebM, Matroska and GIF files do not name, and leaves videos of phones on their
+PyAV decodes one frame after another, so a video of any length takes the memory of one frame. Transformers' own reader
+on PyAV needs the number of frames, which WebM and Matroska files do not name, and leaves videos of phones on their
 side. Without PyAV, frames are sampled by Transformers' readers on torchcodec or decord.
 """
 
@@ -133,11 +133,11 @@ class VideoReader:
         """
         with _errors_in_a_sentence(self.name):
             self._container.seek(0)
-            packets = [packet for packet in self._container.demux(self._stream) if packet.size]
-            visible = [packet for packet in packets if not packet.is_discard]
-            times = sorted(packet.pts for packet in visible if packet.pts is not None)
-            keys = sorted(packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None)
-        total = len(visible)
+            # Not the packets, which hold the video's data.
+            packets = [(x.pts, x.is_keyframe, x.is_discard) for x in self._container.demux(self._stream) if x.size]
+        total = sum(not discarded for _, _, discarded in packets)
+        times = sorted(pts for pts, _, discarded in packets if pts is not None and not discarded)
+        keys = sorted(pts for pts, is_key, _ in packets if pts is not None and is_key)
         self._check_whole(len(packets), total)
         self.metadata.total_num_frames = total
         self.metadata.frames_indices = indices = np.asarray(choose(self.metadata))
@@ -146,15 +146,15 @@ class VideoReader:
             frames = [_pixels(frame) for frame in self._frames_at(indices.tolist(), times, keys)]
         if len(frames) < len(indices):
             raise ValueError(
-                f"{self.name} ends after {len(frames)} of the {len(indices)} frames that were chosen; it is damaged or "
-                "truncated."
+                f"{self.name} ends after {len(frames)} of the {len(indices)} frames that were chosen; it is damaged "
+                "or truncated."
             )
         return np.stack(frames)
 
     def _frames_at(self, indices: list[int], times: list[int] | None, keys: list[int]) -> Iterator:
         """PyAV's frames of these numbers. With the times of all frames it begins at the last keyframe before each."""
         self._container.seek(0)
-        decoded, at = self._container.decode(self._stream), -1
+        decoded = self._container.decode(self._stream)
         if times is None:
             wanted = set(indices)
             yield from (frame for index, frame in enumerate(decoded) if index in wanted)
@@ -166,6 +166,10 @@ class VideoReader:
                 self._container.seek(keys[before - 1], stream=self._stream)
                 decoded = self._container.decode(self._stream)
             frame = next((frame for frame in decoded if frame.pts >= times[index]), None)
+            if frame is None or frame.pts != times[index]:  # some formats cannot be searched exactly
+                self._container.seek(0)
+                decoded = self._container.decode(self._stream)
+                frame = next((frame for frame in decoded if frame.pts >= times[index]), None)
             if frame is None:
                 return
             yield frame
