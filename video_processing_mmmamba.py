@@ -87,7 +87,7 @@ class MmMambaVideoProcessor(MmMambaImageProcessor, BaseVideoProcessor):
             video_metadata=[described for _, described in read],
             input_data_format=ChannelDimension.FIRST,
             do_sample_frames=False,
-            **kwargs,
+            **kwargs | {"do_convert_rgb": False},  # frames are RGB already
         )
 
     def _read(
@@ -155,8 +155,8 @@ class MmMambaVideoProcessor(MmMambaImageProcessor, BaseVideoProcessor):
         part = (total - 1) / num_frames
         return (part / 2 + np.round(part * np.arange(num_frames))).astype(int)
 
-    def convert_to_rgb(self, video, **kwargs):
-        return BaseVideoProcessor.convert_to_rgb(self, video)  # image processors' takes a data format, too
+    def convert_to_rgb(self, image, **kwargs):
+        return MmMambaImageProcessor.convert_to_rgb(self, image, **kwargs)  # BaseVideoProcessor's is for whole videos
 
     def _preprocess(self, videos, return_tensors=None, **kwargs) -> BatchFeature:
         frames = [frame for video in videos for frame in video]
