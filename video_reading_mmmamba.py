@@ -223,10 +223,10 @@ def shown(source: str | os.PathLike) -> str:
 
 def _sample_with_transformers(source, choose) -> tuple[np.ndarray, VideoMetadata]:
     backend = None
-    for name, module in (("decord", "decord"), ("torchcodec", "torchcodec.decoders")):
-        with suppress(Exception):  # torchcodec fails without FFmpeg
-            import_module(module)
-            backend = name
+    for name in ("decord", "torchcodec"):  # torchcodec loads without FFmpeg, but then reads nothing
+        with suppress(Exception):
+            import_module(name)
+            backend = backend or name
     if backend is None:
         raise ValueError(
             "No video decoder is installed; install PyAV with `pip install av` (or torchcodec or decord)."

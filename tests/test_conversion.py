@@ -332,6 +332,7 @@ def test_a_complete_source_gives_a_complete_folder(complete):
         "processor_config.json", "chat_template.jinja", "tokenizer.model", "tokenizer_config.json",
         "configuration_mmmamba.py", "modeling_mmmamba.py", "ssm_mmmamba.py", "image_processing_mmmamba.py",
         "processing_mmmamba.py", "tokenization_mmmamba.py",
+        "video_processing_mmmamba.py", "video_reading_mmmamba.py",
     }  # fmt: skip
     assert json.loads((complete / "generation_config.json").read_text())["eos_token_id"] == 1198  # <|im_end|>
     assert "upstream's own" not in (complete / "chat_template.jinja").read_text()
@@ -344,7 +345,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+    AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, AutoVideoProcessor
 )
 
 hybrid, complete, code = sys.argv[1:]
@@ -363,6 +364,8 @@ def processors():
         processor = AutoImageProcessor.from_pretrained(complete, trust_remote_code=True, backend=backend)
         bases = [base.__name__.lower().removesuffix("backend") for base in type(processor).__mro__]
         assert backend in bases, (backend, bases)
+    video_processor = AutoVideoProcessor.from_pretrained(complete, trust_remote_code=True)
+    assert (video_processor.num_frames, video_processor.max_patches, video_processor.size.height) == (8, 1, 56)
     tokenizer = AutoTokenizer.from_pretrained(complete, trust_remote_code=True, use_fast=False)
     assert tokenizer.convert_tokens_to_ids(["<|im_end|>", "<IMG_CONTEXT>"]) == [1198, 1202]
 
@@ -404,7 +407,7 @@ def test_the_cards_example_runs_as_printed(elsewhere):
     assert (elsewhere / "card").read_text() == "passed"
 
 
-def test_auto_classes_find_tokenizer_and_both_image_processors(elsewhere):
+def test_auto_classes_find_tokenizer_video_processor_and_both_image_processors(elsewhere):
     assert (elsewhere / "processors").read_text() == "passed"
 
 

@@ -26,6 +26,7 @@ TESTS = (
     "generation",
     "chat",
     "conversation",
+    "video",
     "packing",
     "distillation",
     "transformers_common",
