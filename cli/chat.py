@@ -188,8 +188,8 @@ def read_questions(chat: Chat, new_image_restarts: bool = True) -> None:
     """
     if not sys.stdin.isatty():
         return
-    effect = "start again with another picture or video" if new_image_restarts else "add a picture or video"
-    print(f"Your turn. An empty line or Ctrl-D ends the chat; /image FILE and /video FILE {effect}.")
+    effect = "starts again with another picture or video" if new_image_restarts else "adds a picture or video"
+    print(f"Your turn. An empty line or Ctrl-D ends the chat; /image FILE or /video FILE {effect}.")
     while True:
         try:
             line = input("> ").strip()
