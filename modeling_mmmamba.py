@@ -29,8 +29,8 @@ from transformers.utils import can_return_tuple, logging
 
 from .backends_mmmamba import are_plain, backend, project
 from .cache_mmmamba import CACHE, MmMambaCache
+from .chat_mmmamba import ChatMixin
 from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig
-from .conversation_mmmamba import ConversationMixin
 from .generation_mmmamba import MmMambaGenerationMixin
 from .ssm_mmmamba import Sequences, ssd_step, state_dtype
 from .vision_mmmamba import MmMambaVisionEmbeddings
@@ -530,7 +530,7 @@ class MmMambaModel(MmMambaPreTrainedModel):
         return {in_embedding: emb(inputs_embeds, position_ids) for in_embedding, emb in rotary.items()}
 
 
-class MmMambaForConditionalGeneration(ConversationMixin, MmMambaGenerationMixin, MmMambaPreTrainedModel):
+class MmMambaForConditionalGeneration(ChatMixin, MmMambaGenerationMixin, MmMambaPreTrainedModel):
     """The decoder with its output head, `generate` and `chat`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
