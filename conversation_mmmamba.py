@@ -24,7 +24,8 @@ from transformers import GenerationConfig
 
 from .cache_mmmamba import CACHE
 from .fingerprint_mmmamba import weights_checksum, weights_sample, weights_signature
-from .generation_mmmamba import PromptImages, answer_options, generation_option
+from .generation_mmmamba import PromptImages, answer_options, generation_option, wants_another_cache
+from .pictures_mmmamba import as_tiles
 from .processing_mmmamba import (
     PLACEHOLDER,
     as_text,
@@ -92,14 +93,21 @@ class ConversationState:
         return sum(tensor.nbytes for tensor in self.cache.tensors().values())
 
     def extend(
-        self, text: str = "", pixel_values: Tensor | None = None, num_patches_list: list[int] | None = None
+        self,
+        text: str = "",
+        pixel_values=None,
+        num_patches_list: list[int] | None = None,
+        *,
+        prefill_chunk_size: int | None = None,
     ) -> "ConversationState":
         """Adds to the user's turn and reads it, as far as it cannot change by what may follow.
 
         Args:
             text: What to add, with `<image>` for each picture; pictures without one stand before the text.
-            pixel_values: (tiles, channels, height, width), the tiles of the new pictures in order; or None.
+            pixel_values: (tiles, channels, height, width), the tiles of the new pictures in order; or pictures, see
+                `as_tiles`; or None.
             num_patches_list: Tiles of each new picture; all tiles are one picture if not given.
+            prefill_chunk_size: Tokens that are read at once, as in `generate`.
 
         Returns:
             This state.
@@ -110,14 +118,14 @@ class ConversationState:
         """
         if text or pixel_values is not None or num_patches_list:
             with self._lock, self._rollback_on_error():
-                self._add_to_turn(text, pixel_values, num_patches_list)
+                self._add_to_turn(text, pixel_values, num_patches_list, chunk_size=prefill_chunk_size)
         return self
 
     def ask(
         self,
         question: str,
-        generation_config: dict | GenerationConfig,
-        pixel_values: Tensor | None = None,
+        generation_config: dict | GenerationConfig | None,
+        pixel_values=None,
         num_patches_list: list[int] | None = None,
         streamer=None,
     ) -> str:
@@ -125,19 +133,29 @@ class ConversationState:
 
         Args:
             question: What to ask; may be empty after `extend`.
-            generation_config: Arguments of `generate`, or a GenerationConfig; left as it is.
+            generation_config: Arguments of `generate`, or a GenerationConfig; left as it is. See `chat` for what they
+                mean here.
             pixel_values, num_patches_list: As in `extend`.
             streamer: A Transformers streamer, which gets the answer as it grows.
 
         Raises:
-            ValueError: as `extend`, and if nothing is asked; the conversation stays as it was then.
+            ValueError: as `extend`, and if nothing is asked, or another cache is asked for; the conversation stays as
+                it was then.
         """
         with self._lock:
             if not self.in_turn and not question.replace(PLACEHOLDER, "").strip():
                 raise ValueError("The question is empty; ask something.")
             options, ends = answer_options(self.model, self.tokenizer, generation_config, streamer)
+            if wants_another_cache(self.model, options):
+                raise ValueError(
+                    "cache_implementation and use_cache=False are not for a conversation, which has its own cache; leave "
+                    "them out, or use chat()."
+                )
+            chunk_size = generation_option(self.model, options, "prefill_chunk_size")
             with self._rollback_on_error():
-                self._add_to_turn(question, pixel_values, num_patches_list, self._template["end of turn"])
+                self._add_to_turn(
+                    question, pixel_values, num_patches_list, self._template["end of turn"], chunk_size=chunk_size
+                )
                 self._check_model()
                 prompt = self._encode(self.pending + self._template["prompt"])
                 ids = torch.tensor([self.ids + prompt], device=self.model.input_device)
@@ -157,12 +175,15 @@ class ConversationState:
         self,
         question: str,
         answer: str,
-        pixel_values: Tensor | None = None,
+        pixel_values=None,
         num_patches_list: list[int] | None = None,
+        *,
+        prefill_chunk_size: int | None = None,
     ) -> None:
-        """Adds a turn whose answer is known; arguments and what is raised as in `ask`."""
+        """Adds a turn whose answer is known; arguments and what is raised as in `extend` and `ask`."""
+        end = self._template["end of turn"]
         with self._lock, self._rollback_on_error():
-            self._add_to_turn(question, pixel_values, num_patches_list, self._template["end of turn"])
+            self._add_to_turn(question, pixel_values, num_patches_list, end, chunk_size=prefill_chunk_size)
             self._end_turn(answer)
 
     def __getstate__(self) -> dict:
@@ -183,9 +204,15 @@ class ConversationState:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def _add_to_turn(
-        self, text: str, pixel_values: Tensor | None, num_patches_list: list[int] | None, end: str = ""
+        self,
+        text: str,
+        pixel_values,
+        num_patches_list: list[int] | None,
+        end: str = "",
+        chunk_size: int | None = None,
     ) -> None:
         """Adds to the user's turn, see `extend`, and what the template writes behind it."""
+        pixel_values, num_patches_list = as_tiles(pixel_values, num_patches_list, self.model.config, self.tokenizer)
         if num_patches_list is None:
             num_patches_list = [] if pixel_values is None else [len(pixel_values)]
         check_tiles(num_patches_list, pixel_values)
@@ -196,7 +223,7 @@ class ConversationState:
         if not self.in_turn:
             begin = "turn" if self.turns else "start"
             said, end = (self._template[begin] + said, end) if said else (self._template[f"empty {begin}"], "")
-        self._read(self.pending + said + end, pixel_values)
+        self._read(self.pending + said + end, pixel_values, chunk_size)
         self.in_turn = True
 
     def _end_turn(self, answer: str) -> None:
@@ -214,7 +241,7 @@ class ConversationState:
         read, both = (self.tokenizer(x, add_special_tokens=False)["input_ids"] for x in texts)
         return both[len(read) :]
 
-    def _read(self, text: str, pixel_values: Tensor | None = None) -> None:
+    def _read(self, text: str, pixel_values: Tensor | None = None, chunk_size: int | None = None) -> None:
         """Reads text as far as its tokens are certain and keeps the rest pending."""
         ends = [(text.rfind(token) + len(token), token) for token in self.tokenizer.get_added_vocab() if token in text]
         if self.tokenizer.splits_at_spaces and (words := WORDS.match(text)):
@@ -230,7 +257,9 @@ class ConversationState:
         if pixel_values is not None:
             places = new == self.model.config.image_token_id
             images = PromptImages(self.model, places, pixel_values)
-        self.model.read_prompt(self.cache, new, images=images, offset=len(self.ids), progress=True)
+        self.model.read_prompt(
+            self.cache, new, images=images, offset=len(self.ids), chunk_size=chunk_size, progress=True
+        )
         self.ids += ids
         self.pending, self._last_token = text[end:], last_token
 

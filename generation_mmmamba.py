@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from .cache_mmmamba import CACHE, MmMambaCache
 from .capture_mmmamba import FEWEST_STEPS, RecordedStep, recordable
+from .pictures_mmmamba import as_tiles
 
 
 logger = logging.get_logger(__name__)
@@ -36,6 +37,10 @@ CACHES = {  # by `cache_implementation`: arguments of `MmMambaCache`
 }
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # in one or the other version of Transformers
 OPTIONS_FOR_ALL_OF_A_PROMPT = ("output_hidden_states", "output_attentions", "token_healing")
+PROMPT_ARGUMENTS = (  # of `generate`, which a conversation makes from its turns
+    "inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "pixel_values", "mm_encoder_outputs",
+    *CACHE_NAMES,
+)  # fmt: skip
 
 
 class PromptImages:
@@ -104,18 +109,45 @@ def generation_option(model, kwargs: dict, name: str):
     return next((value for value in chosen if value is not None), None)
 
 
+def call_options(generation_config: dict | GenerationConfig | None) -> dict:
+    """The same as arguments of `generate`.
+
+    Raises:
+        ValueError: if there are arguments that a conversation makes itself.
+    """
+    if isinstance(generation_config, GenerationConfig):
+        return {"generation_config": generation_config}
+    options = dict(generation_config or {})
+    if made := [name for name in PROMPT_ARGUMENTS if options.get(name) is not None]:
+        raise ValueError(
+            f"{made[0]} is no option of an answer: it is made from question, pictures and history; leave it out, or "
+            "call generate()."
+        )
+    return options
+
+
+def wants_another_cache(model, options: dict) -> bool:
+    """Whether these arguments of `generate` ask for a cache of a kind, or for none."""
+    kind, use_cache = (generation_option(model, options, name) for name in ("cache_implementation", "use_cache"))
+    return kind is not None or use_cache is False
+
+
 def answer_options(
-    model, tokenizer, generation_config: dict | GenerationConfig, streamer=None
+    model, tokenizer, generation_config: dict | GenerationConfig | None, streamer=None
 ) -> tuple[dict, list[int]]:
     """Arguments of `generate` for an answer, and ids that end it: `<|im_end|>` whatever the generation config knows.
 
     Args:
         generation_config: Arguments of `generate`, with a GenerationConfig among them if you like; or one alone.
         streamer: Unless there is one among them.
+
+    Raises:
+        ValueError: as `call_options`.
     """
-    as_object = isinstance(generation_config, GenerationConfig)
-    options = {"generation_config": generation_config} if as_object else dict(generation_config)
+    options = call_options(generation_config)
     options.setdefault("streamer", streamer)
+    if generation_option(model, options, "stop_strings") is not None:
+        options.setdefault("tokenizer", tokenizer)
     ends = generation_option(model, options, "eos_token_id")
     ends = set(ends if isinstance(ends, (list, tuple)) else [ends]) | {tokenizer.convert_tokens_to_ids("<|im_end|>")}
     ends = sorted(ends - {None, tokenizer.unk_token_id})
@@ -195,6 +227,8 @@ class MmMambaGenerationMixin(GenerationMixin):
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if ids is None and kwargs.get("inputs_embeds") is None and option("bos_token_id") is not None:
             ids = torch.tensor([[option("bos_token_id")]], device=self.input_device)
+        if kwargs.get("pixel_values") is not None:
+            kwargs["pixel_values"], _ = as_tiles(kwargs["pixel_values"], None, self.config)
         caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
         call = self._new_call(ids, caches[0] if caches else None, option, kwargs)
         if call.cache is not None:
@@ -222,6 +256,10 @@ class MmMambaGenerationMixin(GenerationMixin):
         given = ids if embeds is None else embeds
         if given is None:
             return _Call(self)  # Transformers says what is missing
+        if option("assistant_early_exit") is not None:
+            raise ValueError(
+                "assistant_early_exit is not supported; pass an assistant_model or prompt_lookup_num_tokens."
+            )
         length = given.shape[1]
         total = length if mask is None else mask.shape[1]
         new_tokens = option("max_new_tokens") or max(1, (option("max_length") or length + 20) - length)
@@ -269,6 +307,11 @@ class MmMambaGenerationMixin(GenerationMixin):
             names = ", ".join(repr(name) for name in CACHES if name is not None)
             raise ValueError(f"cache_implementation={implementation!r} is not among this model's caches: {names}.")
         options = dict(CACHES[implementation])
+        if options.get("offloading") and self.input_device.type == "cpu":
+            raise ValueError(
+                f"cache_implementation={implementation!r} moves the cache between a GPU and memory, and the model is "
+                "on a CPU; leave it out."
+            )
         if options.pop("static", False):
             options["max_cache_len"] = max_cache_len
         return MmMambaCache(self.config, **options)
