@@ -282,6 +282,8 @@ class ChatMixin:
             )
         tiles, num_patches_list = [], []
         for of_question in pictures:
+            if not isinstance(of_question, (list, tuple)):
+                of_question = [] if of_question is None else [of_question]
             new, counts = as_tiles(of_question, None, self.config, tokenizer)
             tiles += [] if new is None else [new]
             num_patches_list.append([] if new is None else counts or [len(new)])

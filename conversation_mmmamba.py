@@ -148,7 +148,7 @@ class ConversationState:
             options, ends = answer_options(self.model, self.tokenizer, generation_config, streamer)
             if wants_another_cache(self.model, options):
                 raise ValueError(
-                    "cache_implementation and use_cache=False are not for a conversation, which has its own cache; leave "
+                    "cache_implementation and use_cache=False are not for a conversation, which has a cache; leave "
                     "them out, or use chat()."
                 )
             chunk_size = generation_option(self.model, options, "prefill_chunk_size")

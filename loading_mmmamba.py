@@ -14,9 +14,9 @@ HALF_DTYPES = (torch.float16, torch.bfloat16, "float16", "bfloat16")  # those th
 def renamed_arguments(arguments: dict) -> dict:
     """Arguments of `from_pretrained` with upstream's names replaced by Transformers'.
 
-    - `use_flash_attn=True` chooses "flash_attention_2" if the package is installed, there is a GPU, and `dtype` is half
-      precision; otherwise, and if False, attention is computed as if it had not been given. `attn_implementation`
-      wins over it.
+    - `use_flash_attn=True` chooses "flash_attention_2" if the package is installed, there is a GPU, and `dtype` is
+      half precision; otherwise, and if False, attention is computed as if it had not been given.
+      `attn_implementation` wins over it.
     - `load_in_8bit=True` and `load_in_4bit=True` become a `BitsAndBytesConfig`; False says nothing.
 
     Raises:
@@ -30,7 +30,9 @@ def renamed_arguments(arguments: dict) -> dict:
     bits = {name: True for name in ("load_in_8bit", "load_in_4bit") if arguments.pop(name, None)}
     if bits:
         if arguments.get("quantization_config") is not None:
-            raise ValueError(f"{' and '.join(bits)} and quantization_config both quantise; leave out either.")
+            raise ValueError(
+                f"{' and '.join(bits)} and quantization_config exclude each other; give quantization_config alone."
+            )
         arguments["quantization_config"] = BitsAndBytesConfig(**bits)
     return arguments
 

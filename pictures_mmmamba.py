@@ -45,13 +45,16 @@ def as_tiles(
         return pixel_values, num_patches_list
     if pixel_values is None or (isinstance(pixel_values, (list, tuple)) and not pixel_values):
         return None, num_patches_list
-    if isinstance(pixel_values, (list, tuple)):
-        elements = [_as_tensor(element, config) for element in pixel_values]
-    else:
-        elements = _as_tensor(pixel_values, config)
-        if isinstance(elements, Tensor) and elements.ndim == 4:
-            return elements, num_patches_list
-        elements = [elements]
+    is_list = isinstance(pixel_values, (list, tuple))
+    elements = [_as_tensor(element, config) for element in (pixel_values if is_list else [pixel_values])]
+    if not is_list and isinstance(elements[0], Tensor):
+        (tiles,) = elements
+        if tiles.ndim != 4:
+            raise ValueError(
+                f"pixel_values has shape {tuple(tiles.shape)}; give all tiles as one tensor of shape (tiles, "
+                "channels, height, width), or as a list."
+            )
+        return tiles, num_patches_list
     single_tiles = [isinstance(element, Tensor) and element.ndim == 3 for element in elements]
     if all(single_tiles):
         return torch.stack(_of_one_size(elements)), num_patches_list
