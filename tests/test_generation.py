@@ -314,3 +314,22 @@ def test_a_cache_that_is_too_short_is_refused_in_words():
     cache = MmMambaCache(model.config, max_cache_len=12)
     with pytest.raises(ValueError, match="room for 12 tokens, and 9 with up to 6 new ones need more"):
         model.generate(prompt(9, seed=1), **{CACHE: cache}, max_new_tokens=6)
+
+
+def test_lists_and_arrays_of_tiles_are_taken_as_tensors_are(model):
+    inputs, options = next(rows_alone()), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    pictures = inputs.pop("pixel_values")
+    expected = model.generate(**inputs, pixel_values=pictures, **options)
+    logits = model(**inputs, pixel_values=pictures).logits
+    for given in (list(pictures), [*pictures.split(1)], pictures.numpy()):
+        assert torch.equal(model.generate(**inputs, pixel_values=given, **options), expected)
+        assert torch.equal(model(**inputs, pixel_values=given).logits, logits)
+
+
+def test_what_cannot_be_done_here_is_refused_in_one_sentence(model):
+    for options, words in (
+        ({"cache_implementation": "offloaded"}, "the model is on a CPU"),
+        ({"assistant_early_exit": 2}, "prompt_lookup_num_tokens"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.generate(prompt(9, seed=1), **options, max_new_tokens=4)
