@@ -176,6 +176,7 @@ class _Call:
         offset: Tokens of the sequence that the loop's `input_ids` lack at their beginning.
         begin: Where in the sequence the tokens that `generate` was given begin, and so the images.
         images: Of the prompt; None if there are none.
+        pixel_values: Of the prompt, for an assistant.
         at_once: Whether the first step reads the whole prompt, rather than pieces before it.
         new_tokens: How many may follow.
         may_record: Whether steps may be recorded.
@@ -190,6 +191,7 @@ class _Call:
     offset: int = 0
     begin: int = 0
     images: PromptImages | None = None
+    pixel_values: Tensor | None = None
     at_once: bool = True
     new_tokens: int = 0
     may_record: bool = False
@@ -227,14 +229,16 @@ class MmMambaGenerationMixin(GenerationMixin):
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if ids is None and kwargs.get("inputs_embeds") is None and option("bos_token_id") is not None:
             ids = torch.tensor([[option("bos_token_id")]], device=self.input_device)
+        outer = _current_call.get()
+        if outer is not None and outer.model is not self:  # an assistant's call: it reads the pictures itself
+            kwargs["pixel_values"] = outer.pixel_values
         if kwargs.get("pixel_values") is not None:
             kwargs["pixel_values"], _ = as_tiles(kwargs["pixel_values"], None, self.config)
         caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
         call = self._new_call(ids, caches[0] if caches else None, option, kwargs)
         if call.cache is not None:
             kwargs[CACHE] = call.cache
-        if kwargs.get("assistant_model") is None:  # an assistant reads the pictures, too
-            kwargs.pop("pixel_values", None)
+        kwargs.pop("pixel_values", None)
         kwargs.pop("mm_encoder_outputs", None)
         # What is done here is not to be done again by Transformers.
         done = [name for name in ("cache_implementation", "prefill_chunk_size") if option(name) is not None]
@@ -277,7 +281,13 @@ class MmMambaGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"cache_implementation={implementation!r} makes a cache, and one was given; leave out either."
             )
-        call = _Call(self, cache, offset=total - (0 if ids is None else ids.shape[1]), begin=total - length)
+        call = _Call(
+            self,
+            cache,
+            pixel_values=kwargs.get("pixel_values"),
+            offset=total - (0 if ids is None else ids.shape[1]),
+            begin=total - length,
+        )
         call.repeats = max(option("num_beams") or 1, option("num_return_sequences") or 1)
         call.new_tokens = new_tokens
         if cache is not None:

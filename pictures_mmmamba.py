@@ -91,7 +91,7 @@ def _as_tensor(element, config: MmMambaConfig) -> Tensor | Image.Image | np.ndar
     elif isinstance(element, (Tensor, np.ndarray)):
         levels = element.dtype.kind in "ui" if isinstance(element, np.ndarray) else element.dtype != torch.bool
         if levels and element.ndim in (2, 3) and 0 not in element.shape:
-            return element.cpu().numpy() if isinstance(element, Tensor) else element
+            return np.array(element.cpu() if isinstance(element, Tensor) else element)  # others' may be read-only
         expected = "a picture of shape (height, width, channels), several as a list"
     else:
         shown = f" ({element[:60]!r})" if isinstance(element, str) else ""

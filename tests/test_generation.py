@@ -1,5 +1,7 @@
 """`generate` gives each row of a batch what it gives alone, whatever the strategy, the cache and the prefill."""
 
+import functools
+
 import pytest
 import torch
 from tiny_models import LAYER_TYPES, tiny_model, token_ids
@@ -234,10 +236,32 @@ def test_a_teacher_may_be_assisted_and_states_say_that_they_cannot():
         if kind == "teacher":
             expected = model.generate(**row, **options)
             assert torch.equal(model.generate(**row, **options, prompt_lookup_num_tokens=2), expected)
-            assert torch.equal(model.generate(**row, **options, assistant_model=tiny_model("teacher")), expected)
+            smaller = tiny_model("teacher", hidden_size=16, intermediate_size=24)
+            for assistant in (tiny_model("teacher"), smaller):
+                assert torch.equal(model.generate(**row, **options, assistant_model=assistant), expected)
         else:
             with pytest.raises(ValueError, match="stateful"):
                 model.generate(**row, **options, prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.deprecations("Transformers' own assistant passes options beside a generation config")
+def test_an_assistant_of_any_size_reads_the_pictures_itself(monkeypatch):
+    model, smaller = tiny_model("teacher"), tiny_model("teacher", hidden_size=16, intermediate_size=24)
+    row, options = next(rows_alone()), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**row, **options)
+    assert torch.equal(model.generate(**row, **options, assistant_model=smaller), expected)
+    # An assistant that is the model's own copy guesses right only if it sees what the model sees.
+    assistant, steps, forward = tiny_model("teacher"), [], type(model).forward
+
+    @functools.wraps(forward)
+    def counting(self, *args, **kwargs):
+        steps.append(self is model)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counting)
+    assistant.generation_config.assistant_confidence_threshold = 0
+    assert torch.equal(model.generate(**row, **options, assistant_model=assistant), expected)
+    assert sum(steps) == 1
 
 
 OFFLOADED = {
