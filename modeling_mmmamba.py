@@ -29,9 +29,11 @@ from transformers.utils import can_return_tuple, logging
 
 from .backends_mmmamba import are_plain, backend, project
 from .cache_mmmamba import CACHE, MmMambaCache
+from .chat_mmmamba import ChatMixin
 from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig
-from .conversation_mmmamba import ConversationMixin
 from .generation_mmmamba import MmMambaGenerationMixin
+from .loading_mmmamba import LoadingMixin
+from .pictures_mmmamba import as_tiles
 from .ssm_mmmamba import Sequences, ssd_step, state_dtype
 from .vision_mmmamba import MmMambaVisionEmbeddings
 
@@ -305,7 +307,7 @@ class MmMambaCausalLMOutput(CausalLMOutputWithPast):
     image_outputs: BaseModelOutputWithPooling | None = None
 
 
-class MmMambaPreTrainedModel(PreTrainedModel):
+class MmMambaPreTrainedModel(LoadingMixin, PreTrainedModel):
     """Weight initialisation and what the network supports."""
 
     config_class = MmMambaConfig
@@ -370,14 +372,10 @@ class MmMambaModel(MmMambaPreTrainedModel):
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Rows that stand for pictures in the decoder's input.
 
-        Args: pixel_values (tiles, channels, height, width), normalised.
+        Args: pixel_values (tiles, channels, height, width), normalised; or what else `as_tiles` takes.
         Returns: An output whose `pooler_output` is (tiles, rows per tile, D).
         """
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; give all tiles as one tensor of shape "
-                "(tiles, channels, height, width)."
-            )
+        pixel_values, _ = as_tiles(pixel_values, None, self.config)
         # Tiles do not see each other; their patches take several times the memory of their rows.
         rows = torch.cat([self.vision_embeddings(tiles) for tiles in pixel_values.split(32)])
         return BaseModelOutputWithPooling(last_hidden_state=rows, pooler_output=rows)
@@ -530,7 +528,7 @@ class MmMambaModel(MmMambaPreTrainedModel):
         return {in_embedding: emb(inputs_embeds, position_ids) for in_embedding, emb in rotary.items()}
 
 
-class MmMambaForConditionalGeneration(ConversationMixin, MmMambaGenerationMixin, MmMambaPreTrainedModel):
+class MmMambaForConditionalGeneration(ChatMixin, MmMambaGenerationMixin, MmMambaPreTrainedModel):
     """The decoder with its output head, `generate` and `chat`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012

@@ -330,8 +330,9 @@ def test_a_complete_source_gives_a_complete_folder(complete):
     assert {file.name for file in complete.iterdir()} >= {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
         "processor_config.json", "chat_template.jinja", "tokenizer.model", "tokenizer_config.json",
-        "configuration_mmmamba.py", "modeling_mmmamba.py", "ssm_mmmamba.py", "image_processing_mmmamba.py",
-        "processing_mmmamba.py", "tokenization_mmmamba.py",
+        "configuration_mmmamba.py", "modeling_mmmamba.py", "ssm_mmmamba.py", "chat_mmmamba.py",
+        "pictures_mmmamba.py", "loading_mmmamba.py",
+        "image_processing_mmmamba.py", "processing_mmmamba.py", "tokenization_mmmamba.py",
     }  # fmt: skip
     assert json.loads((complete / "generation_config.json").read_text())["eos_token_id"] == 1198  # <|im_end|>
     assert "upstream's own" not in (complete / "chat_template.jinja").read_text()

@@ -25,6 +25,8 @@ TESTS = (
     "cache",
     "generation",
     "chat",
+    "loading",
+    "pictures",
     "conversation",
     "packing",
     "distillation",
