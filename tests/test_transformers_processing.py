@@ -92,12 +92,21 @@ class TestProcessor(SkipsExceptions, ProcessorTesterMixin, unittest.TestCase):
 
 
 class ImageProcessingTester(images.ImageProcessingTester):
-    def __init__(self, parent, **kwargs):
-        super().__init__(parent, size={"height": 18, "width": 18}, max_patches=1, **kwargs)
+    batch_size, num_channels, min_resolution, max_resolution = 3, 3, 30, 100
+    size: ClassVar[dict[str, int]] = {"height": 18, "width": 18}
 
-    def _get_image_processing_classes(self):
-        return {"torchvision": MmMambaImageProcessor, "pil": MmMambaImageProcessorPil}
+    def __init__(self):
+        pass  # the suite would look the classes up
 
 
-class TestImageProcessors(SkipsExceptions, images.ImageProcessingTestMixin, unittest.TestCase):
+class TestImageProcessors(images.ImageProcessingTestMixin, unittest.TestCase):
     image_processor_tester_class = ImageProcessingTester
+    # The suite looks these up by the name of a folder in Transformers.
+    image_processing_classes: ClassVar[dict[str, type]] = {
+        "torchvision": MmMambaImageProcessor,
+        "pil": MmMambaImageProcessorPil,
+    }
+    image_processor_dict: ClassVar[dict] = {"size": ImageProcessingTester.size, "max_patches": 1}
+
+    def setUp(self):
+        self.image_processor_tester = self.image_processor_tester_class()

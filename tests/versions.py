@@ -30,7 +30,10 @@ TESTS = (
     "conversation",
     "packing",
     "distillation",
+    "tokenization",
+    "processing",
     "transformers_common",
+    "transformers_processing",
 )
 
 
