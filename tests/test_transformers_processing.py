@@ -98,6 +98,9 @@ class ImageProcessingTester(images.ImageProcessingTester):
     def __init__(self):
         pass  # the suite would look the classes up
 
+    def prepare_image_processor_dict(self):
+        return TestImageProcessors.image_processor_dict
+
 
 class TestImageProcessors(images.ImageProcessingTestMixin, unittest.TestCase):
     image_processor_tester_class = ImageProcessingTester
