@@ -19,7 +19,7 @@ from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 
 from .arguments import HYBRID
-from .env import usable_device
+from .env import usable_device, usable_dtype
 
 
 DEMO_CONVERSATION = 6  # index in the held-out split; it asks for a count, a number and a position
@@ -81,13 +81,13 @@ class Chat:
 
     Args:
         folder: Model folder.
-        device: Where the model runs; in fp32 on the CPU, elsewhere in the dtype of its weights.
+        device: Where the model runs; in fp32 on the CPU, elsewhere or quantised in the dtype of its weights.
         max_new_tokens: Longest answer.
     """
 
     def __init__(self, folder: Path, device: torch.device | str, max_new_tokens: int):
         # Many CPUs have no instructions for half precision.
-        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+        dtype = usable_dtype(folder, torch.float32 if torch.device(device).type == "cpu" else "auto")
         self.model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
         self.tokenizer = MmMambaTokenizer.from_pretrained(folder)
         self.image_processor = MmMambaImageProcessorPil.from_pretrained(folder)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mmmamba.cli.env import usable_dtype
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.publish import check_model_folder
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
@@ -89,7 +90,7 @@ def evaluate(folder: str | Path, num_questions: int = 2000, seed: int = 0, batch
         ValueError: if the folder is no model of the picture world.
     """
     check_is_shapes_model(folder)
-    dtype = torch.float32 if not torch.cuda.is_available() else torch.bfloat16
+    dtype = usable_dtype(folder, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
     if torch.cuda.is_available():
         model.cuda()
