@@ -15,11 +15,11 @@ from mmmamba.conversation_mmmamba import ConversationState
 from mmmamba.conversion.publish import check_model_folder
 from mmmamba.examples.shapes.world import conversation
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
-from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 
 from .arguments import HYBRID
-from .env import usable_device, usable_dtype
+from .env import usable_device
+from .load import load_model
 
 
 DEMO_CONVERSATION = 6  # index in the held-out split; it asks for a count, a number and a position
@@ -87,8 +87,8 @@ class Chat:
 
     def __init__(self, folder: Path, device: torch.device | str, max_new_tokens: int):
         # Many CPUs have no instructions for half precision.
-        dtype = usable_dtype(folder, torch.float32 if torch.device(device).type == "cpu" else "auto")
-        self.model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+        self.model = load_model(folder, device, dtype)
         self.tokenizer = MmMambaTokenizer.from_pretrained(folder)
         self.image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
         self.generation_config = {"max_new_tokens": max_new_tokens, "do_sample": False}

@@ -5,12 +5,10 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
 from mmmamba.backends_mmmamba import BACKENDS, ENVIRONMENT, backend, unavailable_reason
-from mmmamba.configuration_mmmamba import MmMambaConfig
 
 
 PACKAGES = (
@@ -27,15 +25,6 @@ def usable_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's ways to say so
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used here ({reason}); try --device cpu.") from None
-
-
-def usable_dtype(folder: str | Path, wanted: torch.dtype | str) -> torch.dtype | str:
-    """The dtype to load a model folder in: the one wanted, or "auto" if its weights are quantised.
-
-    Transformers 5.23 and newer cast only some of the weights that are not quantised, so the layers would not fit.
-    """
-    config = MmMambaConfig.from_pretrained(folder)
-    return wanted if getattr(config, "quantization_config", None) is None else "auto"
 
 
 def run(args: argparse.Namespace) -> None:
