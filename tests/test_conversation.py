@@ -527,6 +527,23 @@ def test_the_saved_description_is_readable(tokenizer, tmp_path):
     assert described["turns"] == 1 and described["model"]["layer_types"] == ["linear_attention"] * 4
 
 
+def test_a_model_may_move_weights_when_it_first_runs(tokenizer):
+    """As bitsandbytes does, which casts biases then."""
+    expected = make_chat_model("hybrid", tokenizer).chat(tokenizer, tiles(1), "What is this?", OPTIONS)
+    model = make_chat_model("hybrid", tokenizer)
+
+    def move(module, args):
+        module.weight.data = module.weight.data.clone()
+        hook.remove()
+
+    hook = model.model.norm.register_forward_pre_hook(move)
+    state = model.conversation(tokenizer)
+    assert state.ask("What is this?", OPTIONS, tiles(1)) == expected
+    move(model.model.norm, ())
+    with pytest.raises(ValueError, match="were moved since"):
+        state.ask("Why?", OPTIONS)
+
+
 def test_a_state_can_be_copied_and_pickled(tokenizer):
     state = make_chat_model("hybrid", tokenizer).conversation(tokenizer).extend("What is this? And that?")
     expected = state.fork().ask("Why?", OPTIONS)

@@ -1,5 +1,6 @@
 """Quantised by Transformers' tools a model chats, is saved, loaded and evaluated like any other."""
 
+import json
 import shutil
 from importlib.util import find_spec
 
@@ -9,7 +10,7 @@ from model_folders import SHAPES
 from safetensors.torch import load_file
 from torch import nn
 
-from mmmamba.benchmarks.quantization import TOOLS, load_with_quanto, save_with_quanto
+from mmmamba.benchmarks.quantization import TOOLS, Tool, load_with_quanto, save_with_quanto
 from mmmamba.cli.load import load_model
 from mmmamba.cli.main import main
 from mmmamba.conversation_mmmamba import ConversationState
@@ -21,7 +22,7 @@ from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 
 MODULES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "optimum-quanto": "optimum.quanto"}
-NAMES = [name for name in TOOLS if name not in ("none", "torchao int4")]  # the latter's kernels need a GPU
+NAMES = [name for name in TOOLS if name not in ("none", "torchao int4")]  # the latter needs another package
 EXAMPLES = [example("test", 0, index) for index in range(2 * len(KINDS))]
 OPTIONS = {"max_new_tokens": 8, "do_sample": False}
 QUESTION = "<image>\nHow many objects are there?"
@@ -117,7 +118,7 @@ def test_quanto_saves_by_its_own_functions_and_transformers_says_that_it_cannot(
     assert again.chat(tokenizer, tiles(2), QUESTION, OPTIONS) == answer
 
 
-@every_tool
+@pytest.mark.parametrize("tool", tools("bitsandbytes int8", "bitsandbytes nf4", "torchao int8", "quanto int8"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_conversations_go_on_from_what_was_read(tmp_path, tool, dtype):
     tokenizer, question = make_processor().tokenizer, QUESTION.removeprefix("<image>\n")
@@ -131,7 +132,7 @@ def test_conversations_go_on_from_what_was_read(tmp_path, tool, dtype):
     assert model.chat(tokenizer, tiles(2), QUESTION, OPTIONS) == answers[0]
 
 
-@pytest.mark.parametrize("tool", tools("bitsandbytes nf4", "bitsandbytes int8", "torchao int8"))
+@pytest.mark.parametrize("tool", tools("bitsandbytes nf4", "torchao int8"))
 def test_commands_take_a_quantised_folder(tmp_path, capsys, tool):
     """Saved from bf16, as Hub models are; commands load other folders in fp32 on a CPU."""
     quantised(tool, torch.bfloat16).save_pretrained(tmp_path)
@@ -151,3 +152,17 @@ def test_4_bit_layers_run_where_bitsandbytes_would_pack_them(tmp_path, monkeypat
     expected = model.chat(tokenizer, tiles(2), QUESTION, OPTIONS)
     monkeypatch.setattr(NO_PACKING, lambda: False)
     assert quantised(tool).chat(tokenizer, tiles(2), QUESTION, OPTIONS) == expected
+
+
+@needs("bitsandbytes")
+def test_the_benchmark_counts_answers_before_and_after_loading_and_bytes(tmp_path, monkeypatch, capsys):
+    names, plain = ["none", "bitsandbytes nf4", "absent"], SHAPES / "hybrid" / "model.safetensors"
+    monkeypatch.setitem(TOOLS, "absent", Tool("no-such-package", None))
+    command = ["bench", "quantization", "--device=cpu", "--questions=4", f"--results={tmp_path}", "--tools", *names]
+    assert main(command) == 0
+    assert "absent is left out: no-such-package is not installed" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "quantization-cpu.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["tool"], row["exact"], row["reloaded"]) for row in rows] == [(name, 100, 100) for name in names[:2]]
+    assert rows[0]["MB, bf16"] == pytest.approx(plain.stat().st_size / 1e6, rel=0.01)  # but for its metadata
+    assert rows[1]["MB, bf16"] < 0.45 * rows[0]["MB, bf16"]
+    assert rows[0]["embeddings and head, MB, bf16"] == 2 * 655 * 128 * 2 / 1e6
