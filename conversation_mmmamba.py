@@ -249,24 +249,24 @@ class ConversationState:
             return
         end, last_token = max(ends, key=lambda end: (end[0], end[1] != WORD))  # control tokens split words, too
         ids = self._encode(text[:end])
-        self._check_model(sample=False)
+        known = bool(self.ids) and self._read_by is not None
+        if known:
+            self._check_model(sample=False)
         new = torch.tensor([ids], device=self.model.input_device)
         images = None
         if pixel_values is not None:
-            places = new == self.model.config.image_token_id
-            images = PromptImages(self.model, places, pixel_values)
+            images = PromptImages(self.model, new == self.model.config.image_token_id, pixel_values)
         self.model.read_prompt(
             self.cache, new, images=images, offset=len(self.ids), chunk_size=chunk_size, progress=True
         )
+        if not known:  # not before: bitsandbytes casts biases when a model first runs
+            self._read_by = None
+            self._check_model()
         self.ids += ids
         self.pending, self._last_token = text[end:], last_token
 
     def _check_model(self, sample: bool = True) -> None:
-        """Raises ValueError if the model is not what it was when it read.
-
-        Args:
-            sample: Whether to look at some weights, too; else only at what PyTorch counts.
-        """
+        """Raises ValueError if the model is not what it was when it read, by PyTorch's counts or a `sample` of it."""
         signature = (self.model.input_device, self.model.dtype, weights_signature(self.model))
         if not self.ids or self._read_by is None:
             self._read_by = (*signature, weights_sample(self.model))

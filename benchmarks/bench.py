@@ -14,6 +14,7 @@ BENCHMARKS = {
     "prefill": "reading a prompt: the same models",
     "memory": "peak memory of reading a prompt: the same models",
     "distillation": "memory and time of the distillation stages, beside naive implementations",
+    "quantization": "answers and size on disk under every quantisation tool, before saving and after loading",
 }
 
 

@@ -15,11 +15,11 @@ from mmmamba.conversation_mmmamba import ConversationState
 from mmmamba.conversion.publish import check_model_folder
 from mmmamba.examples.shapes.world import conversation
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
-from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.tokenization_mmmamba import MmMambaTokenizerFast
 
 from .arguments import HYBRID
 from .env import usable_device
+from .load import load_model
 
 
 DEMO_CONVERSATION = 6  # index in the held-out split; it asks for a count, a number and a position
@@ -81,14 +81,14 @@ class Chat:
 
     Args:
         folder: Model folder.
-        device: Where the model runs; in fp32 on the CPU, elsewhere in the dtype of its weights.
+        device: Where the model runs; in fp32 on the CPU, elsewhere or quantised in the dtype of its weights.
         max_new_tokens: Longest answer.
     """
 
     def __init__(self, folder: Path, device: torch.device | str, max_new_tokens: int):
         # Many CPUs have no instructions for half precision.
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-        self.model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+        self.model = load_model(folder, device, dtype)
         self.tokenizer = MmMambaTokenizerFast.from_pretrained(folder)
         self.image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
         self.generation_config = {"max_new_tokens": max_new_tokens, "do_sample": False}

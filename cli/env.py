@@ -11,7 +11,10 @@ import torch
 from mmmamba.backends_mmmamba import BACKENDS, ENVIRONMENT, backend, unavailable_reason
 
 
-PACKAGES = ("torch", "torchvision", "transformers", "triton", "mamba-ssm", "causal-conv1d", "flash-attn", "accelerate")
+PACKAGES = (
+    "torch", "torchvision", "transformers", "triton", "mamba-ssm", "causal-conv1d", "flash-attn", "accelerate",
+    "bitsandbytes", "torchao", "optimum-quanto",
+)  # fmt: skip
 
 
 def usable_device(name: str | None) -> torch.device:

@@ -264,29 +264,6 @@ def test_an_assistant_of_any_size_reads_the_pictures_itself(monkeypatch):
     assert sum(steps) == 1
 
 
-OFFLOADED = {
-    "embeddings": ["model.embed_tokens", "model.vision_embeddings"],
-    "a Mamba-2 layer": ["model.layers.0"],
-    "an attention layer": ["model.layers.1"],
-    "norms and head": ["model.norm", "lm_head"],
-}
-
-
-@pytest.mark.parametrize("modules", list(OFFLOADED.values()), ids=list(OFFLOADED))
-@pytest.mark.parametrize("place", ["disk", "cpu"])
-def test_offloaded_modules_give_the_same_tokens(tmp_path, modules, place):
-    model = tiny_model("hybrid").float()
-    model.save_pretrained(tmp_path / "model")
-    names = ["vision_embeddings", "embed_tokens", "norm", "embedding_rotary_emb", "rotary_emb"]
-    names += [f"layers.{i}" for i in range(4)]
-    places = dict.fromkeys([*(f"model.{name}" for name in names), "lm_head"], "cpu") | dict.fromkeys(modules, place)
-    again = type(model).from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload")
-    if place == "disk":
-        assert any(parameter.is_meta for parameter in again.parameters())
-    inputs = batch() | {"pixel_values": batch()["pixel_values"].float()}
-    assert generate(again, inputs)[0].tolist() == generate(model, inputs)[0].tolist()
-
-
 def test_whoever_replaces_the_hook_gets_the_whole_prompt(model, monkeypatch):
     """As PEFT's prompt tuning does, which puts virtual tokens before the prompt of the first step."""
     ids, options = prompt(9, seed=4), {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
