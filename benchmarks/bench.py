@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_benchmark_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     arguments.device(parser)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--rounds", type=int, default=7, help="times that each candidate is timed")
+    parser.add_argument("--threads", type=arguments.positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--rounds", type=arguments.positive, default=7, help="times that each candidate is timed")
     parser.add_argument("--results", type=Path, help="folder for JSON and plot (default: neither is written)")
     import_module(f"mmmamba.benchmarks.{name}").add_arguments(parser)
 

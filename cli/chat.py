@@ -18,6 +18,7 @@ from mmmamba.conversion.publish import check_model_folder
 from mmmamba.examples.shapes.world import conversation
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+from mmmamba.processing_mmmamba import as_text
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 
 from .arguments import HYBRID
@@ -100,8 +101,8 @@ class Chat:
         self.pixel_values, self.num_patches_list = None, []
         self.add_images(images)
         for text in texts:
-            # What looks like a placeholder in a document is none.
-            self.state.extend(text.replace("<image>", "<image >").rstrip() + "\n\n")
+            # What looks like a placeholder in a document is text.
+            self.state.extend(as_text(text.rstrip() + "\n\n", self.tokenizer))
 
     def add_images(self, images: Sequence[Image.Image]) -> None:
         """Adds images to the next question: in front of it, or where it says `<image>`."""
