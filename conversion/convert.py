@@ -116,7 +116,7 @@ class _Section:
 
     def _checked(self, key: str, value):
         kind = _TYPE_OF.get(key)
-        is_number = type(value) in (int, float) and math.isfinite(value)
+        is_number = type(value) in (int, float) and -1e300 < value < 1e300  # NaN is not
         if kind is not None and not (is_number if kind is float else type(value) is kind):
             raise ValueError(f"config.json has {self.path(key)}={value!r:.200}; it must be {_TYPE_NAMES[kind]}.")
         return value
