@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import mmmamba
 from mmmamba.cli import chat
 from mmmamba.cli.main import main
 from mmmamba.conversion.publish import whole_folder
-from mmmamba.processing_mmmamba import as_text
+from mmmamba.tokenization_mmmamba import PLAIN_TEXT_MARK
 
 
 SHAPES = Path(mmmamba.__file__).parent / "examples" / "shapes"
@@ -140,16 +139,14 @@ def test_options_that_cannot_be_used_are_refused(capsys, tmp_path):
         assert words in failed(capsys, *arguments)
 
 
-def test_a_placeholder_in_a_document_is_read_as_it_is_written(monkeypatch):
-    texts = []
+def test_a_placeholder_in_a_document_is_read_as_it_is_written():
     talk = chat.Chat(HYBRID, "cpu", 4)
-    text = "HTML has <img> and some have <image>."
+    text = "HTML has <img> and some have <image>. So it is."
     talk.start(texts=[text])
-    read = talk.tokenizer.decode(talk.state.ids, skip_special_tokens=False) + talk.state.pending
-    texts.append(read)
-    alone = talk.tokenizer(as_text(text, talk.tokenizer), add_special_tokens=False)["input_ids"]
-    assert str(alone)[1:-1] in str(talk.state.ids)
-    assert "<image >" not in read and talk.model.config.image_token_id not in talk.state.ids
+    read = talk.tokenizer.decode(talk.state.ids) + talk.state.pending
+    assert text in read.replace(PLAIN_TEXT_MARK, "")
+    control = talk.tokenizer.convert_tokens_to_ids(["<img>", "</img>", "<IMG_CONTEXT>"])
+    assert not {*control} & {*talk.state.ids}
 
 
 def test_a_damaged_chat_template_is_one_sentence(capsys, tmp_path):
@@ -167,10 +164,3 @@ def test_a_damaged_chat_template_is_one_sentence(capsys, tmp_path):
     ):
         (folder / "chat_template.jinja").write_text(template)
         assert "chat template cannot be rendered" in failed(capsys, "chat", "--model", folder, "Why?")
-
-
-@pytest.mark.skipif("CI" in os.environ, reason="a busy machine may take longer")
-def test_help_answers_within_a_second():
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "mmmamba", "distill", "--help"], capture_output=True, check=True)
-    assert time.perf_counter() - began < 5  # a second where nothing else runs
