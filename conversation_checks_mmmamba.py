@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from .processing_mmmamba import TemplateError
 
 
-def check_call(question=None, history=None, system_message=None, num_patches_list=()) -> None:
+def check_call(question="", history=None, system_message=None, num_patches_list=()) -> None:
     """Raises ValueError for what is no text, no list of (question, answer) pairs, or no number of tiles."""
     if history is not None and not isinstance(history, (list, tuple)):
         raise ValueError(f"history={history!r:.80} is no list of (question, answer) pairs; give one, or None.")
@@ -16,7 +16,7 @@ def check_call(question=None, history=None, system_message=None, num_patches_lis
     texts = [("question", question), ("system_message", system_message)]
     texts += [("history", text) for pair in history or () for text in pair]
     for name, text in texts:
-        if text is None and name != "history":
+        if text is None and name == "system_message":
             continue
         if not isinstance(text, str):
             raise ValueError(f"{name} has {text!r:.80} of type {type(text).__name__}; give a text.")

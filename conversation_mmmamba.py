@@ -514,6 +514,8 @@ class ConversationMixin:
         Returns:
             The answers, or the answers and the histories.
         """
+        if not isinstance(questions, (list, tuple)):
+            raise ValueError(f"questions={questions!r:.80} is no list of texts; give one question per conversation.")
         if num_patches_list is None:
             num_patches_list = [0 if pixel_values is None else 1] * len(questions)
         if len(num_patches_list) != len(questions):

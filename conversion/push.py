@@ -46,9 +46,8 @@ def run(args: argparse.Namespace) -> None:
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
     for name, file in sorted(files.items()):
         is_link = isinstance(file, Path) and file.is_symlink()
-        print(
-            f"{_format_size(sizes[name]):>9}  {printable(name)}{' (a link; its content is uploaded)' if is_link else ''}"
-        )
+        note = " (a link; its content is uploaded)" if is_link else ""
+        print(f"{_format_size(sizes[name]):>9}  {printable(name)}{note}")
     print(f"{_format_size(sum(sizes.values())):>9}  in {len(files)} files\n")
     print(f"metadata of README.md:\n{_model_card(files['README.md']).data.to_yaml().strip()}\n")
     branch = f", branch {args.revision}" if args.revision else ""

@@ -350,6 +350,42 @@ def test_tensors_that_no_conversation_has_are_refused(saved, tmp_path):
         assert "a.safetensors" in refused(load_with, saved, tmp_path / "a.safetensors", tensors=tensors), case
 
 
+# --- calls -----------------------------------------------------------------------------------------------------------
+
+
+def test_calls_with_what_is_no_text_no_history_or_no_count_are_refused(saved):
+    model, tokenizer, _, _ = saved
+    options, tiles = {"max_new_tokens": 2, "do_sample": False}, torch.zeros(1, 3, 16, 16)
+    state = model.conversation(tokenizer)
+
+    def chat(question="a", pixel_values=None, **more):
+        model.chat(tokenizer, pixel_values, question, options, **more)
+
+    def batch(questions, pixel_values=None, **more):
+        model.batch_chat(tokenizer, pixel_values, questions, options, **more)
+
+    for call, arguments, more in (
+        *((chat, (question,), {}) for question in (None, 5, b"a", ["a"], "a\ud800", "\udfff")),
+        *(
+            (chat, (), {"history": value})
+            for value in ("ab", 3, [("a",)], [("a", None)], [("a", 3)], [3], [("\ud800", "b")])
+        ),
+        *((chat, (), {"system_message": value}) for value in (3, ["a"], "\ud800")),
+        *((chat, ("a", tiles), {"num_patches_list": value}) for value in ([-1, 2], [0, 1], [1.0], [True], ["1"])),
+        *((batch, (value,), {}) for value in ("ab", None, 3, ["a", None], ["a", "\ud800"])),
+        (batch, (["a", "b"], tiles), {"num_patches_list": [-1, 2]}),
+        (batch, (["a"],), {"history": [[("a", 3)]]}),
+        *((state.extend, (value,), {}) for value in (5, "\ud800", ["a"])),
+        (state.extend, ("a", tiles, [-1, 2]), {}),
+        *((state.ask, (value, options), {}) for value in (None, 5, "\ud800")),
+        *((state.add_turn, value, {}) for value in (("a", None), (None, "a"), ("a", "\ud800"))),
+        (model.conversation, (tokenizer, 3), {}),
+    ):
+        assert refused(call, *arguments, **more)
+    assert (state.ids, state.pending, state.turns) == ([], "", 0)
+    chat("a null byte \0 is text", system_message="\0")
+
+
 # --- anything --------------------------------------------------------------------------------------------------------
 
 JSON = st.recursive(
