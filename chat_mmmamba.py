@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .chat_template_mmmamba import PLACEHOLDER
+from .chat_template_mmmamba import PLACEHOLDER, check_call
 from .conversation_mmmamba import ConversationState
 from .fingerprint_mmmamba import pictures_digest
 from .generation_mmmamba import answer_options, call_options, generation_option, wants_another_cache
@@ -139,6 +139,7 @@ class ChatMixin:
         """
         _check_picture_tokens(IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
         system_message, options = self._system_message(system_message), call_options(generation_config)
+        check_call(question, history, system_message, num_patches_list)
         pixel_values, num_patches_list = as_tiles(pixel_values, num_patches_list, self.config, tokenizer)
         if num_patches_list is None:
             num_patches_list = [] if pixel_values is None else [len(pixel_values)]
@@ -237,6 +238,8 @@ class ChatMixin:
             The answers, or the answers and the histories.
         """
         _check_picture_tokens(IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
+        if not isinstance(questions, (list, tuple)):
+            raise ValueError(f"questions={questions!r:.80} is no list of texts; give one question per conversation.")
         if image_counts is not None:
             if num_patches_list is not None:
                 raise ValueError("image_counts is an older name of num_patches_list; give num_patches_list alone.")
@@ -254,6 +257,8 @@ class ChatMixin:
         histories = history if history is not None else [None] * len(questions)
         if len(histories) != len(questions):
             raise ValueError(f"history has {len(histories)} entries for {len(questions)} questions; give one each.")
+        for conversation in zip(questions, histories, [system_message] * len(questions), pictures, strict=True):
+            check_call(*conversation)
         questions = [
             "<image>\n" + question if earlier is None and tiles and "<image>" not in question else question
             for question, earlier, tiles in zip(questions, histories, pictures, strict=True)

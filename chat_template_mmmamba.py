@@ -44,6 +44,25 @@ def check_text(text: str, name: str = "A text") -> str:
     return text
 
 
+def check_call(question="", history=None, system_message=None, num_patches_list=()) -> None:
+    """Raises ValueError for what is no text, no list of (question, answer) pairs, or no number of tiles."""
+    if history is not None and not isinstance(history, (list, tuple)):
+        raise ValueError(f"history={history!r:.80} is no list of (question, answer) pairs; give one, or None.")
+    for pair in history or ():
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(f"The history has {pair!r:.80}, which is no (question, answer) pair; give pairs.")
+        for text in pair:
+            check_text(text, "history")
+    check_text(question, "question")
+    if system_message is not None:
+        check_text(system_message, "system_message")
+    for count in num_patches_list or ():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(
+                f"num_patches_list has {count!r:.80}; give the number of tiles of each picture, 1 or more."
+            )
+
+
 def as_text(text: str, tokenizer) -> str:
     """Marks `text` so that the tokenizer encodes control tokens and placeholders in it as plain text.
 
@@ -157,8 +176,8 @@ def template_errors_in_a_sentence():
     try:
         yield
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if isinstance(error, jinja2.TemplateError) or frames[-1].filename == "<template>":
+        in_template = any(frame.filename == "<template>" for frame in traceback.extract_tb(error.__traceback__))
+        if isinstance(error, jinja2.TemplateError) or in_template:
             raise ValueError(f"The chat template cannot render this conversation: {error}.") from None
         raise
 

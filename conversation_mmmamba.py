@@ -17,13 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
 from .cache_mmmamba import CACHE
-from .chat_template_mmmamba import BOUNDARY_MARK, PLACEHOLDER, PLAIN_TEXT_MARK, as_text, encode_prompt
+from .chat_template_mmmamba import BOUNDARY_MARK, PLACEHOLDER, PLAIN_TEXT_MARK, as_text, check_call, encode_prompt
 from .fingerprint_mmmamba import weights_checksum, weights_sample, weights_signature
 from .generation_mmmamba import PromptImages, answer_options, generation_option, wants_another_cache
 from .pictures_mmmamba import as_tiles
@@ -33,9 +32,9 @@ from .processing_mmmamba import (
     expand_placeholders,
     template_parts,
 )
+from .saved_conversation_mmmamba import FORMAT, check_conversation, read_conversation
 
 
-FORMAT = "mmmamba-conversation-2"
 # Text up to the last space that follows no other: see `MmMambaTokenizer.splits_at_spaces`.
 WORDS = re.compile(f".*[^\\s▁{PLAIN_TEXT_MARK}{BOUNDARY_MARK}](?= )", re.DOTALL)
 WORD = "x"  # any word, to stand before a space
@@ -78,6 +77,7 @@ class ConversationState:
         self.turns = 0
         self._last_token = ""  # text whose encoding ends as `ids` do: a control token, or a word
         self._read_by: tuple | None = None  # signature of the weights that read `ids`
+        check_call(system_message=system_message)
         self._template = template_parts(tokenizer, system_message)
         self._lock = threading.RLock()
 
@@ -140,6 +140,7 @@ class ConversationState:
             ValueError: as `extend`, and if nothing is asked, or another cache is asked for; the conversation stays as
                 it was then.
         """
+        check_call(question)
         with self._lock:
             if not self.in_turn and not question.replace(PLACEHOLDER, "").strip():
                 raise ValueError("The question is empty; ask something.")
@@ -179,6 +180,7 @@ class ConversationState:
         prefill_chunk_size: int | None = None,
     ) -> None:
         """Adds a turn whose answer is known; arguments and what is raised as in `extend` and `ask`."""
+        check_call(history=[(question, answer)])
         end = self._template["end of turn"]
         with self._lock, self._rollback_on_error():
             self._add_to_turn(question, pixel_values, num_patches_list, end, chunk_size=prefill_chunk_size)
@@ -210,6 +212,7 @@ class ConversationState:
         chunk_size: int | None = None,
     ) -> None:
         """Adds to the user's turn, see `extend`, and what the template writes behind it."""
+        check_call(text, num_patches_list=num_patches_list)
         pixel_values, num_patches_list = as_tiles(pixel_values, num_patches_list, self.model.config, self.tokenizer)
         if num_patches_list is None:
             num_patches_list = [] if pixel_values is None else [len(pixel_values)]
@@ -347,25 +350,7 @@ class ConversationState:
         Raises:
             ValueError: if the file is no saved conversation, or one with another model or other weights.
         """
-        try:
-            with safe_open(file, "pt", device=str(model.input_device)) as opened:
-                described = json.loads((opened.metadata() or {}).get("mmmamba", "{}"))
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        except FileNotFoundError:
-            raise ValueError(f"{file} does not exist; give a file that ConversationState.save wrote.") from None
-        except OSError as error:
-            raise ValueError(
-                f"{file} cannot be read ({error}); give a file that ConversationState.save wrote."
-            ) from None
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is not a whole safetensors file ({error}); save the conversation again."
-            ) from None
-        if described.get("format") != FORMAT:
-            raise ValueError(
-                f"{file} is no conversation saved by this version (its format is {described.get('format')!r}, not "
-                f"{FORMAT!r}); give a file that ConversationState.save wrote."
-            )
+        described, tensors = read_conversation(file, str(model.input_device))
         state = cls(model, tokenizer, described["system_message"])
         fingerprint = state._fingerprint()
         if described["model"] != fingerprint:
@@ -373,7 +358,8 @@ class ConversationState:
             raise ValueError(
                 f"{file} is another model's conversation ({', '.join(differing)} differ); load that model."
             )
-        state._check_tensors(tensors, file)
+        known = {"", WORD, *tokenizer.get_added_vocab()}
+        check_conversation(described, tensors, model.config.text_config, known, file)
         ids = tensors.pop("ids").tolist()
         tensors = {name: x if name.endswith("recurrent_state") else x.to(model.dtype) for name, x in tensors.items()}
         state.cache.load_tensors(tensors, len(ids))
@@ -382,22 +368,6 @@ class ConversationState:
         for name in ("pending", "in_turn", "turns"):
             setattr(state, name, described[name])
         return state
-
-    def _check_tensors(self, tensors: dict[str, Tensor], file: str | Path) -> None:
-        """Raises ValueError unless these are the tensors that `save` writes for this model."""
-        text = self.model.config.text_config
-        heads, kv_heads, size = text.num_attention_heads, text.num_key_value_heads, text.head_dim
-        expected = {"ids": list(tensors["ids"].shape[:1]) if "ids" in tensors else [0]}
-        read = expected["ids"][0]
-        for index, kind in enumerate(text.layer_types if read else ()):
-            if kind == "linear_attention":
-                expected[f"layers.{index}.conv_state"] = [1, (heads + 2 * kv_heads) * size, text.conv_kernel - 1]
-                expected[f"layers.{index}.recurrent_state"] = [1, heads, size, size]
-            else:
-                names = (f"layers.{index}.{name}" for name in ("keys", "values"))
-                expected |= {name: [1, kv_heads, read, size] for name in names}
-        if {name: list(tensor.shape) for name, tensor in tensors.items()} != expected:
-            raise ValueError(f"{file} does not hold the tensors of a whole conversation; save the conversation again.")
 
 
 __all__ = ["ConversationState"]
