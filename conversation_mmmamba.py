@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .cache_mmmamba import CACHE
+from .cache_mmmamba import CACHE, expected_shapes
 from .fingerprint_mmmamba import pictures_digest, weights_checksum, weights_sample, weights_signature
 from .generation_mmmamba import PromptImages, answer_options, generation_option
 from .processing_mmmamba import (
@@ -361,17 +361,9 @@ class ConversationState:
 
     def _check_tensors(self, tensors: dict[str, Tensor], file: str | Path) -> None:
         """Raises ValueError unless these are the tensors that `save` writes for this model."""
-        text = self.model.config.text_config
-        heads, kv_heads, size = text.num_attention_heads, text.num_key_value_heads, text.head_dim
-        expected = {"ids": list(tensors["ids"].shape[:1]) if "ids" in tensors else [0]}
-        read = expected["ids"][0]
-        for index, kind in enumerate(text.layer_types if read else ()):
-            if kind == "linear_attention":
-                expected[f"layers.{index}.conv_state"] = [1, (heads + 2 * kv_heads) * size, text.conv_kernel - 1]
-                expected[f"layers.{index}.recurrent_state"] = [1, heads, size, size]
-            else:
-                names = (f"layers.{index}.{name}" for name in ("keys", "values"))
-                expected |= {name: [1, kv_heads, read, size] for name in names}
+        read = len(tensors["ids"]) if "ids" in tensors and tensors["ids"].ndim else 0
+        places = tensors.get("image_places") if self.model.model.shuffles_behind else None
+        expected = {"ids": [read]} | expected_shapes(self.model.config.text_config, read, places)
         if {name: list(tensor.shape) for name, tensor in tensors.items()} != expected:
             raise ValueError(f"{file} does not hold the tensors of a whole conversation; save the conversation again.")
 
