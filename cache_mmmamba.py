@@ -28,7 +28,8 @@ class MmMambaKeyValueLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Args: (batch, heads, new tokens, head_dim) each. Returns all keys and all values."""
-        if torch.is_grad_enabled():  # autograd may have saved the buffers for a backward pass
+        # Autograd may have saved the buffers for a backward pass, and a compiled graph has no use for them.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().update(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -413,7 +414,7 @@ def _new_layer(kind: str, max_cache_len: int | None = None, in_place: bool = Tru
 
 def _writable(tensor: Tensor) -> bool:
     """Tensors made in inference mode cannot be changed outside of it."""
-    return torch.is_inference_mode_enabled() or not tensor.is_inference()
+    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
 def _own(states: dict[int, Tensor]) -> Tensor:

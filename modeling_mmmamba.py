@@ -381,7 +381,8 @@ class MmMambaModel(MmMambaPreTrainedModel):
                 "(tiles, channels, height, width)."
             )
         # Tiles do not see each other; their patches take several times the memory of their rows.
-        rows = torch.cat([self.vision_embeddings(tiles) for tiles in pixel_values.split(32)])
+        pieces = [pixel_values] if torch.compiler.is_compiling() else pixel_values.split(32)
+        rows = torch.cat([self.vision_embeddings(tiles) for tiles in pieces])
         return BaseModelOutputWithPooling(last_hidden_state=rows, pooler_output=rows)
 
     def image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -402,10 +403,13 @@ class MmMambaModel(MmMambaPreTrainedModel):
             return rows
         image_rows = image_rows.reshape(-1, rows.shape[-1]).to(rows.device, rows.dtype)
         places = self.image_places(input_ids, inputs_embeds).to(rows.device)
-        if int(places.sum()) != len(image_rows):
+        count = places.sum().item()
+        if torch.compiler.is_compiling():
+            torch._check(count == image_rows.shape[0])  # `len` would fix the number
+        elif count != len(image_rows):
             raise ValueError(
-                f"The prompt has {int(places.sum())} image tokens but the pictures give {len(image_rows)} rows; use "
-                "the processor, or repeat <IMG_CONTEXT> once per row of every tile."
+                f"The prompt has {count} image tokens but the pictures give {len(image_rows)} rows; use the "
+                "processor, or repeat <IMG_CONTEXT> once per row of every tile."
             )
         return rows.masked_scatter(places[..., None], image_rows)
 
