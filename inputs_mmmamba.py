@@ -69,7 +69,7 @@ def stack_inputs(
         if attends:
             padding = attention_mask
             if padding is None and cache is not None:
-                padding = cache.filled(len(rows), rows.shape[1], rows.device)
+                padding = cache.filled(*rows.shape[:2], rows.device)  # `len` would fix an exported size
             # By position: the cache's argument has another name in every second version of Transformers.
             restarting = None if sequences is None else position_ids
             masks["full_attention"] = create_causal_mask(config, rows, padding, cache, restarting)
