@@ -48,7 +48,8 @@ class FlatModel(nn.Module):
             outputs = self.model(
                 input_ids=input_ids, pixel_values=pixel_values, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
-        return (outputs.logits, *(cache.tensors()[name] for name in self.names))
+        tensors = cache.tensors()  # may be views of longer ones
+        return (outputs.logits, *(tensors[name].contiguous() for name in self.names))
 
     def shapes_of_past(self) -> list[dict[int, torch.export.Dim]]:
         """The dynamic dimensions of `past`, for `dynamic_shapes`: batch, and tokens of keys and values."""
