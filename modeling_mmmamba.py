@@ -469,9 +469,8 @@ class MmMambaModel(MmMambaPreTrainedModel):
             mm_encoder_outputs = {"image": self.get_image_features(pixel_values)}
         image_outputs = (mm_encoder_outputs or {}).get("image")
         image_rows = None if image_outputs is None else image_outputs.pooler_output
-        places = None
-        if image_rows is not None and self.shuffles_behind:
-            places = self.image_places(input_ids, inputs_embeds)
+        patches_given = image_rows is not None and self.shuffles_behind
+        places = self.image_places(input_ids, inputs_embeds) if patches_given else None
         inputs_embeds = self.embed(input_ids, inputs_embeds, None if self.shuffles_behind else image_rows)
 
         cache = past_key_values if cache is None else cache
