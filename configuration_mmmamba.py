@@ -69,8 +69,10 @@ class MmMambaVisionConfig(PreTrainedConfig):
         image_size: Side of a square tile, in pixels.
         patch_size: Side of a square patch, in pixels; must divide `image_size`.
         num_channels: Colour channels of a tile.
-        use_pixel_shuffle: Whether 2x2 neighbouring patches are concatenated and projected to one row
-            (upstream's `pixel_shuffle_loc="pre"`), which divides the number of rows by four.
+        use_pixel_shuffle: Whether 2x2 neighbouring patches are concatenated and projected to one row, which divides
+            the number of rows by four.
+        pixel_shuffle_loc: Where that happens: "pre", before the embedding layers, or "post", behind them (HoVLE-HD),
+            so that embedding layers read four patches where language layers read one row.
         initializer_range: Standard deviation of the initial weights.
     """
 
@@ -81,6 +83,7 @@ class MmMambaVisionConfig(PreTrainedConfig):
     patch_size: int = 14
     num_channels: int = 3
     use_pixel_shuffle: bool = True
+    pixel_shuffle_loc: str = "pre"
     initializer_range: float = 0.02
 
     @property
@@ -89,8 +92,18 @@ class MmMambaVisionConfig(PreTrainedConfig):
 
     @property
     def tokens_per_tile(self) -> int:
-        """Number of decoder positions that one tile takes."""
+        """Number of decoder positions that one tile takes in the prompt."""
         return self.patches_per_side**2 // (4 if self.use_pixel_shuffle else 1)
+
+    @property
+    def patches_per_token(self) -> int:
+        """Positions of the embedding layers for one image token of the prompt: 4 in HoVLE-HD, else 1."""
+        return 4 if self.use_pixel_shuffle and self.pixel_shuffle_loc == "post" else 1
+
+    @property
+    def extra_positions_per_tile(self) -> int:
+        """Positions that a tile takes in the embedding layers beyond its tokens: 0 but in HoVLE-HD."""
+        return self.tokens_per_tile * (self.patches_per_token - 1)
 
     def __post_init__(self, **kwargs):
         _check_inherited(self, kwargs)
@@ -105,6 +118,8 @@ class MmMambaVisionConfig(PreTrainedConfig):
                 f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; choose sizes where "
                 "patches fill the tile."
             )
+        if self.pixel_shuffle_loc not in ("pre", "post"):
+            raise ValueError(f"pixel_shuffle_loc={self.pixel_shuffle_loc!r} is unknown; use 'pre' or 'post'.")
         if self.use_pixel_shuffle and self.patches_per_side % 2:
             raise ValueError(
                 f"use_pixel_shuffle needs an even number of patches per side, but image_size={self.image_size} and "
@@ -281,11 +296,20 @@ class MmMambaConfig(PreTrainedConfig):
         self.text_config.ssm_implementation = value
 
     def validate_architecture(self):
-        """Refuses an image token outside the vocabulary. Raises ValueError."""
+        """Refuses an image token outside the vocabulary, and HoVLE-HD without embedding layers. Raises ValueError."""
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"image_token_id={self.image_token_id} lies outside the vocabulary of {self.text_config.vocab_size} "
                 "tokens; give the id of <IMG_CONTEXT>."
+            )
+        if self.vision_config.patches_per_token > 1 and self.text_config.num_embedding_layers == 0:
+            raise ValueError(
+                "pixel_shuffle_loc='post' shuffles behind the embedding layers, but num_embedding_layers=0; use 'pre'."
+            )
+        if self.vision_config.patches_per_token > 1 and self.text_config.normalize_embedding_output:
+            raise ValueError(
+                "pixel_shuffle_loc='post' with normalize_embedding_output=True is not supported: no published model "
+                "has both, so which comes first is not known."
             )
 
 

@@ -359,7 +359,7 @@ class ConversationState:
                 f"{file} is another model's conversation ({', '.join(differing)} differ); load that model."
             )
         known = {"", WORD, *tokenizer.get_added_vocab()}
-        check_conversation(described, tensors, model.config.text_config, known, file)
+        check_conversation(described, tensors, model, known, file)
         ids = tensors.pop("ids").tolist()
         tensors = {name: x if name.endswith("recurrent_state") else x.to(model.dtype) for name, x in tensors.items()}
         state.cache.load_tensors(tensors, len(ids))

@@ -59,10 +59,13 @@ class PromptImages:
     def __init__(self, model, places: Tensor, pixel_values: Tensor | None = None, rows: Tensor | None = None):
         self.model, self.batch_size = model, len(places)
         self.index = (places.flatten().cumsum(0).view_as(places) - 1).masked_fill(~places, -1)
+        vision = model.config.vision_config
+        self.rows_per_token = vision.patches_per_token
+        self.tokens_per_line = 1 if self.rows_per_token == 1 else vision.patches_per_side // 2
         self.dropped = 0
         self.tiles = iter(() if rows is not None else pixel_values.split(TILES_AT_ONCE))
-        self.rows = next(self._encoded()) if rows is None else rows.reshape(-1, rows.shape[-1])
-        there, expected = len(self.rows), model.config.vision_config.tokens_per_tile
+        self.rows = next(self._encoded()) if rows is None else self._by_token(rows)
+        there, expected = len(self.rows), vision.tokens_per_tile
         if rows is None:
             per_tile = there // min(TILES_AT_ONCE, len(pixel_values))
             there = per_tile * len(pixel_values)
@@ -80,7 +83,24 @@ class PromptImages:
 
     def _encoded(self):
         for tiles in self.tiles:
-            yield self.model.get_image_features(tiles).pooler_output.flatten(0, 1)
+            yield self._by_token(self.model.get_image_features(tiles).pooler_output)
+
+    def _by_token(self, rows: Tensor) -> Tensor:
+        """(image tokens, rows of each, hidden)."""
+        return rows.reshape(-1, self.rows_per_token, rows.shape[-1])
+
+    def cut_before(self, stop: int) -> int:
+        """The last place up to `stop` where the prompt may be cut: not within what is shuffled together."""
+        line = self.tokens_per_line
+        while line > 1 and stop < self.index.shape[1] and (self.index[:, stop].clamp(min=0) % line).any():
+            stop -= 1
+        return stop
+
+    def cut_behind(self, stop: int) -> int:
+        """The first such place from `stop` on."""
+        while stop < self.index.shape[1] and self.cut_before(stop) != stop:
+            stop += 1
+        return stop
 
     def within(self, start: int, stop: int, repeats: int = 1, drop: bool = False) -> dict | None:
         """Rows for the tokens from `start` to `stop`, as the argument `mm_encoder_outputs`; None if there are none.
@@ -99,7 +119,7 @@ class PromptImages:
         rows = self.rows[(index - self.dropped).to(self.rows.device)]
         if drop and self.batch_size == 1:  # in a batch, the next piece of another row may need earlier ones
             self.rows, self.dropped = self.rows[last + 1 - self.dropped :], last + 1
-        return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
+        return {"image": BaseModelOutputWithPooling(pooler_output=rows.flatten(0, 1))}
 
 
 def generation_option(model, kwargs: dict, name: str):
@@ -360,6 +380,7 @@ class MmMambaGenerationMixin(GenerationMixin):
             size = call.prompt["chunk_size"] or self.default_chunk_size(len(given), call.begin + length, given.device)
             # Where several copies of a row follow, they should have no more than one token to read again.
             stop = begin + (length - 1 - begin) // size * size if call.repeats == 1 else length - 1
+            stop = stop if call.images is None else max(begin, call.images.cut_before(stop))
             self.read_prompt(call.cache, images=call.images, stop=stop, **call.prompt | {"chunk_size": size})
         MmMambaCache.wrapping(call.cache, self.config.text_config).repeat_rows(call.repeats)
 
@@ -405,8 +426,11 @@ class MmMambaGenerationMixin(GenerationMixin):
             disable=None if progress else True,
             leave=False,
         ) as bar:
-            for first in range(begin, stop, size):
+            first = begin
+            while first < stop:
                 last = min(first + size, stop)
+                if images is not None and (last := images.cut_before(last)) <= first:
+                    last = min(images.cut_behind(first + size), stop)
                 positions = position_ids
                 if positions is not None:
                     end = positions.shape[-1] - length + last
@@ -420,6 +444,7 @@ class MmMambaGenerationMixin(GenerationMixin):
                 pictures = None if images is None else images.within(first, last, drop=True)
                 self.model(**self._moved(inputs), use_cache=True, mm_encoder_outputs=pictures, **{CACHE: cache})
                 bar.update(last - first)
+                first = last
 
     def default_chunk_size(self, rows: int, length: int, device: torch.device) -> int:
         """How many tokens of a prompt are read at once, if nobody says.
@@ -492,7 +517,9 @@ class MmMambaGenerationMixin(GenerationMixin):
         if call.step is not None and call.step.is_full:  # a stopping criterion of one's own let it go on
             call.step.release()
             call.step = None
-        if call.step is None:
+        if call.step is None and not cache.can_be_fixed:  # it has read pictures that a recording has no place for
+            call.may_record = False
+        elif call.step is None:
             rows, capacity = len(inputs["input_ids"]), cache.get_seq_length() + call.new_tokens
             try:
                 call.step = RecordedStep(

@@ -7,6 +7,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .cache_mmmamba import expected_shapes
+
 
 FORMAT = "mmmamba-conversation-2"
 REMEDY = "give a file that ConversationState.save wrote"
@@ -61,34 +63,28 @@ def read_conversation(file: str | Path, device: str) -> tuple[dict, dict[str, Te
 
 
 def check_conversation(
-    described: dict, tensors: dict[str, Tensor], config, last_tokens: Collection[str], file: str | Path
+    described: dict, tensors: dict[str, Tensor], model, last_tokens: Collection[str], file: str | Path
 ) -> None:
     """Raises ValueError unless these are the tensors that `save` writes for this model.
 
     Args:
         described: See `read_conversation`.
         tensors: The same.
-        config: The model's `text_config`.
+        model: Which is to go on with it.
         last_tokens: What the read part may end with.
         file: For messages.
     """
-    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    expected = {"ids": list(tensors["ids"].shape[:1]) if "ids" in tensors else [0]}
-    read = expected["ids"][0] if expected["ids"] else 0
-    for index, kind in enumerate(config.layer_types if read else ()):
-        if kind == "linear_attention":
-            expected[f"layers.{index}.conv_state"] = [1, (heads + 2 * kv_heads) * size, config.conv_kernel - 1]
-            expected[f"layers.{index}.recurrent_state"] = [1, heads, size, size]
-        else:
-            names = (f"layers.{index}.{name}" for name in ("keys", "values"))
-            expected |= {name: [1, kv_heads, read, size] for name in names}
+    config = model.config.text_config
+    read = len(tensors["ids"]) if "ids" in tensors and tensors["ids"].ndim else 0
+    places = tensors.get("image_places") if model.model.shuffles_behind else None
+    expected = {"ids": [read]} | expected_shapes(config, read, places)
     remedy = "save the conversation again"
     if {name: list(tensor.shape) for name, tensor in tensors.items()} != expected or tensors["ids"].ndim != 1:
         raise ValueError(f"{file} does not hold the tensors of a whole conversation; {remedy}.")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() == (name == "ids") or tensor.is_complex():
+        if tensor.is_floating_point() == (name in ("ids", "image_places")) or tensor.is_complex():
             raise ValueError(f"{file} is damaged: its {name} are {tensor.dtype}; {remedy}.")
-        if name != "ids" and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{file} is damaged: its {name} has NaN or infinite values; {remedy}.")
     ids = tensors["ids"]
     if read and not 0 <= ids.min().item() <= ids.max().item() < config.vocab_size:

@@ -267,10 +267,11 @@ def _rope(section: _Section, max_position_embeddings: int) -> dict:
 
 def _vision(root: _Section, embedding: _Section) -> MmMambaVisionConfig:
     shuffled = bool(embedding.get("use_pixel_shuffle_proj"))
-    if shuffled and embedding.get("pixel_shuffle_loc", "pre") != "pre":
+    loc = embedding.get("pixel_shuffle_loc", "pre")
+    if loc not in ("pre", "post") or (loc == "post" and not shuffled):
         raise ValueError(
-            f"This is HoVLE-HD (pixel_shuffle_loc={embedding.get('pixel_shuffle_loc')!r}): its images are shuffled "
-            "after the embedding layers, which is not supported; convert a model with pixel_shuffle_loc='pre'."
+            f"config.json has pixel_shuffle_loc={loc!r} with use_pixel_shuffle_proj={shuffled}; known are 'pre', and "
+            "'post' where pixels are shuffled."
         )
     ratio = root.get("downsample_ratio", embedding.get("downsample_ratio", 0.5))
     if not math.isclose(ratio, 0.5 if shuffled else 1.0):
@@ -289,6 +290,7 @@ def _vision(root: _Section, embedding: _Section) -> MmMambaVisionConfig:
         patch_size=embedding["patch_size"],
         num_channels=embedding.get("num_channels", 3),
         use_pixel_shuffle=shuffled,
+        pixel_shuffle_loc=loc,
     )
 
 
