@@ -1,6 +1,7 @@
 """`mmmamba chat`: shows pictures, videos and texts to a model, asks it, and prints its answers as they grow."""
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -8,21 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import TextStreamer
 
+from mmmamba import image_reading_mmmamba
+from mmmamba.chat_template_mmmamba import as_text
 from mmmamba.conversation_mmmamba import ConversationState
 from mmmamba.conversion.publish import check_model_folder
 from mmmamba.examples.shapes.clip import write_clip
 from mmmamba.examples.shapes.world import conversation
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
-from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.tokenization_mmmamba import MmMambaTokenizerFast
 from mmmamba.video_processing_mmmamba import MmMambaVideoProcessor
 from mmmamba.video_reading_mmmamba import check_sampling
 
 from .arguments import HYBRID
 from .env import usable_device
+from .load import load_model
 from .video import check_video, read_video
 
 
@@ -66,15 +69,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image from a file. Raises ValueError if it is missing, truncated or not an image."""
+    """An image from a file, upright, in RGB. Raises ValueError if it is missing, damaged or not an image."""
+    if not os.path.exists(path):
+        raise ValueError(f"--image {path} does not exist; give the path of an image.")
     try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise ValueError(f"--image {path} does not exist; give the path of an image.") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"--image {path} cannot be read as an image ({error}); give a whole image file.") from None
-    return image
+        return image_reading_mmmamba.read_image(path)
+    except ValueError as error:
+        raise ValueError(f"--image {error}") from None
 
 
 def read_text(path: Path) -> str:
@@ -92,7 +93,7 @@ class Chat:
 
     Args:
         folder: Model folder.
-        device: Where the model runs; in fp32 on the CPU, elsewhere in the dtype of its weights.
+        device: Where the model runs; in fp32 on the CPU, elsewhere or quantised in the dtype of its weights.
         max_new_tokens: Longest answer.
         sampling: How many frames to take of videos, `num_frames` or `fps`; as the folder says if neither is given.
     """
@@ -102,7 +103,7 @@ class Chat:
     ):
         # Many CPUs have no instructions for half precision.
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-        self.model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+        self.model = load_model(folder, device, dtype)
         self.tokenizer = MmMambaTokenizerFast.from_pretrained(folder)
         self.image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
         self.video_processor = MmMambaVideoProcessor.from_pretrained(folder)
@@ -116,8 +117,8 @@ class Chat:
         self.pixel_values, self.num_patches_list = None, []
         self.add_images(images)
         for text in texts:
-            # What looks like a placeholder in a document is none.
-            self.state.extend(text.replace("<image>", "<image >").rstrip() + "\n\n")
+            # What looks like a placeholder in a document is text.
+            self.state.extend(as_text(text.rstrip() + "\n\n", self.tokenizer))
 
     def add_images(self, images: Sequence[Image.Image]) -> None:
         """Adds images to the next question: in front of it, or where it says `<image>`."""
@@ -174,7 +175,11 @@ def run_demo(chat: Chat) -> None:
         chat.ask(question, remember=False)
         print(f"  (right: {truth})\n")
     clip = path.with_name("clip.mp4")
-    write_clip(clip)
+    try:
+        write_clip(clip)
+    except ValueError as error:  # PyAV is not installed
+        print(f"{error}\n")
+        return
     print(f"Beside it lies a short video: type `/video {clip}` here, or run")
     print(f'mmmamba chat --video {clip} "Where is the red star?"\n')
 
@@ -225,7 +230,7 @@ def print_image(image: Image.Image, path: Path) -> None:
         return
     width = min(image.width, shutil.get_terminal_size().columns - 2, 72)
     height = max(2, round(image.height * width / image.width / 2) * 2)
-    pixels = image.convert("RGB").resize((width, height)).load()
+    pixels = image.resize((width, height)).load()
     for y in range(0, height, 2):
         cells = ("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*pixels[x, y], *pixels[x, y + 1]) for x in range(width))
         print("".join(cells) + "\x1b[0m")

@@ -25,11 +25,16 @@ TESTS = (
     "cache",
     "generation",
     "chat",
+    "loading",
+    "pictures",
     "conversation",
     "video",
     "packing",
     "distillation",
+    "tokenization",
+    "processing",
     "transformers_common",
+    "transformers_processing",
 )
 
 
