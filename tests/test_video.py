@@ -388,7 +388,8 @@ def bad_files(folder, clip):
     (folder / "empty.mp4").touch()
     (folder / "cut.mp4").write_bytes(content[: len(content) // 2])
     (folder / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\nfile://{clip}\n#EXT-X-ENDLIST\n")
-    (folder / "concat.mp4").write_text(f"ffconcat version 1.0\nfile {clip}\n")
+    (folder / "clip.mp4").write_bytes(content)
+    (folder / "concat.mp4").write_text("ffconcat version 1.0\nfile clip.mp4\n")
     write_clip(folder / "whole.avi")
     whole = (folder / "whole.avi").read_bytes()
     (folder / "cut.avi").write_bytes(whole[: len(whole) // 2])
@@ -401,8 +402,9 @@ def bad_files(folder, clip):
         container.mux(stream.encode())
 
 
-def test_files_that_are_no_whole_video_are_refused_in_a_sentence(clip, tmp_path, processor, capsys):
+def test_files_that_are_no_whole_video_are_refused_in_a_sentence(clip, tmp_path, processor, capsys, monkeypatch):
     bad_files(tmp_path, clip)
+    monkeypatch.chdir(tmp_path)  # where a playlist would look for files
     for name, reason in {
         "missing.mp4": "does not exist",
         "nul\0.mp4": "does not exist",
