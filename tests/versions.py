@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = Path(sys.prefix) / "versions"
 TESTS = (
     "golden",
+    "hd",
     "modeling",
     "cache",
     "generation",
