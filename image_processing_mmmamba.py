@@ -90,11 +90,13 @@ class MmMambaImageProcessorKwargs(ImagesKwargs, total=False):
     min_patches (`int`): Fewest tiles of a picture, thumbnail not counted.
     max_patches (`int`): Most tiles of a picture, thumbnail not counted.
     use_thumbnail (`bool`): Whether a picture of several tiles gets a small copy of the whole as its last tile.
+    crop_to_patches (`bool`): Whether a picture may become several tiles; one tile if not. TRL sets it, as for InternVL.
     """
 
     min_patches: int
     max_patches: int
     use_thumbnail: bool
+    crop_to_patches: bool
 
 
 class _TilingMixin:
@@ -117,6 +119,7 @@ class _TilingMixin:
     min_patches = 1
     max_patches = 12
     use_thumbnail = True
+    crop_to_patches = True
 
     def fetch_images(self, image_url_or_urls):
         """Opens paths, URLs and base64. Raises ValueError for one that is missing or no picture."""
@@ -153,8 +156,10 @@ class _TilingMixin:
         min_patches: int,
         max_patches: int,
         use_thumbnail: bool,
+        crop_to_patches: bool,
         **kwargs,
     ) -> BatchFeature:
+        min_patches, max_patches = (min_patches, max_patches) if crop_to_patches else (1, 1)
         tiles, counts = [], []
         for image in images:  # (3, height, width)
             if size.height != size.width:
@@ -176,8 +181,10 @@ class _TilingMixin:
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """How many tiles a picture of this size in pixels gives, thumbnail included."""
-        options = {name: getattr(self, name) for name in ("min_patches", "max_patches", "use_thumbnail", "size")}
-        options |= images_kwargs or {}
+        names = ("min_patches", "max_patches", "use_thumbnail", "crop_to_patches", "size")
+        options = {name: getattr(self, name) for name in names} | (images_kwargs or {})
+        if not options["crop_to_patches"]:
+            return 1
         side = get_size_dict(options["size"])["height"]
         columns, rows = choose_grid(width, height, side, options["min_patches"], options["max_patches"])
         return columns * rows + (options["use_thumbnail"] and columns * rows > 1)
