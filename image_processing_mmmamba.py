@@ -90,7 +90,7 @@ class MmMambaImageProcessorKwargs(ImagesKwargs, total=False):
     min_patches (`int`): Fewest tiles of a picture, thumbnail not counted.
     max_patches (`int`): Most tiles of a picture, thumbnail not counted.
     use_thumbnail (`bool`): Whether a picture of several tiles gets a small copy of the whole as its last tile.
-    crop_to_patches (`bool`): Whether a picture may become several tiles; one tile if not. TRL sets it, as for InternVL.
+    crop_to_patches (`bool`): Whether a picture may become several tiles, or is one; TRL's GRPO sets it.
     """
 
     min_patches: int

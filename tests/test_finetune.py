@@ -17,7 +17,7 @@ HYBRID = SHIPPED / "hybrid"
 
 
 def with_old_names(test):
-    """Marks a test of PEFT or TRL, which call activation checkpointing by its name of Transformers 5.23 and earlier."""
+    """Marks a test of PEFT or TRL, which know activation checkpointing by the name that it had before 5.24."""
     test = pytest.mark.deprecations("PEFT and TRL use a name that Transformers 5.24 replaced")(test)
     return pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")(test)
 
@@ -193,6 +193,7 @@ def test_a_model_trained_with_its_processor_still_ends_its_turns(model, processo
 
 # --- TRL -------------------------------------------------------------------------------------------------------------
 
+
 def common(tmp_path):
     return {
         "output_dir": str(tmp_path), "per_device_train_batch_size": 4, "max_steps": 1, "report_to": "none",
@@ -255,9 +256,15 @@ def test_trl_grpo_rewards_answers_about_pictures_of_several_tiles(trl, model, pr
         **common(tmp_path), num_generations=4, max_completion_length=8, temperature=0.01, shuffle_dataset=False
     )
     trainer = trl.GRPOTrainer(
-        model, args=arguments, reward_funcs=reward, train_dataset=Dataset.from_list(prompts), processing_class=processor
+        model,
+        args=arguments,
+        reward_funcs=reward,
+        train_dataset=Dataset.from_list(prompts),
+        processing_class=processor,
     )
     trainer.train()
+    first = prompts[0]["images"]
+    assert len(processor.image_processor(first)["pixel_values"]) > len(first)
     assert len(seen) == 4 and all(given == expected for given, expected in seen)
 
 

@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--test", type=Path, help="conversations whose first questions are asked before and after")
     parser.add_argument("--steps", type=int, default=200, help="training steps (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="conversations per step (%(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak; 1e-4 suits large models (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="the highest (%(default)s)")
     args = parser.parse_args(argv)
     trainer = make_trainer(
         args.model,
