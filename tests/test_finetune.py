@@ -245,6 +245,9 @@ def test_trl_grpo_rewards_answers_about_pictures_of_several_tiles(trl, model, pr
         {"prompt": row["messages"][:1], "answer": row["messages"][1]["content"], "images": row["images"]}
         for row in rows
     ]
+    prompts.sort(key=lambda prompt: prompt["images"][0].width, reverse=True)
+    first = prompts[0]["images"]  # the step is made with the first prompt
+    assert len(processor.image_processor(first)["pixel_values"]) > len(first)
     seen = []
 
     def reward(completions, answer, **kwargs):
@@ -263,8 +266,6 @@ def test_trl_grpo_rewards_answers_about_pictures_of_several_tiles(trl, model, pr
         processing_class=processor,
     )
     trainer.train()
-    first = prompts[0]["images"]
-    assert len(processor.image_processor(first)["pixel_values"]) > len(first)
     assert len(seen) == 4 and all(given == expected for given, expected in seen)
 
 
