@@ -1,5 +1,6 @@
 """Fine-tuning with PEFT, Transformers' Trainer and TRL, on rows with pictures."""
 
+import inspect
 import json
 
 import pytest
@@ -158,14 +159,14 @@ def test_the_assistant_mask_covers_the_answers_of_rows_with_pictures(processor, 
 
 
 def test_trainer_checkpoints_activations_without_changing_the_loss(model, processor, rows, tmp_path):
+    known = inspect.signature(TrainingArguments).parameters
+    option = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     losses = []
     for checkpointing in (False, True):
         arguments = TrainingArguments(
             str(tmp_path), report_to="none", remove_unused_columns=False, max_steps=2, per_device_train_batch_size=4,
-            logging_steps=1, save_strategy="no", learning_rate=0.0, use_cpu=True,
+            logging_steps=1, save_strategy="no", learning_rate=0.0, use_cpu=True, **{option: checkpointing},
         )  # fmt: skip
-        if checkpointing:
-            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
         trainer = Trainer(
             model, arguments, train_dataset=rows, data_collator=lambda batch: collate(processor, batch),
             processing_class=processor,
