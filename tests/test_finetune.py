@@ -125,6 +125,25 @@ def test_a_record_that_cannot_be_read_is_left_out_by_name(lora, tmp_path, capsys
     assert "is left out: " in said and first.name in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["missing.jsonl", "out"], "missing.jsonl is no file"),
+        (["train.jsonl", "pictures"], "pictures exists; name a folder"),
+        (["train.jsonl", "out", "--model", "pictures"], "pictures"),
+    ],
+)
+def test_what_cannot_be_used_is_named_before_anything_is_written(
+    lora, arguments, words, tmp_path, monkeypatch, capsys
+):
+    house_style.write_data(tmp_path, num_train=1, num_test=1)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        lora.main(arguments)
+    assert error.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def collate(processor, rows):
     """As docs/tools.md shows it."""
     batch = processor.apply_chat_template(

@@ -17,11 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from mmmamba.conversion.distillation.data import ConversationDataset, open_data, pad
+from mmmamba.conversion.publish import whole_folder
 from mmmamba.examples.shapes.folder import SHIPPED
+
+
+try:
+    from peft import LoraConfig, get_peft_model
+except ImportError:
+    raise ImportError('Fine-tuning needs PEFT; run `pip install -e ".[finetune]"`.') from None
 
 
 def make_trainer(model_folder: str | Path, train_file: str | Path, output: str | Path, **options) -> Trainer:
@@ -111,31 +117,42 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--test", type=Path, help="conversations whose first questions are asked before and after")
     parser.add_argument("--steps", type=int, default=200, help="training steps (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="conversations per step (%(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="the highest (%(default)s)")
-    args = parser.parse_args(argv)
-    trainer = make_trainer(
-        args.model,
-        args.data,
-        args.output,
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=args.steps // 20,
-        logging_steps=max(1, args.steps // 50),
-        save_strategy="no",
-        bf16=torch.cuda.is_available(),
+    parser.add_argument(
+        "--learning-rate", type=float, default=2e-3, help="the highest; 1e-4 for large models (%(default)s)"
     )
-    processor = trainer.processing_class
-    questions = open_data({"file": str(args.test)}, processor) if args.test else None
+    args = parser.parse_args(argv)
+    if args.output.exists():
+        parser.error(f"{args.output} exists; name a folder that does not.")
+    for file in (args.data, args.test):
+        if file is not None and not file.is_file():
+            parser.error(f"{file} is no file; give conversations as JSON lines.")
+    try:
+        trainer = make_trainer(
+            args.model,
+            args.data,
+            args.output,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=args.steps // 20,
+            logging_steps=max(1, args.steps // 50),
+            save_strategy="no",
+            bf16=torch.cuda.is_available(),
+        )
+        processor = trainer.processing_class
+        questions = open_data({"file": str(args.test)}, processor) if args.test else None
+    except (OSError, ValueError) as error:  # a model or conversations that cannot be read
+        parser.error(str(error))
     if questions:
         report("Before", first_answers(trainer.model, processor, questions))
     trainer.train()
     trainer.save_model()  # the adapter, and the processor
     plot_loss(trainer.state.log_history, args.output / "loss.png")
     merged = trainer.model.merge_and_unload()
-    merged.save_pretrained(args.output / "merged")
-    processor.save_pretrained(args.output / "merged")
+    with whole_folder(args.output / "merged") as folder:
+        merged.save_pretrained(folder)
+        processor.save_pretrained(folder)
     if questions:
         report("After", first_answers(merged, processor, questions))
 
