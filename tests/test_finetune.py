@@ -37,7 +37,7 @@ def processor():
 
 @pytest.fixture
 def trl():
-    return pytest.importorskip("trl", reason='TRL is missing; pip install "mmmamba[finetune]"', exc_type=ImportError)
+    return pytest.importorskip("trl", reason='TRL is missing; pip install "mmmamba[finetune]"')
 
 
 @pytest.fixture
