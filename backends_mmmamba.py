@@ -131,6 +131,8 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
     """
     if x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() != x.shape[-1] or torch.is_grad_enabled():
         return layer(x)
+    if torch.compiler.is_compiling():  # the graph may serve other numbers of rows
+        return layer(x)
     if not are_plain({layer: nn.Linear}, x.device) or type(layer.weight) is not nn.Parameter:
         return layer(x)
     weight = layer.weight

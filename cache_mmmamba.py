@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .hd_mmmamba import num_columns
+
 
 # The name of the cache in the arguments of `generate` and in model outputs: "cache" since Transformers 5.24.
 CACHE = "cache" if "cache" in {x.name for x in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -26,7 +28,8 @@ class MmMambaKeyValueLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Args: (batch, heads, new tokens, head_dim) each. Returns all keys and all values."""
-        if torch.is_grad_enabled():  # autograd may have saved the buffers for a backward pass
+        # Autograd may have saved the buffers for a backward pass, and a compiled graph has no use for them.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().update(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -60,14 +63,21 @@ class MmMambaCache(DynamicCache):
         max_cache_len: Gives keys and values this fixed length in tokens, as Transformers' `StaticCache` does.
         offloading: Keeps keys and values of attention layers on the CPU while other layers run.
 
+    Attributes:
+        image_places: (batch, tokens), bool: image tokens that embedding layers with attention have read as several
+            patches (`hd_mmmamba`), so that they hold more keys than tokens were read; None if there are none.
+
     Raises:
         ValueError: if `offloading` is asked for and no layer is attention.
     """
 
     is_compileable = False  # `generate` has its own way to make steps fast, see `capture_mmmamba`
+    image_places: Tensor | None = None
+    num_embedding_layers: int | None = None  # of caches made elsewhere, see `wrapping`
 
     def __init__(self, config, max_cache_len: int | None = None, offloading: bool = False):
         kinds = config.get_text_config().layer_types
+        self.num_embedding_layers = config.get_text_config().num_embedding_layers
         if offloading and "full_attention" not in kinds:
             raise ValueError("An offloaded cache moves keys and values, which a model without attention has not got.")
         self._layer_options = {"max_cache_len": max_cache_len, "in_place": not offloading}
@@ -123,10 +133,21 @@ class MmMambaCache(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read so far, padding included; a model without attention counts them, too."""
-        for layer in self.layers:
+        for layer in self.layers if self.image_places is None else self.layers[self.num_embedding_layers :]:
             if isinstance(layer, DynamicLayer):  # others may have cropped it
                 return layer.get_seq_length()
         return self._read
+
+    @property
+    def can_hold_patches(self) -> bool:
+        """Whether embedding layers may hold more keys than the others."""
+        return self.num_embedding_layers is not None and self.capacity is None
+
+    def part(self, layers: slice) -> "MmMambaCache":
+        """A view of some layers, which knows how much these hold."""
+        part = copy.copy(self)
+        part.layers, part.image_places = self.layers[layers], None
+        return part
 
     @property
     def capacity(self) -> int | None:
@@ -144,9 +165,17 @@ class MmMambaCache(DynamicCache):
         filled = torch.arange(self.capacity, device=device) < self.get_seq_length() + tokens
         return filled.expand(rows, -1)
 
-    def advance(self, tokens: int) -> None:
-        """Says that all layers have read so many tokens more."""
+    def advance(self, tokens: int, image_places: Tensor | None = None) -> None:
+        """Says that all layers have read so many tokens more, and where all `image_places` are, if there are any."""
         self._read += tokens
+        if image_places is not None and any(i < self.num_embedding_layers for i in self.attention_layers):
+            self.image_places = image_places
+
+    def _columns_removed(self, layer_idx: int, length: int) -> int:
+        """Minus the keys of a layer that do not belong to the first `length` tokens."""
+        if self.image_places is not None and layer_idx < self.num_embedding_layers:
+            length = num_columns(self.image_places[:, :length])
+        return length - int(self.layers[layer_idx].get_seq_length())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens.
@@ -162,15 +191,23 @@ class MmMambaCache(DynamicCache):
         if tokens_to_remove and self.state_layers:
             raise ValueError("The states of Mamba-2 layers cannot forget tokens; use snapshot() before and restore().")
         if tokens_to_remove:
-            self._read = max(0, self.get_seq_length() + tokens_to_remove)
-            for layer in self.layers:
-                layer.crop(tokens_to_remove)
+            self._crop_to(max(0, self.get_seq_length() + tokens_to_remove))
+
+    def _crop_to(self, length: int) -> None:
+        """Forgets keys and values behind so many tokens."""
+        for index in self.attention_layers:  # one by one: a failure may have come between two of them
+            if removed := self._columns_removed(index, length):
+                self.layers[index].crop(removed)
+        self._read = length
+        if self.image_places is not None:
+            places = self.image_places[:, :length]
+            self.image_places = places if places.any() else None
 
     def reset(self) -> None:
         """Empties the cache."""
         kinds = ["linear_attention" if isinstance(x, LinearAttentionLayer) else "full_attention" for x in self.layers]
         self.layers[:] = [_new_layer(kind, **self._layer_options) for kind in kinds]
-        self._read = 0
+        self._read, self.image_places = 0, None
 
     @property
     def batch_size(self) -> int | None:
@@ -183,6 +220,24 @@ class MmMambaCache(DynamicCache):
         if repeats > 1 and (rows := self.batch_size) is not None:
             device = next(iter(self.tensors().values())).device
             self.reorder_cache(torch.arange(rows, device=device).repeat_interleave(repeats))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Puts other rows, or the same in another order, in the rows' places."""
+        super().reorder_cache(beam_idx)
+        if self.image_places is not None:
+            self.image_places = self.image_places.index_select(0, beam_idx.to(self.image_places.device))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """As `reorder_cache`."""
+        super().batch_select_indices(indices)
+        if self.image_places is not None:
+            self.image_places = self.image_places[indices.to(self.image_places.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As `repeat_rows`."""
+        super().batch_repeat_interleave(repeats)
+        if self.image_places is not None:
+            self.image_places = self.image_places.repeat_interleave(repeats, 0)
 
     # --- what the layers keep ----------------------------------------------------------------------------------------
 
@@ -214,7 +269,10 @@ class MmMambaCache(DynamicCache):
             self.update_recurrent_state(recurrent_state, layer_idx)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is kept, by name: `layers.N.keys`, `.values`, `.conv_state`, `.recurrent_state`."""
+        """Everything that is kept, by name: `layers.N.keys`, `.values`, `.conv_state`, `.recurrent_state`.
+
+        And `image_places`, if there are any.
+        """
         tensors = {}
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, LinearAttentionLayer):
@@ -224,7 +282,7 @@ class MmMambaCache(DynamicCache):
             else:
                 found = {}
             tensors |= {f"layers.{index}.{name}": tensor for name, tensor in found.items()}
-        return tensors
+        return tensors if self.image_places is None else tensors | {"image_places": self.image_places}
 
     def load_tensors(self, tensors: dict[str, Tensor], length: int) -> None:
         """Fills an empty cache.
@@ -240,6 +298,8 @@ class MmMambaCache(DynamicCache):
                 names = (f"layers.{index}.conv_state", f"layers.{index}.recurrent_state")
                 self.update_states(index, *(tensors[name] for name in names))
         self._read = length
+        if "image_places" in tensors:
+            self.image_places = tensors["image_places"].bool()
 
     # --- copies ------------------------------------------------------------------------------------------------------
 
@@ -271,11 +331,7 @@ class MmMambaCache(DynamicCache):
         for index, (conv_state, recurrent_state) in snapshot.states.items():
             self.conv_state(index).copy_(conv_state)
             self.recurrent_state(index).copy_(recurrent_state)
-        for index in self.attention_layers:  # one by one: a failure may have come between two of them
-            layer = self.layers[index]
-            if removed := snapshot.length - int(layer.get_seq_length()):
-                layer.crop(removed)
-        self._read = snapshot.length
+        self._crop_to(snapshot.length)
 
     def _conv_states(self) -> dict[int, Tensor]:
         found = {index: self.conv_state(index) for index in self.state_layers}
@@ -286,6 +342,8 @@ class MmMambaCache(DynamicCache):
     @property
     def can_be_fixed(self) -> bool:
         """Whether `fixed_length` can hold this cache's keys and values."""
+        if self.image_places is not None:
+            return False
         return not self.offloading and all(isinstance(self.layers[i], DynamicLayer) for i in self.attention_layers)
 
     @contextmanager
@@ -317,6 +375,28 @@ class MmMambaCache(DynamicCache):
                     self.layers[index] = layer
 
 
+def expected_shapes(config, length: int, image_places: Tensor | None = None) -> dict[str, list[int]]:
+    """Shapes of `MmMambaCache.tensors` after so many tokens in one row.
+
+    Args:
+        config: The model's `text_config`.
+        length: Tokens.
+        image_places: See `MmMambaCache`; counts if its shape is (1, length).
+    """
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    shapes, columns = {}, length
+    if image_places is not None and list(image_places.shape) == [1, length]:
+        shapes["image_places"], columns = [1, length], num_columns(image_places.bool())
+    for index, kind in enumerate(config.layer_types if length else ()):
+        if kind == "linear_attention":
+            shapes[f"layers.{index}.conv_state"] = [1, (heads + 2 * kv_heads) * size, config.conv_kernel - 1]
+            shapes[f"layers.{index}.recurrent_state"] = [1, heads, size, size]
+        else:
+            shape = [1, kv_heads, columns if index < config.num_embedding_layers else length, size]
+            shapes |= {f"layers.{index}.{name}": shape for name in ("keys", "values")}
+    return shapes
+
+
 class Snapshot(NamedTuple):
     """See `MmMambaCache.snapshot`: tokens read, and copies of each Mamba-2 layer's two states."""
 
@@ -334,7 +414,7 @@ def _new_layer(kind: str, max_cache_len: int | None = None, in_place: bool = Tru
 
 def _writable(tensor: Tensor) -> bool:
     """Tensors made in inference mode cannot be changed outside of it."""
-    return torch.is_inference_mode_enabled() or not tensor.is_inference()
+    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
 def _own(states: dict[int, Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ the tokenizers encode marked tokens as plain text. The marks are Unicode nonchar
 they are removed from what users say, and before text is encoded.
 """
 
+import dataclasses
 import re
 import traceback
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 # InternLM2's SentencePiece model has these as pieces, some with the ids of control tokens.
 RESERVED_PIECE = re.compile(r"\[UNUSED_TOKEN_\d+\]")
+START_OF_RESERVED_PIECE = re.compile(
+    r"(?:\[UNUSED_TOKEN_\d*|" + "|".join(re.escape("[UNUSED_TOKEN"[:length]) for length in range(13, 0, -1)) + r")\Z"
+)
 
 PLACEHOLDER = "<image>"  # what users write for a picture
 VIDEO_PLACEHOLDER = "<video>"
@@ -40,16 +44,37 @@ def check_text(text: str, name: str = "A text") -> str:
     return text
 
 
+def check_call(question="", history=None, system_message=None, num_patches_list=()) -> None:
+    """Raises ValueError for what is no text, no list of (question, answer) pairs, or no number of tiles."""
+    if history is not None and not isinstance(history, (list, tuple)):
+        raise ValueError(f"history={history!r:.80} is no list of (question, answer) pairs; give one, or None.")
+    for pair in history or ():
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(f"The history has {pair!r:.80}, which is no (question, answer) pair; give pairs.")
+        for text in pair:
+            check_text(text, "history")
+    check_text(question, "question")
+    if system_message is not None:
+        check_text(system_message, "system_message")
+    for count in num_patches_list or ():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(
+                f"num_patches_list has {count!r:.80}; give the number of tiles of each picture, 1 or more."
+            )
+
+
 def as_text(text: str, tokenizer) -> str:
     """Marks `text` so that the tokenizer encodes control tokens and placeholders in it as plain text.
+
+    Other text is left as it is, so that offsets in it stay right.
 
     Raises:
         ValueError: see `check_text`.
     """
     text = MARKS.sub("", check_text(text))
     tokens = sorted([*tokenizer.get_added_vocab(), PLACEHOLDER, VIDEO_PLACEHOLDER], key=len, reverse=True)
-    patterns = [re.escape(token) for token in tokens if not RESERVED_PIECE.fullmatch(token)]
-    patterns += [RESERVED_PIECE.pattern] if tokenizer.has_reserved_pieces else []
+    tokens = [token for token in tokens if not RESERVED_PIECE.fullmatch(token)]
+    patterns = [*map(re.escape, tokens), *([RESERVED_PIECE.pattern] if tokenizer.has_reserved_pieces else [])]
 
     def mark(match: re.Match) -> str:
         token = match[0]
@@ -58,9 +83,11 @@ def as_text(text: str, tokenizer) -> str:
         return token[0] + PLAIN_TEXT_MARK + token[1:]
 
     text = re.sub("|".join(patterns), mark, text)
-    # More marks keep adjacent texts from forming a control token. The first stands behind a character, so that a text
-    # starts where its first token does.
-    return text[0] + PLAIN_TEXT_MARK + text[1:] + PLAIN_TEXT_MARK if text else text
+    # A token must not come from the end of this text and the beginning of the next.
+    if tokenizer.has_reserved_pieces and START_OF_RESERVED_PIECE.search(text):
+        return text + BOUNDARY_MARK
+    starts = any(text.endswith(token[:length]) for token in tokens for length in range(1, len(token)))
+    return text + PLAIN_TEXT_MARK if starts else text
 
 
 def mark_texts(messages, tokenizer):
@@ -77,40 +104,60 @@ def mark_texts(messages, tokenizer):
     return messages
 
 
-def check_conversation(conversation) -> None:
-    """Raises ValueError unless this is a list of messages, or a list of such lists, each with a role and content."""
+def check_conversation(conversation) -> list:
+    """A conversation as a list of messages, or several as a list of such lists.
+
+    Messages may be dicts, dataclasses, or objects with a method `model_dump`, as OpenAI's. Keys that are None are
+    left out.
+
+    Raises:
+        ValueError: if these are no messages, or a message has no role, or content of a kind that is not known.
+    """
     conversation = getattr(conversation, "messages", conversation)
-    if not isinstance(conversation, (list, tuple)) or not conversation:
+    if not isinstance(conversation, (list, tuple)):
         raise ValueError(
-            "The conversation has no messages; give a list of messages such as {'role': 'user', 'content': 'Hello'}."
-            if conversation is None or (isinstance(conversation, (list, tuple)) and not conversation)
-            else f"The conversation is {conversation!r:.80}; give a list of messages."
+            f"The conversation is {conversation!r:.80}; give a list of messages such as "
+            "{'role': 'user', 'content': 'Hello'}."
+        )
+    if not conversation:
+        raise ValueError(
+            "The conversation has no messages; give a list such as [{'role': 'user', 'content': 'Hello'}]."
         )
     if isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"):
-        for one in conversation:
-            check_conversation(one)
-        return
-    for message in conversation:
-        _check_message(message)
+        return [check_conversation(one) for one in conversation]
+    return [_check_message(message) for message in conversation]
 
 
-def _check_message(message) -> None:
+def _as_dict(message):
+    if hasattr(message, "model_dump"):
+        message = message.model_dump()
+    elif dataclasses.is_dataclass(message):
+        message = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
+    if not isinstance(message, dict):
+        return message
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _check_message(message) -> dict:
+    message = _as_dict(message)
     if not isinstance(message, dict) or "role" not in message:
         raise ValueError(f"{message!r:.80} is no message; write {{'role': 'user', 'content': 'Hello'}}.")
-    content = message.get("content")
+    content = message.get("content", "")  # whether it may be missing is the template's to say
     if isinstance(content, str):
         check_text(content)
-        return
+        return message
     if not isinstance(content, (list, tuple)):
         raise ValueError(
             f"A message of role {message['role']!r} has the content {content!r:.80}; give a string or a list of "
             "parts such as {'type': 'text', 'text': 'Hello'}."
         )
+    message["content"] = content = [_as_dict(part) for part in content]
     for part in content:
         if not isinstance(part, dict) or part.get("type") not in PART_TYPES:
             raise ValueError(f"{part!r:.80} is no part of a message; its type must be one of {', '.join(PART_TYPES)}.")
         if part["type"] == "text":
             check_text(part.get("text"), "The text of a message")
+    return message
 
 
 def check_template_arguments(template: str | dict | None, **arguments) -> None:
@@ -129,8 +176,8 @@ def template_errors_in_a_sentence():
     try:
         yield
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if isinstance(error, jinja2.TemplateError) or frames[-1].filename == "<template>":
+        in_template = any(frame.filename == "<template>" for frame in traceback.extract_tb(error.__traceback__))
+        if isinstance(error, jinja2.TemplateError) or in_template:
             raise ValueError(f"The chat template cannot render this conversation: {error}.") from None
         raise
 
@@ -169,7 +216,7 @@ class ChatTemplateMixin:
             ValueError: if the messages cannot be rendered, or the template does not use `tools`, `documents` or
                 another keyword that is given.
         """
-        check_conversation(conversation)
+        conversation = check_conversation(conversation)
         template = chat_template or self.chat_template
         options = {"padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
         options |= {"return_assistant_tokens_mask"}

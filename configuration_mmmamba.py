@@ -4,21 +4,54 @@
 student, a mixture the hybrid student (arXiv 2502.13145, section 3).
 """
 
+import math
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 LAYER_TYPES = ("full_attention", "linear_attention")
 SSM_IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
 
 
-def _check_positive(config: PreTrainedConfig, *names: str) -> None:
+ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
+# No model is as large; beyond, sizes of tensors overflow or lists of layers fill the memory.
+MOST_LAYERS, LARGEST_SIZE, LARGEST_TILE, LARGEST_CHANNELS = 1000, 2**24, 2**13, 2**8
+
+
+def _check_positive(config: PreTrainedConfig, *names: str, largest: float = LARGEST_SIZE) -> None:
     for name in names:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name}={getattr(config, name)} is not a positive number; give a value above 0.")
+        value = getattr(config, name)
+        if not 0 < value < math.inf:  # NaN is not, either
+            raise ValueError(f"{name}={value} is not a positive number; give a value above 0.")
+        if value > largest:
+            raise ValueError(f"{name}={str(value)[:30]} is larger than any model's; give at most {largest}.")
+
+
+def _check_rope(name: str, parameters: dict) -> None:
+    kind = parameters.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"{name} has rope_type={kind!r}, which is unknown; use one of {', '.join(ROPE_TYPES)}.")
+    if "rope_theta" not in parameters:
+        raise ValueError(f"{name}={parameters!r} lacks rope_theta; give a table with rope_type and rope_theta.")
+    for key in ("rope_theta", "factor"):
+        value = parameters.get(key, 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} has {key}={value!r}, which is not a positive number; give a value above 0.")
+
+
+def _check_inherited(config: PreTrainedConfig, others: dict) -> None:
+    """What Transformers' own base class takes without looking: `dtype`, and labels, of which it makes a list."""
+    for dtype in (config.dtype, others.get("dtype"), others.get("torch_dtype")):
+        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+            raise ValueError(f"dtype={dtype!r} is none that weights can have; use float32, bfloat16 or float16.")
+    if others.get("num_labels") not in (None, 2):
+        raise ValueError("num_labels is for classifiers, which this model is none of; leave it out.")
 
 
 def _check_known(ssm_implementation: str) -> None:
@@ -36,8 +69,10 @@ class MmMambaVisionConfig(PreTrainedConfig):
         image_size: Side of a square tile, in pixels.
         patch_size: Side of a square patch, in pixels; must divide `image_size`.
         num_channels: Colour channels of a tile.
-        use_pixel_shuffle: Whether 2x2 neighbouring patches are concatenated and projected to one row
-            (upstream's `pixel_shuffle_loc="pre"`), which divides the number of rows by four.
+        use_pixel_shuffle: Whether 2x2 neighbouring patches are concatenated and projected to one row, which divides
+            the number of rows by four.
+        pixel_shuffle_loc: Where that happens: "pre", before the embedding layers, or "post", behind them (HoVLE-HD),
+            so that embedding layers read four patches where language layers read one row.
         initializer_range: Standard deviation of the initial weights.
     """
 
@@ -48,6 +83,7 @@ class MmMambaVisionConfig(PreTrainedConfig):
     patch_size: int = 14
     num_channels: int = 3
     use_pixel_shuffle: bool = True
+    pixel_shuffle_loc: str = "pre"
     initializer_range: float = 0.02
 
     @property
@@ -56,17 +92,34 @@ class MmMambaVisionConfig(PreTrainedConfig):
 
     @property
     def tokens_per_tile(self) -> int:
-        """Number of decoder positions that one tile takes."""
+        """Number of decoder positions that one tile takes in the prompt."""
         return self.patches_per_side**2 // (4 if self.use_pixel_shuffle else 1)
+
+    @property
+    def patches_per_token(self) -> int:
+        """Positions of the embedding layers for one image token of the prompt: 4 in HoVLE-HD, else 1."""
+        return 4 if self.use_pixel_shuffle and self.pixel_shuffle_loc == "post" else 1
+
+    @property
+    def extra_positions_per_tile(self) -> int:
+        """Positions that a tile takes in the embedding layers beyond its tokens: 0 but in HoVLE-HD."""
+        return self.tokens_per_tile * (self.patches_per_token - 1)
+
+    def __post_init__(self, **kwargs):
+        _check_inherited(self, kwargs)
+        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Refuses sizes that no model can have. Raises ValueError."""
-        _check_positive(self, "image_size", "patch_size", "num_channels")
+        _check_positive(self, "image_size", "patch_size", largest=LARGEST_TILE)
+        _check_positive(self, "num_channels", largest=LARGEST_CHANNELS)
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; choose sizes where "
                 "patches fill the tile."
             )
+        if self.pixel_shuffle_loc not in ("pre", "post"):
+            raise ValueError(f"pixel_shuffle_loc={self.pixel_shuffle_loc!r} is unknown; use 'pre' or 'post'.")
         if self.use_pixel_shuffle and self.patches_per_side % 2:
             raise ValueError(
                 f"use_pixel_shuffle needs an even number of patches per side, but image_size={self.image_size} and "
@@ -139,10 +192,11 @@ class MmMambaTextConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs):
+        _check_inherited(self, kwargs)
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.layer_types is None:
-            self.layer_types = ["full_attention"] * self.num_hidden_layers
+            self.layer_types = ["full_attention"] * min(self.num_hidden_layers, MOST_LAYERS + 1)
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 1_000_000.0}
         if self.embedding_rope_parameters is None:
@@ -154,9 +208,17 @@ class MmMambaTextConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Refuses sizes that no model can have. Raises ValueError."""
         _check_positive(
-            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "ssm_chunk_size",
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "ssm_chunk_size", "conv_kernel",
         )  # fmt: skip
+        _check_positive(self, "num_hidden_layers", largest=MOST_LAYERS)
+        _check_positive(self, "max_position_embeddings", largest=2**40)
+        _check_positive(self, "rms_norm_eps", "embedding_rms_norm_eps", "ssm_norm_eps", largest=1)
+        if self.num_attention_heads * self.head_dim > LARGEST_SIZE:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} of head_dim={self.head_dim} are larger than any "
+                f"model's; their product may be at most {LARGEST_SIZE}."
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of num_key_value_heads="
@@ -169,13 +231,18 @@ class MmMambaTextConfig(PreTrainedConfig):
                 f"num_embedding_layers={self.num_embedding_layers} must lie between 0 and num_hidden_layers="
                 f"{self.num_hidden_layers}, which counts them too."
             )
+        _check_rope("rope_parameters", self.rope_parameters)
+        _check_rope("embedding_rope_parameters", self.embedding_rope_parameters)
+        for name, largest in (("initializer_range", math.inf), ("attention_dropout", 1)):
+            if not 0 <= getattr(self, name) < largest:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below {largest}.")
         if self.conv_kernel < 2:
             raise ValueError(
                 f"conv_kernel={self.conv_kernel} is below 2, the fewest taps that reach a previous token."
             )
         _check_known(self.ssm_implementation)
         if self.prefill_chunk_size is not None:
-            _check_positive(self, "prefill_chunk_size")
+            _check_positive(self, "prefill_chunk_size", largest=2**40)
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation of Transformers; use 'silu'.")
 
@@ -211,6 +278,7 @@ class MmMambaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        _check_inherited(self, kwargs)
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = MmMambaTextConfig(**(self.text_config or {}))
         if not isinstance(self.vision_config, PreTrainedConfig):
@@ -228,11 +296,20 @@ class MmMambaConfig(PreTrainedConfig):
         self.text_config.ssm_implementation = value
 
     def validate_architecture(self):
-        """Refuses an image token outside the vocabulary. Raises ValueError."""
+        """Refuses an image token outside the vocabulary, and HoVLE-HD without embedding layers. Raises ValueError."""
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"image_token_id={self.image_token_id} lies outside the vocabulary of {self.text_config.vocab_size} "
                 "tokens; give the id of <IMG_CONTEXT>."
+            )
+        if self.vision_config.patches_per_token > 1 and self.text_config.num_embedding_layers == 0:
+            raise ValueError(
+                "pixel_shuffle_loc='post' shuffles behind the embedding layers, but num_embedding_layers=0; use 'pre'."
+            )
+        if self.vision_config.patches_per_token > 1 and self.text_config.normalize_embedding_output:
+            raise ValueError(
+                "pixel_shuffle_loc='post' with normalize_embedding_output=True is not supported: no published model "
+                "has both, so which comes first is not known."
             )
 
 

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from .cache_mmmamba import CACHE, MmMambaCache
 from .capture_mmmamba import FEWEST_STEPS, RecordedStep, recordable
+from .pictures_mmmamba import as_tiles
 
 
 logger = logging.get_logger(__name__)
@@ -36,6 +37,10 @@ CACHES = {  # by `cache_implementation`: arguments of `MmMambaCache`
 }
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # in one or the other version of Transformers
 OPTIONS_FOR_ALL_OF_A_PROMPT = ("output_hidden_states", "output_attentions", "token_healing")
+PROMPT_ARGUMENTS = (  # of `generate`, which a conversation makes from its turns
+    "inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "pixel_values", "mm_encoder_outputs",
+    *CACHE_NAMES,
+)  # fmt: skip
 
 
 class PromptImages:
@@ -54,10 +59,13 @@ class PromptImages:
     def __init__(self, model, places: Tensor, pixel_values: Tensor | None = None, rows: Tensor | None = None):
         self.model, self.batch_size = model, len(places)
         self.index = (places.flatten().cumsum(0).view_as(places) - 1).masked_fill(~places, -1)
+        vision = model.config.vision_config
+        self.rows_per_token = vision.patches_per_token
+        self.tokens_per_line = 1 if self.rows_per_token == 1 else vision.patches_per_side // 2
         self.dropped = 0
         self.tiles = iter(() if rows is not None else pixel_values.split(TILES_AT_ONCE))
-        self.rows = next(self._encoded()) if rows is None else rows.reshape(-1, rows.shape[-1])
-        there, expected = len(self.rows), model.config.vision_config.tokens_per_tile
+        self.rows = next(self._encoded()) if rows is None else self._by_token(rows)
+        there, expected = len(self.rows), vision.tokens_per_tile
         if rows is None:
             per_tile = there // min(TILES_AT_ONCE, len(pixel_values))
             there = per_tile * len(pixel_values)
@@ -75,7 +83,24 @@ class PromptImages:
 
     def _encoded(self):
         for tiles in self.tiles:
-            yield self.model.get_image_features(tiles).pooler_output.flatten(0, 1)
+            yield self._by_token(self.model.get_image_features(tiles).pooler_output)
+
+    def _by_token(self, rows: Tensor) -> Tensor:
+        """(image tokens, rows of each, hidden)."""
+        return rows.reshape(-1, self.rows_per_token, rows.shape[-1])
+
+    def cut_before(self, stop: int) -> int:
+        """The last place up to `stop` where the prompt may be cut: not within what is shuffled together."""
+        line = self.tokens_per_line
+        while line > 1 and stop < self.index.shape[1] and (self.index[:, stop].clamp(min=0) % line).any():
+            stop -= 1
+        return stop
+
+    def cut_behind(self, stop: int) -> int:
+        """The first such place from `stop` on."""
+        while stop < self.index.shape[1] and self.cut_before(stop) != stop:
+            stop += 1
+        return stop
 
     def within(self, start: int, stop: int, repeats: int = 1, drop: bool = False) -> dict | None:
         """Rows for the tokens from `start` to `stop`, as the argument `mm_encoder_outputs`; None if there are none.
@@ -94,7 +119,7 @@ class PromptImages:
         rows = self.rows[(index - self.dropped).to(self.rows.device)]
         if drop and self.batch_size == 1:  # in a batch, the next piece of another row may need earlier ones
             self.rows, self.dropped = self.rows[last + 1 - self.dropped :], last + 1
-        return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
+        return {"image": BaseModelOutputWithPooling(pooler_output=rows.flatten(0, 1))}
 
 
 def generation_option(model, kwargs: dict, name: str):
@@ -104,18 +129,45 @@ def generation_option(model, kwargs: dict, name: str):
     return next((value for value in chosen if value is not None), None)
 
 
+def call_options(generation_config: dict | GenerationConfig | None) -> dict:
+    """The same as arguments of `generate`.
+
+    Raises:
+        ValueError: if there are arguments that a conversation makes itself.
+    """
+    if isinstance(generation_config, GenerationConfig):
+        return {"generation_config": generation_config}
+    options = dict(generation_config or {})
+    if made := [name for name in PROMPT_ARGUMENTS if options.get(name) is not None]:
+        raise ValueError(
+            f"{made[0]} is no option of an answer: it is made from question, pictures and history; leave it out, or "
+            "call generate()."
+        )
+    return options
+
+
+def wants_another_cache(model, options: dict) -> bool:
+    """Whether these arguments of `generate` ask for a cache of a kind, or for none."""
+    kind, use_cache = (generation_option(model, options, name) for name in ("cache_implementation", "use_cache"))
+    return kind is not None or use_cache is False
+
+
 def answer_options(
-    model, tokenizer, generation_config: dict | GenerationConfig, streamer=None
+    model, tokenizer, generation_config: dict | GenerationConfig | None, streamer=None
 ) -> tuple[dict, list[int]]:
     """Arguments of `generate` for an answer, and ids that end it: `<|im_end|>` whatever the generation config knows.
 
     Args:
         generation_config: Arguments of `generate`, with a GenerationConfig among them if you like; or one alone.
         streamer: Unless there is one among them.
+
+    Raises:
+        ValueError: as `call_options`.
     """
-    as_object = isinstance(generation_config, GenerationConfig)
-    options = {"generation_config": generation_config} if as_object else dict(generation_config)
+    options = call_options(generation_config)
     options.setdefault("streamer", streamer)
+    if generation_option(model, options, "stop_strings") is not None:
+        options.setdefault("tokenizer", tokenizer)
     ends = generation_option(model, options, "eos_token_id")
     ends = set(ends if isinstance(ends, (list, tuple)) else [ends]) | {tokenizer.convert_tokens_to_ids("<|im_end|>")}
     ends = sorted(ends - {None, tokenizer.unk_token_id})
@@ -144,6 +196,7 @@ class _Call:
         offset: Tokens of the sequence that the loop's `input_ids` lack at their beginning.
         begin: Where in the sequence the tokens that `generate` was given begin, and so the images.
         images: Of the prompt; None if there are none.
+        pixel_values: Of the prompt, for an assistant.
         at_once: Whether the first step reads the whole prompt, rather than pieces before it.
         new_tokens: How many may follow.
         may_record: Whether steps may be recorded.
@@ -158,6 +211,7 @@ class _Call:
     offset: int = 0
     begin: int = 0
     images: PromptImages | None = None
+    pixel_values: Tensor | None = None
     at_once: bool = True
     new_tokens: int = 0
     may_record: bool = False
@@ -195,12 +249,16 @@ class MmMambaGenerationMixin(GenerationMixin):
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if ids is None and kwargs.get("inputs_embeds") is None and option("bos_token_id") is not None:
             ids = torch.tensor([[option("bos_token_id")]], device=self.input_device)
+        outer = _current_call.get()
+        if outer is not None and outer.model is not self:  # an assistant's call: it reads the pictures itself
+            kwargs["pixel_values"] = outer.pixel_values
+        if kwargs.get("pixel_values") is not None:
+            kwargs["pixel_values"], _ = as_tiles(kwargs["pixel_values"], None, self.config)
         caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
         call = self._new_call(ids, caches[0] if caches else None, option, kwargs)
         if call.cache is not None:
             kwargs[CACHE] = call.cache
-        if kwargs.get("assistant_model") is None:  # an assistant reads the pictures, too
-            kwargs.pop("pixel_values", None)
+        kwargs.pop("pixel_values", None)
         kwargs.pop("mm_encoder_outputs", None)
         # What is done here is not to be done again by Transformers.
         done = [name for name in ("cache_implementation", "prefill_chunk_size") if option(name) is not None]
@@ -222,6 +280,10 @@ class MmMambaGenerationMixin(GenerationMixin):
         given = ids if embeds is None else embeds
         if given is None:
             return _Call(self)  # Transformers says what is missing
+        if option("assistant_early_exit") is not None:
+            raise ValueError(
+                "assistant_early_exit is not supported; pass an assistant_model or prompt_lookup_num_tokens."
+            )
         length = given.shape[1]
         total = length if mask is None else mask.shape[1]
         new_tokens = option("max_new_tokens") or max(1, (option("max_length") or length + 20) - length)
@@ -239,7 +301,13 @@ class MmMambaGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"cache_implementation={implementation!r} makes a cache, and one was given; leave out either."
             )
-        call = _Call(self, cache, offset=total - (0 if ids is None else ids.shape[1]), begin=total - length)
+        call = _Call(
+            self,
+            cache,
+            pixel_values=kwargs.get("pixel_values"),
+            offset=total - (0 if ids is None else ids.shape[1]),
+            begin=total - length,
+        )
         call.repeats = max(option("num_beams") or 1, option("num_return_sequences") or 1)
         call.new_tokens = new_tokens
         if cache is not None:
@@ -269,6 +337,11 @@ class MmMambaGenerationMixin(GenerationMixin):
             names = ", ".join(repr(name) for name in CACHES if name is not None)
             raise ValueError(f"cache_implementation={implementation!r} is not among this model's caches: {names}.")
         options = dict(CACHES[implementation])
+        if options.get("offloading") and self.input_device.type == "cpu":
+            raise ValueError(
+                f"cache_implementation={implementation!r} moves the cache between a GPU and memory, and the model is "
+                "on a CPU; leave it out."
+            )
         if options.pop("static", False):
             options["max_cache_len"] = max_cache_len
         return MmMambaCache(self.config, **options)
@@ -307,6 +380,7 @@ class MmMambaGenerationMixin(GenerationMixin):
             size = call.prompt["chunk_size"] or self.default_chunk_size(len(given), call.begin + length, given.device)
             # Where several copies of a row follow, they should have no more than one token to read again.
             stop = begin + (length - 1 - begin) // size * size if call.repeats == 1 else length - 1
+            stop = stop if call.images is None else max(begin, call.images.cut_before(stop))
             self.read_prompt(call.cache, images=call.images, stop=stop, **call.prompt | {"chunk_size": size})
         MmMambaCache.wrapping(call.cache, self.config.text_config).repeat_rows(call.repeats)
 
@@ -352,8 +426,11 @@ class MmMambaGenerationMixin(GenerationMixin):
             disable=None if progress else True,
             leave=False,
         ) as bar:
-            for first in range(begin, stop, size):
+            first = begin
+            while first < stop:
                 last = min(first + size, stop)
+                if images is not None and (last := images.cut_before(last)) <= first:
+                    last = min(images.cut_behind(first + size), stop)
                 positions = position_ids
                 if positions is not None:
                     end = positions.shape[-1] - length + last
@@ -367,6 +444,7 @@ class MmMambaGenerationMixin(GenerationMixin):
                 pictures = None if images is None else images.within(first, last, drop=True)
                 self.model(**self._moved(inputs), use_cache=True, mm_encoder_outputs=pictures, **{CACHE: cache})
                 bar.update(last - first)
+                first = last
 
     def default_chunk_size(self, rows: int, length: int, device: torch.device) -> int:
         """How many tokens of a prompt are read at once, if nobody says.
@@ -439,7 +517,9 @@ class MmMambaGenerationMixin(GenerationMixin):
         if call.step is not None and call.step.is_full:  # a stopping criterion of one's own let it go on
             call.step.release()
             call.step = None
-        if call.step is None:
+        if call.step is None and not cache.can_be_fixed:  # it has read pictures that a recording has no place for
+            call.may_record = False
+        elif call.step is None:
             rows, capacity = len(inputs["input_ids"]), cache.get_seq_length() + call.new_tokens
             try:
                 call.step = RecordedStep(

@@ -5,21 +5,23 @@ bicubic filter differs from Pillow's by at most three of 255 levels.
 """
 
 import os
-import warnings
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature, get_size_dict
-from transformers.image_utils import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    PILImageResampling,
-    SizeDict,
-    load_image,
-)
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import is_torch_tensor
+
+from .image_reading_mmmamba import array_to_rgb, read_image, to_rgb
+
+
+MOST_TILES = 1024  # of a picture: 262,144 tokens at 256 each
 
 
 @lru_cache(maxsize=64)
@@ -29,19 +31,33 @@ def grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     Raises:
         ValueError: if there is none.
     """
-    if not 1 <= min_tiles <= max_tiles:
+    for name, value in (("min_patches", min_tiles), ("max_patches", max_tiles)):
+        if type(value) is not int:
+            raise ValueError(f"{name}={value!r} is no whole number; give 1 to {MOST_TILES}.")
+    if not 1 <= min_tiles <= max_tiles <= MOST_TILES:
         raise ValueError(
-            f"min_patches={min_tiles} and max_patches={max_tiles} allow no grid; give 1 <= min_patches <= max_patches."
+            f"min_patches={min_tiles} and max_patches={max_tiles} allow no grid; give 1 <= min_patches <= max_patches "
+            f"<= {MOST_TILES}."
         )
-    # Upstream sorts a set, whose order decides among grids of as many tiles: it depends on how the set was filled.
+    # Upstream sorts a set, whose order decides among grids of as many tiles. That depends on the order in which the
+    # set was filled: with all grids of at most `limit` columns and rows, for growing limits.
     candidates = {
-        (columns, rows)
+        grid
         for limit in range(min_tiles, max_tiles + 1)
-        for columns in range(1, limit + 1)
-        for rows in range(1, limit + 1)
-        if min_tiles <= columns * rows <= max_tiles
+        for grid in _grids_up_to(limit, limit > min_tiles, min_tiles, max_tiles)
     }
     return tuple(sorted(candidates, key=lambda grid: grid[0] * grid[1]))
+
+
+def _grids_up_to(limit: int, new: bool, min_tiles: int, max_tiles: int) -> Iterator[tuple[int, int]]:
+    """Allowed grids with at most `limit` columns and rows; if `new`, those with `limit` columns or rows."""
+    most_columns = min(limit - 1, max_tiles // limit) if new else limit - 1
+    for columns in (*range(1, most_columns + 1), limit):
+        lowest, highest = -(-min_tiles // columns), min(limit, max_tiles // columns)
+        if new and columns < limit:
+            lowest = max(lowest, limit)
+        for rows in range(lowest, highest + 1):
+            yield columns, rows
 
 
 def choose_grid(width: int, height: int, tile_size: int, min_tiles: int = 1, max_tiles: int = 12) -> tuple[int, int]:
@@ -52,7 +68,12 @@ def choose_grid(width: int, height: int, tile_size: int, min_tiles: int = 1, max
     Args:
         width, height: Size of the picture in pixels.
         tile_size: Side of a tile in pixels.
+
+    Raises:
+        ValueError: if there is no such grid, or the picture has no pixels.
     """
+    if min(width, height) < 1:
+        raise ValueError(f"A picture of {width} x {height} pixels cannot be cut into tiles; give one with pixels.")
     best, best_distance = (1, 1), float("inf")
     for columns, rows in grids(min_tiles, max_tiles):
         distance = abs(width / height - columns / rows)
@@ -63,26 +84,15 @@ def choose_grid(width: int, height: int, tile_size: int, min_tiles: int = 1, max
     return best
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode as 8-bit RGB: its first frame, 16 bits scaled to 8, alpha dropped.
-
-    Raises:
-        ValueError: if the file is damaged.
-    """
-    try:
-        picture.load()
-        if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-            levels = np.asarray(picture, dtype=np.float64)
-            # 32-bit integers and floats may hold levels of 8 or 16 bits; their values show which.
-            if picture.mode.startswith("I;16") or levels.max(initial=0) > 255:
-                levels = levels / 257
-            picture = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that palette transparency is dropped
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        name = getattr(picture, "filename", "") or "a picture"
-        raise ValueError(f"{name} cannot be decoded ({error}); give a whole, undamaged image file.") from None
+def tile_side(size) -> int:
+    """The side of a tile in pixels, from an image processor's `size`. Raises ValueError if that is no square."""
+    given = dict(size) if isinstance(size, SizeDict) else get_size_dict(size)
+    height, width = given.get("height"), given.get("width")
+    if type(height) is not int or height != width or height < 1:
+        shown = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
+        shown = f"{height} x {width}" if None not in (height, width) else shown
+        raise ValueError(f"size {shown} is no square; tiles need equal height and width, such as size=448.")
+    return height
 
 
 class MmMambaImageProcessorKwargs(ImagesKwargs, total=False):
@@ -97,6 +107,13 @@ class MmMambaImageProcessorKwargs(ImagesKwargs, total=False):
     max_patches: int
     use_thumbnail: bool
     crop_to_patches: bool
+
+
+def _as_rgb(image, input_data_format, do_rescale: bool) -> torch.Tensor:
+    """A picture as (3, height, width); see `array_to_rgb`."""
+    if isinstance(image, Image.Image):
+        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).contiguous()
+    return array_to_rgb(image, input_data_format, do_rescale)
 
 
 class _TilingMixin:
@@ -121,26 +138,29 @@ class _TilingMixin:
     use_thumbnail = True
     crop_to_patches = True
 
-    def fetch_images(self, image_url_or_urls):
-        """Opens paths, URLs and base64. Raises ValueError for one that is missing or no picture."""
-        if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(image) for image in image_url_or_urls]
-        if not isinstance(image_url_or_urls, (str, os.PathLike)):
-            return image_url_or_urls
-        source = os.fspath(image_url_or_urls)
+    def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+        """See Transformers' `BaseImageProcessor`. Raises ValueError for whatever is wrong with pictures or options."""
         try:
-            if not os.path.isfile(source):
-                return load_image(source)
-            return ImageOps.exif_transpose(Image.open(source))  # load_image would clip 16-bit levels at 255
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            shown = source if len(source) < 200 else source[:60] + "…"
-            reason = str(error).split(", or base64")[0].split(". Failed with")[0]
-            raise ValueError(f"{shown} cannot be opened as a picture ({reason}); give a whole image file.") from None
+            return super().preprocess(images, *args, **kwargs)
+        except StrictDataclassError as error:  # an option of the wrong type
+            raise ValueError(" ".join(str(error.__cause__ or error).split())) from None
 
-    def process_image(self, image, **kwargs):
+    def fetch_images(self, image_url_or_urls):
+        """Opens paths, URLs and base64, in (lists of) lists. Raises ValueError for what is no picture."""
+        image = image_url_or_urls
+        if isinstance(image, (list, tuple)):
+            return [self.fetch_images(one) for one in image]
+        if isinstance(image, (str, os.PathLike)):
+            return read_image(image)
         if isinstance(image, Image.Image):
-            image = to_rgb(image)
-        return super().process_image(image, **kwargs)
+            return image
+        if isinstance(image, np.ndarray) or is_torch_tensor(image):
+            if image.ndim not in (2, 3, 4):
+                raise ValueError(f"An array of shape {tuple(image.shape)} is no picture; give (height, width, 3).")
+            # Transformers expects channels.
+            shape = image.shape if image.ndim > 2 else (3, *image.shape)
+            return np.broadcast_to(image, shape) if isinstance(image, np.ndarray) else image.expand(shape)
+        raise ValueError(f"{image!r:.200} is no picture; give a PIL image, an array, a path, an address or base64.")
 
     def _preprocess(
         self,
@@ -162,9 +182,7 @@ class _TilingMixin:
         min_patches, max_patches = (min_patches, max_patches) if crop_to_patches else (1, 1)
         tiles, counts = [], []
         for image in images:  # (3, height, width)
-            if size.height != size.width:
-                raise ValueError(f"size {size.height} x {size.width} is no square; tiles need equal height and width.")
-            side = size.height
+            side = tile_side(size)
             columns, rows = choose_grid(image.shape[2], image.shape[1], side, min_patches, max_patches)
             resized = self.resize(image, SizeDict(height=rows * side, width=columns * side), resample=resample)
             picture_tiles = [
@@ -179,19 +197,33 @@ class _TilingMixin:
             tiles += [self._rescale_and_normalize(tile, *options) for tile in picture_tiles]
         return BatchFeature({"pixel_values": tiles, "num_patches": counts}, tensor_type=return_tensors)
 
+    def to_dict(self) -> dict:
+        """As in Transformers; `auto_map` names both backends, so that AutoImageProcessor can choose."""
+        values = super().to_dict()
+        auto_map = dict(values.get("auto_map") or {})
+        if isinstance(name := auto_map.get("AutoImageProcessor"), str):
+            module = name.rsplit(".", 1)[0]
+            classes = {"pil": "MmMambaImageProcessorPil", "torchvision": "MmMambaImageProcessor"}
+            auto_map["AutoImageProcessor"] = {backend: f"{module}.{name}" for backend, name in classes.items()}
+            values["auto_map"] = auto_map
+        return values
+
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """How many tiles a picture of this size in pixels gives, thumbnail included."""
         names = ("min_patches", "max_patches", "use_thumbnail", "crop_to_patches", "size")
         options = {name: getattr(self, name) for name in names} | (images_kwargs or {})
         if not options["crop_to_patches"]:
             return 1
-        side = get_size_dict(options["size"])["height"]
+        side = tile_side(options["size"])
         columns, rows = choose_grid(width, height, side, options["min_patches"], options["max_patches"])
         return columns * rows + (options["use_thumbnail"] and columns * rows > 1)
 
 
 class MmMambaImageProcessorPil(_TilingMixin, PilBackend):
     __doc__ = _TilingMixin.__doc__
+
+    def process_image(self, image, input_data_format=None, do_rescale=True, **kwargs) -> np.ndarray:
+        return _as_rgb(image, input_data_format, do_rescale).cpu().numpy()
 
     def _rescale_and_normalize(self, tile, do_rescale, rescale_factor, do_normalize, mean, std):
         if do_rescale:
@@ -201,6 +233,10 @@ class MmMambaImageProcessorPil(_TilingMixin, PilBackend):
 
 class MmMambaImageProcessor(_TilingMixin, TorchvisionBackend):
     __doc__ = _TilingMixin.__doc__
+
+    def process_image(self, image, input_data_format=None, do_rescale=True, device=None, **kwargs) -> torch.Tensor:
+        image = _as_rgb(image, input_data_format, do_rescale)
+        return image if device is None else image.to(device)
 
     def _rescale_and_normalize(self, tile, do_rescale, rescale_factor, do_normalize, mean, std):
         return self.rescale_and_normalize(tile, do_rescale, rescale_factor, do_normalize, mean, std)

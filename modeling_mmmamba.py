@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -29,9 +28,13 @@ from transformers.utils import can_return_tuple, logging
 
 from .backends_mmmamba import are_plain, backend, project
 from .cache_mmmamba import CACHE, MmMambaCache
+from .chat_mmmamba import ChatMixin
 from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig
-from .conversation_mmmamba import ConversationMixin
 from .generation_mmmamba import MmMambaGenerationMixin
+from .hd_mmmamba import PatchLayout
+from .inputs_mmmamba import inputs_of_both_stacks, packed_sequences
+from .loading_mmmamba import LoadingMixin
+from .pictures_mmmamba import as_tiles
 from .ssm_mmmamba import Sequences, ssd_step, state_dtype
 from .vision_mmmamba import MmMambaVisionEmbeddings
 
@@ -307,7 +310,7 @@ class MmMambaCausalLMOutput(CausalLMOutputWithPast):
     image_outputs: BaseModelOutputWithPooling | None = None
 
 
-class MmMambaPreTrainedModel(PreTrainedModel):
+class MmMambaPreTrainedModel(LoadingMixin, PreTrainedModel):
     """Weight initialisation and what the network supports."""
 
     config_class = MmMambaConfig
@@ -365,6 +368,7 @@ class MmMambaModel(MmMambaPreTrainedModel):
         embedding.rope_parameters = text.embedding_rope_parameters
         self.embedding_rotary_emb = MmMambaRotaryEmbedding(embedding)
         self.rotary_emb = MmMambaRotaryEmbedding(text)
+        self.shuffles_behind = config.vision_config.patches_per_token > 1  # HoVLE-HD
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -372,16 +376,13 @@ class MmMambaModel(MmMambaPreTrainedModel):
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Rows that stand for pictures in the decoder's input.
 
-        Args: pixel_values (tiles, channels, height, width), normalised.
+        Args: pixel_values (tiles, channels, height, width), normalised; or what else `as_tiles` takes.
         Returns: An output whose `pooler_output` is (tiles, rows per tile, D).
         """
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; give all tiles as one tensor of shape "
-                "(tiles, channels, height, width)."
-            )
+        pixel_values, _ = as_tiles(pixel_values, None, self.config)
         # Tiles do not see each other; their patches take several times the memory of their rows.
-        rows = torch.cat([self.vision_embeddings(tiles) for tiles in pixel_values.split(32)])
+        pieces = [pixel_values] if torch.compiler.is_compiling() else pixel_values.split(32)
+        rows = torch.cat([self.vision_embeddings(tiles) for tiles in pieces])
         return BaseModelOutputWithPooling(last_hidden_state=rows, pooler_output=rows)
 
     def image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -402,12 +403,36 @@ class MmMambaModel(MmMambaPreTrainedModel):
             return rows
         image_rows = image_rows.reshape(-1, rows.shape[-1]).to(rows.device, rows.dtype)
         places = self.image_places(input_ids, inputs_embeds).to(rows.device)
-        if int(places.sum()) != len(image_rows):
+        count = places.sum().item()
+        if torch.compiler.is_compiling():
+            torch._check(count == image_rows.shape[0])  # `len` would fix the number
+        elif count != len(image_rows):
             raise ValueError(
-                f"The prompt has {int(places.sum())} image tokens but the pictures give {len(image_rows)} rows; use "
-                "the processor, or repeat <IMG_CONTEXT> once per row of every tile."
+                f"The prompt has {count} image tokens but the pictures give {len(image_rows)} rows; use the "
+                "processor, or repeat <IMG_CONTEXT> once per row of every tile."
             )
         return rows.masked_scatter(places[..., None], image_rows)
+
+    def patch_layout(self, rows: Tensor, places: Tensor | None, cache: MmMambaCache | None = None):
+        """How embedding layers see these tokens, a `PatchLayout`; None if they see them one by one.
+
+        Args: rows (B, L, ...), of tokens; places (B, L), where pictures stand, or None; cache, what was read before.
+        Raises: ValueError, if image tokens are no whole lines of tiles, or the cache cannot hold patches.
+        """
+        before = None if cache is None else cache.image_places
+        if not self.shuffles_behind or (places is None and before is None):
+            return None
+        if cache is not None and not cache.can_hold_patches:
+            raise ValueError(
+                "Embedding layers of a model with pixel_shuffle_loc='post' read more patches than there are tokens, "
+                "which caches of fixed length and Transformers' own cannot hold; pass model.new_cache()."
+            )
+        if places is None:
+            places = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
+        if before is None:
+            before = places.new_zeros(len(places), 0 if cache is None else cache.get_seq_length())
+        places = torch.cat([before.to(places.device), places], dim=1)
+        return PatchLayout(places, rows.shape[1], self.config.vision_config.patches_per_side // 2)
 
     @can_return_tuple
     def forward(
@@ -444,15 +469,16 @@ class MmMambaModel(MmMambaPreTrainedModel):
             mm_encoder_outputs = {"image": self.get_image_features(pixel_values)}
         image_outputs = (mm_encoder_outputs or {}).get("image")
         image_rows = None if image_outputs is None else image_outputs.pooler_output
-        inputs_embeds = self.embed(input_ids, inputs_embeds, image_rows)
+        patches_given = image_rows is not None and self.shuffles_behind
+        places = self.image_places(input_ids, inputs_embeds) if patches_given else None
+        inputs_embeds = self.embed(input_ids, inputs_embeds, None if self.shuffles_behind else image_rows)
 
         cache = past_key_values if cache is None else cache
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None or use_cache:
                 logger.warning_once("Gradient checkpointing runs layers twice, so nothing is cached.")
             cache, use_cache = None, False
-        packed = attention_mask is None and position_ids is not None and inputs_embeds.shape[1] > 1
-        sequences = Sequences.from_position_ids(position_ids.expand(len(inputs_embeds), -1)) if packed else None
+        sequences = packed_sequences(inputs_embeds, attention_mask, position_ids)
         if sequences is not None:
             if cache is not None or use_cache:
                 raise ValueError(
@@ -460,30 +486,36 @@ class MmMambaModel(MmMambaPreTrainedModel):
                     "state per row; pass use_cache=False and no cache, or give the attention_mask if the row is "
                     "padded, not packed."
                 )
-            kwargs = sequences.attention_kwargs() | kwargs
         elif cache is None and (config.use_cache and not self.training if use_cache is None else use_cache):
             cache = MmMambaCache(config)
         layer_cache = None if cache is None else MmMambaCache.wrapping(cache, config)
 
-        masks = {"full_attention": None, "linear_attention": sequences} | self.masks(
-            attention_mask, inputs_embeds, layer_cache, position_ids
+        layout = self.patch_layout(inputs_embeds, places, layer_cache)
+        hidden_states = inputs_embeds if layout is None else layout.expand(inputs_embeds, image_rows)
+        inputs = inputs_of_both_stacks(
+            config, layout, inputs_embeds, hidden_states, attention_mask, position_ids, layer_cache, sequences
         )
-        rotary = self.rotary(attention_mask, inputs_embeds, layer_cache, position_ids)
-        hidden_states, collected, weights_by_layer = inputs_embeds, [], None
+        rotary = [
+            None if of_stack.position_ids is None else embedding(inputs_embeds, of_stack.position_ids)
+            for embedding, of_stack in zip((self.embedding_rotary_emb, self.rotary_emb), inputs, strict=True)
+        ]
+        collected, weights_by_layer = [], None
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             kwargs["attention_weights"] = weights_by_layer = []
         for index, layer in enumerate(self.layers):
             collected.append(hidden_states if output_hidden_states else None)
-            in_embedding = index < config.num_embedding_layers
-            hidden_states = layer(
-                hidden_states, masks[layer.layer_type], rotary[in_embedding], cache=layer_cache, **kwargs
-            )
-            if index + 1 == config.num_embedding_layers and config.normalize_embedding_output:
-                hidden_states = F.normalize(hidden_states, dim=-1)
+            stack = int(index >= config.num_embedding_layers)
+            mask, options = inputs[stack].masks[layer.layer_type], inputs[stack].kwargs | kwargs
+            hidden_states = layer(hidden_states, mask, rotary[stack], cache=layer_cache, **options)
+            if index + 1 == config.num_embedding_layers:
+                if layout is not None:
+                    hidden_states = layout.contract(hidden_states, self.vision_embeddings)
+                if config.normalize_embedding_output:
+                    hidden_states = F.normalize(hidden_states, dim=-1)
         if layer_cache is not None:
-            layer_cache.advance(inputs_embeds.shape[1])
+            layer_cache.advance(inputs_embeds.shape[1], None if layout is None else layout.image_places)
         hidden_states = self.norm(hidden_states)
         if any(weights is None for weights in weights_by_layer or ()):
             logger.warning_once(
@@ -497,42 +529,8 @@ class MmMambaModel(MmMambaPreTrainedModel):
             **{CACHE: cache},
         )
 
-    def masks(self, attention_mask, inputs_embeds: Tensor, cache: MmMambaCache | None, position_ids) -> dict:
-        """What each type of layer needs of a (B, past + L) mask; a dict of these is returned as it is."""
-        if isinstance(attention_mask, dict):
-            return attention_mask
-        masks, (rows, length) = {}, inputs_embeds.shape[:2]
-        if "full_attention" in self.config.text_config.layer_types:
-            padding = attention_mask
-            if padding is None and cache is not None:
-                padding = cache.filled(rows, length, inputs_embeds.device)
-            # By position: the cache's argument has another name in every second version of Transformers.
-            masks["full_attention"] = create_causal_mask(
-                self.config.text_config, inputs_embeds, padding, cache, position_ids
-            )
-        if attention_mask is not None and "linear_attention" in self.config.text_config.layer_types:
-            masks["linear_attention"] = Sequences.from_attention_mask(attention_mask, length)
-        return masks
 
-    def rotary(self, attention_mask, inputs_embeds: Tensor, cache: MmMambaCache | None, position_ids) -> dict:
-        """Rotary positions of the embedding layers (True) and of the language layers (False).
-
-        Positions count valid tokens if they are not given; padding gets position 1, as in upstream.
-        """
-        if "full_attention" not in self.config.text_config.layer_types:  # no other layer sees positions
-            return {True: None, False: None}
-        length = inputs_embeds.shape[1]
-        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            position_ids = (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 1)[:, -length:]
-        elif position_ids is None:
-            past = 0 if cache is None else cache.get_seq_length()
-            position_ids = torch.arange(past, past + length)[None]
-        position_ids = position_ids.to(inputs_embeds.device)
-        rotary = {True: self.embedding_rotary_emb, False: self.rotary_emb}
-        return {in_embedding: emb(inputs_embeds, position_ids) for in_embedding, emb in rotary.items()}
-
-
-class MmMambaForConditionalGeneration(ConversationMixin, MmMambaGenerationMixin, MmMambaPreTrainedModel):
+class MmMambaForConditionalGeneration(ChatMixin, MmMambaGenerationMixin, MmMambaPreTrainedModel):
     """The decoder with its output head, `generate` and `chat`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012

@@ -210,6 +210,7 @@ KEYWORDS = {
     *TextKwargs.__annotations__,
     *MmMambaImageProcessorKwargs.__annotations__,
     *MmMambaProcessorKwargs.__annotations__,
+    *("text_kwargs", "images_kwargs", "common_kwargs"),
     *("return_mm_token_type_ids", "return_text_replacement_offsets"),
 }
 
@@ -291,9 +292,8 @@ class MmMambaProcessor(ProcessorMixin):
                 for offsets, prompt in zip(encoded["offset_mapping"], prompts, strict=True)
             ]
         if token_types:
-            encoded["mm_token_type_ids"] = [
-                [int(index == self.image_token_id) for index in row] for row in encoded["input_ids"]
-            ]
+            picture = set(self.tokenizer.convert_tokens_to_ids(["<img>", self.image_token, "</img>"]))
+            encoded["mm_token_type_ids"] = [[int(index in picture) for index in row] for row in encoded["input_ids"]]
         return BatchFeature({**encoded, **vision}, tensor_type=return_tensors)
 
     def _pictures_in_order(self, images, prompts: list[str]) -> list:
@@ -344,7 +344,7 @@ class MmMambaProcessor(ProcessorMixin):
         Raises:
             ValueError: if the messages cannot be rendered, or the template does not use `tools` or `documents`.
         """
-        check_conversation(conversation)
+        conversation = check_conversation(conversation)
         for name in ("images", "videos"):
             if kwargs.get(name) is not None:
                 raise ValueError(

@@ -94,6 +94,8 @@ class Sequences:
             None if every step is valid.
         """
         mask = mask.bool()
+        if torch.compiler.is_compiling() and mask.device.type != "cuda":  # kernels need valid steps end to end
+            return AlignedRows(mask)
         if mask.all():
             return None
         return cls(F.pad(mask.sum(1).cumsum(0), (1, 0)), mask.flatten().nonzero().squeeze(1), tuple(mask.shape))
@@ -214,6 +216,44 @@ class Sequences:
         }
 
 
+class AlignedRows(Sequences):
+    """The rows of a padded batch without a look at the mask's values, for graphs that serve every mask.
+
+    The packed row holds each row's valid steps and then its padding.
+
+    Args:
+        mask: (batch, length), bool.
+    """
+
+    length_buckets = ()
+
+    def __init__(self, mask: Tensor):
+        self.shape = tuple(mask.shape)
+        self.mask, self.order = mask, mask.int().argsort(dim=1, descending=True, stable=True)  # valid steps first
+        self.valid, self.lengths = mask.gather(1, self.order), mask.sum(1)
+        self.derived = {}
+
+    def pack(self, x: Tensor) -> Tensor:
+        return _take_steps(x, self.order).flatten(0, 1)[None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        x = _take_steps(x[0].unflatten(0, self.shape), self.order.argsort(dim=1))
+        return x * self.mask.view(*self.shape, *[1] * (x.ndim - 2))
+
+    def to_padded(self, x: Tensor) -> Tensor:
+        x = x[0].unflatten(0, self.shape)
+        return x * self.valid.view(*self.shape, *[1] * (x.ndim - 2))
+
+    def from_padded(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1)[None]
+
+
+def _take_steps(x: Tensor, indices: Tensor) -> Tensor:
+    """Args: x (batch, length, ...); indices (batch, length). Returns the shape of x."""
+    indices = indices.view(*indices.shape, *[1] * (x.ndim - 2)).expand_as(x)
+    return x.gather(1, indices)
+
+
 # --- operations ------------------------------------------------------------------------------------------------------
 
 
@@ -243,9 +283,7 @@ def decay_between(log_decay: Tensor, block: int = 16) -> Tensor:
     """
     length = log_decay.shape[-1]
     if length <= block:
-        causal = torch.ones(length, length, dtype=torch.bool, device=log_decay.device).tril()
-        segments = log_decay[..., None].masked_fill(~causal.tril(-1), 0).cumsum(-2)
-        return segments.masked_fill(~causal, -torch.inf).exp()
+        return _summed_one_by_one(log_decay)
     blocks = F.pad(log_decay, (0, -length % block)).unflatten(-1, (-1, block))  # (..., T / block, block)
     from_start, to_end = blocks.cumsum(-1).exp(), _reverse_cumsum(blocks).exp()
     # Over the whole blocks between J and I; 0 where I is not behind J, as everywhere in the row of the first block.
@@ -254,6 +292,14 @@ def decay_between(log_decay: Tensor, block: int = 16) -> Tensor:
     decay = from_start[..., None, None] * to_block[..., None, :, :]  # (..., I, i, J, j)
     decay.diagonal(dim1=-4, dim2=-2).copy_(decay_between(blocks, block).movedim(-3, -1))
     return decay.flatten(-4, -3).flatten(-2)[..., :length, :length]
+
+
+def _summed_one_by_one(log_decay: Tensor) -> Tensor:
+    """`decay_between` in one piece of any length."""
+    length = log_decay.shape[-1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=log_decay.device).tril()
+    segments = log_decay[..., None].masked_fill(~causal.tril(-1), 0).cumsum(-2)
+    return segments.masked_fill(~causal, -torch.inf).exp()
 
 
 def causal_conv(
@@ -339,6 +385,10 @@ def ssd_scan(
     dt = dt.to(acc).permute(0, 2, 1).unflatten(1, (kv_heads, group))  # (B, K, G, L)
     log_decay = dt * A.to(acc).view(kv_heads, group, 1)
     state = state.to(acc).unflatten(1, (kv_heads, group))  # (B, K, G, P, N)
+    if torch.compiler.is_compiling():
+        y, state = _scan_all_chunks(v, k, q, dt, log_decay, state, chunk_size)
+        y = y.flatten(1, 2).transpose(1, 2)
+        return y if sequences is None else sequences.from_padded(y), state.flatten(1, 2)
 
     outputs = []
     for start in range(0, length, chunk_size):
@@ -368,6 +418,42 @@ def ssd_scan(
         y = torch.cat([state.new_empty(batch, kv_heads, group, 0, head_dim), *outputs], dim=3)
     y = y.flatten(1, 2).transpose(1, 2)
     return y if sequences is None else sequences.from_padded(y), state.flatten(1, 2)
+
+
+def _scan_all_chunks(
+    v: Tensor, k: Tensor, q: Tensor, dt: Tensor, log_decay: Tensor, state: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """`ssd_scan` over all chunks at once: a graph without a loop serves every length, at the cost of more memory.
+
+    Args:
+        v, k: (B, K, L, ·).
+        q: (B, K, G, L, N).
+        dt, log_decay: (B, K, G, L).
+        state: (B, K, G, P, N).
+
+    Returns:
+        y (B, K, G, L, P), and the last states.
+    """
+    length = q.shape[3]
+    chunks = (length + chunk_size - 1) // chunk_size + 1  # never one, since a graph for one would serve no more
+    padding = chunks * chunk_size - length
+
+    def split(x: Tensor) -> Tensor:
+        """(..., L, ·) to (..., chunks, T, ·); steps of size 0 at the end change nothing."""
+        return F.pad(x, (0, 0, 0, padding)).unflatten(-2, (chunks, chunk_size))
+
+    q, k, v = split(q), split(k)[:, :, None], split(v)[:, :, None]  # (B, K, G or 1, chunks, T, ·)
+    dt, log_decay = split(dt[..., None])[..., 0], split(log_decay[..., None])[..., 0]  # (B, K, G, chunks, T)
+    weights = (q @ k.transpose(-1, -2)) * (_summed_one_by_one(log_decay) * dt[..., None, :])
+    to_end = (_reverse_cumsum(log_decay).exp() * dt)[..., None]
+    written = (v * to_end.to(v.dtype)).transpose(-1, -2) @ k  # (B, K, G, chunks, P, N)
+    # Before each chunk, and behind the last one: the first state and what earlier chunks wrote, as far as it is left.
+    states = torch.cat([state[:, :, :, None], written.to(state.dtype)], dim=3)
+    left = _summed_one_by_one(F.pad(log_decay.sum(-1), (1, 0)))  # (B, K, G, chunks + 1, chunks + 1)
+    states = (left @ states.flatten(-2)).unflatten(-1, state.shape[-2:])
+    carried = q @ states[:, :, :, :-1].to(q.dtype).transpose(-1, -2)
+    y = weights.to(v.dtype) @ v + carried * log_decay.cumsum(-1).exp()[..., None]
+    return y.flatten(3, 4)[:, :, :, :length], states[:, :, :, -1]
 
 
 def ssd_step(v: Tensor, k: Tensor, q: Tensor, dt: Tensor, A: Tensor, state: Tensor) -> Tensor:

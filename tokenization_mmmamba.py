@@ -228,12 +228,10 @@ class MmMambaTokenizerFast(_TokenizerMixin, TokenizersBackend):
         add_bos_token: bool | None = None,
         add_eos_token: bool | None = None,
         extra_special_tokens: list[str] | None = None,
-        added_tokens_decoder: dict[int, AddedToken] | None = None,
         **kwargs,
     ):
         if extra_special_tokens is None:
             extra_special_tokens = CONTROL_TOKENS + PICTURE_TOKENS
-        added_tokens_decoder = added_tokens_decoder or {}
         if tokenizer_file is not None and Path(tokenizer_file).is_file():
             self._tokenizer = read_tokenizer_file(tokenizer_file)
             add_bos_token, add_eos_token = added_at_ends(
@@ -245,7 +243,9 @@ class MmMambaTokenizerFast(_TokenizerMixin, TokenizersBackend):
                     f"vocab_file={vocab_file!r} is no file; put the SentencePiece `tokenizer.model` there, or a "
                     "tokenizer.json."
                 )
-            self._tokenizer = backend_from_sentencepiece(vocab_file, added_tokens_decoder, extra_special_tokens)
+            self._tokenizer = backend_from_sentencepiece(
+                vocab_file, kwargs.get("added_tokens_decoder") or {}, extra_special_tokens
+            )
         add_bos_token, add_eos_token = add_bos_token in (True, None), bool(add_eos_token)
         kwargs.setdefault("clean_up_tokenization_spaces", True)  # as upstream: decodes "one ." to "one."
         kwargs["clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"] = True

@@ -34,19 +34,45 @@ class MmMambaVisionEmbeddings(nn.Module):
         resized = F.interpolate(table.float(), size=(rows, columns), mode="bicubic", align_corners=False)
         return resized.to(table.dtype)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Args: pixel_values (tiles, channels, height, width). Returns (tiles, rows per tile, hidden)."""
+    def forward(self, pixel_values: Tensor | None = None, patches: Tensor | None = None) -> Tensor:
+        """Tiles to rows.
+
+        Args:
+            pixel_values: (tiles, channels, height, width).
+            patches: (patches, hidden) instead: with `pixel_shuffle_loc="post"` the rows of tiles are patches, which
+                come here a second time, behind the embedding layers.
+
+        Returns:
+            (tiles, rows per tile, hidden), or (patches / 4, hidden).
+        """
+        if patches is not None:
+            return self._shuffle(patches, self.config.patches_per_side)
         pixel_values = pixel_values.to(self.position_embedding.device, self.position_embedding.dtype)
         patches = self.patch_embedding(pixel_values)  # (tiles, hidden, rows, columns)
         patches = patches + self.positions(*patches.shape[2:])
-        if not self.config.use_pixel_shuffle:
-            return patches.flatten(2).transpose(1, 2)
         rows, columns = patches.shape[2:]
+        patches = patches.flatten(2).transpose(1, 2)
+        if not self.config.use_pixel_shuffle:
+            return patches
         if rows % 2 or columns % 2:
             raise ValueError(
                 f"A tile of {rows} x {columns} patches cannot be shuffled 2x2; give pixel_values whose height and "
                 f"width are multiples of {2 * self.config.patch_size} pixels."
             )
-        blocks = patches.unflatten(3, (columns // 2, 2)).unflatten(2, (rows // 2, 2))
-        blocks = blocks.permute(0, 2, 4, 3, 5, 1)  # (tiles, rows/2, columns/2, 2, 2, hidden)
-        return self.projector(blocks.flatten(3).flatten(1, 2))
+        if self.config.patches_per_token == 1:
+            return self._shuffle(patches, columns)
+        if columns != self.config.patches_per_side:
+            raise ValueError(
+                f"A tile of {rows} x {columns} patches does not fit this model, which shuffles behind its embedding "
+                f"layers; give pixel_values of {self.config.image_size} x {self.config.image_size} pixels."
+            )
+        return patches
+
+    def _shuffle(self, patches: Tensor, columns: int) -> Tensor:
+        """Makes one row of each 2x2 patches.
+
+        Args: patches (..., patches, hidden), row by row of a grid with so many columns and an even number of rows.
+        Returns: (..., patches / 4, hidden).
+        """
+        blocks = patches.unflatten(-2, (-1, 2, columns // 2, 2)).transpose(-4, -3)  # (..., rows/2, columns/2, 2, 2, ·)
+        return self.projector(blocks.flatten(-3).flatten(-3, -2))

@@ -5,6 +5,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from mmmamba.benchmarks import arguments as benchmark_arguments
 from mmmamba.cli import arguments
 
 
@@ -14,11 +15,12 @@ BENCHMARKS = {
     "prefill": "reading a prompt: the same models",
     "memory": "peak memory of reading a prompt: the same models",
     "distillation": "memory and time of the distillation stages, beside naive implementations",
+    "quantization": "answers and size on disk under every quantisation tool, before saving and after loading",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `mmmamba bench`; those of a benchmark, whose import is slow, only if it is named."""
+    """Declares the arguments of `mmmamba bench`; those of a benchmark only if it is named."""
     benchmarks = parser.add_subparsers(dest="bench", required=True, metavar="NAME")
     for name, summary in BENCHMARKS.items():
         benchmarks.add_parser(name, help=summary, declare=partial(_add_benchmark_arguments, name))
@@ -26,10 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_benchmark_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     arguments.device(parser)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--rounds", type=int, default=7, help="times that each candidate is timed")
+    parser.add_argument("--threads", type=arguments.positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--rounds", type=arguments.positive, default=7, help="times that each candidate is timed")
     parser.add_argument("--results", type=Path, help="folder for JSON and plot (default: neither is written)")
-    import_module(f"mmmamba.benchmarks.{name}").add_arguments(parser)
+    getattr(benchmark_arguments, name)(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,20 +12,13 @@ import argparse
 
 import torch
 
-from .models import DTYPES, OURS, cache_of_length, decode_bytes, decode_step, make_model
-from .models import add_arguments as add_model_arguments
+from .arguments import OURS
+from .models import DTYPES, cache_of_length, decode_bytes, decode_step, make_model
 from .plot import line_plot
 from .timing import format_table, roofline_ceilings, time_in_turns, write_result
 
 
 COLUMNS = ["context", "model", "way", "ms", "least ms", "most ms", "tokens/s", "GB/s", "share", "roofline ms"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
-    parser.add_argument("--together", action="store_true", help="time all lengths in turns, to compare them")
-    parser.add_argument("--steps", type=int, default=8, help="tokens in one timing")
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:

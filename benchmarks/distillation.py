@@ -35,17 +35,6 @@ IMPLEMENTATIONS = {1: ("ours", "naive", "mixers"), 2: ("ours", "naive", "mixers"
 COLUMNS = ["stage", "way", "MiB", "seconds", "times ours' MiB", "times ours' seconds"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--length", type=int, default=1024, help="tokens of the one conversation in a step")
-    parser.add_argument("--steps", type=int, default=3, help="steps that each process times")
-    parser.set_defaults(rounds=3)
-    # Set for the subprocesses.
-    parser.add_argument("--measure-here", nargs=2, metavar=("STAGE", "IMPLEMENTATION"), help=argparse.SUPPRESS)
-
-
 def run(args: argparse.Namespace, device: torch.device) -> None:
     if args.measure_here:
         stage, implementation = args.measure_here

@@ -19,7 +19,6 @@ import torch
 
 from mmmamba.cache_mmmamba import CACHE
 
-from .models import add_arguments as add_model_arguments
 from .models import cache_bytes, make_model
 from .plot import line_plot
 from .timing import format_table, write_result
@@ -28,13 +27,6 @@ from .timing import format_table, write_result
 # glibc returns freed memory to the system at once: what it would hold back depends on chance more than on length.
 MALLOC_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 COLUMNS = ["length", "model", "peak MiB", "least MiB", "most MiB", "cache MiB", "seconds", "tokens/s"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
-    parser.set_defaults(rounds=3)
-    parser.add_argument("--measure-here", action="store_true", help=argparse.SUPPRESS)  # set for the subprocesses
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:

@@ -11,27 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mmmamba.benchmarks.arguments import OURS, SIZES
 from mmmamba.cache_mmmamba import CACHE
 from mmmamba.capture_mmmamba import RecordedStep
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 
-OURS = ("linear", "hybrid", "teacher")
-PEERS = ("llama", "bamba", "falcon-h1")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SIZES = {  # layers, hidden, MLP, heads, key/value heads, vocabulary
-    "small": (8, 512, 2048, 8, 4, 8192),
-    "released": (32, 2048, 8192, 16, 8, 92553),
-}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", choices=OURS + PEERS, default=[*OURS, *PEERS])
-    parser.add_argument("--size", choices=list(SIZES), default="small", help="small, or the released model's")
-    parser.add_argument("--layers", type=int, help="fewer layers than the size has")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--batch", type=int, default=1)
 
 
 def make_model(name: str, args: argparse.Namespace, device: torch.device):

@@ -12,17 +12,11 @@ import argparse
 import torch
 
 from .models import DTYPES, make_model, prefill_flops
-from .models import add_arguments as add_model_arguments
 from .plot import line_plot
 from .timing import format_table, roofline_ceilings, time_in_turns, write_result
 
 
 COLUMNS = ["length", "model", "seconds", "least", "most", "tokens/s", "GFLOP/s", "share", "roofline s"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096])
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:

@@ -21,16 +21,6 @@ from .timing import format_table, time_in_turns, time_once, write_result
 COLUMNS = ["dtype", "scan", "ms", "least ms", "most ms", "times faster", "error", "peak MiB"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
-    parser.add_argument("--backward", action="store_true", help="forward and backward")
-
-
 def scan_inputs(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     """v, k, q in `dtype`, (batch, length, heads, head_dim); dt and A in fp32."""
     generator = torch.Generator().manual_seed(0)

@@ -20,8 +20,20 @@ def chat(parser: argparse.ArgumentParser) -> None:
         help="text file of any length to read first; may be repeated",
     )
     parser.add_argument("--state", type=Path, help="conversation file: continued if it exists, saved at the end")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (default: 256)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=256, help="longest answer, in tokens (default: 256)"
+    )
     device(parser)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, from the command line."""
+    try:
+        if (number := int(text)) > 0:
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
 
 
 def device(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +42,7 @@ def device(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=HYBRID, help="model folder (default: the small hybrid)")
-    parser.add_argument("--questions", type=int, default=2000, help="how many (default: 2000)")
+    parser.add_argument("--questions", type=positive, default=2000, help="how many (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="which held-out questions (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

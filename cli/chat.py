@@ -1,6 +1,7 @@
 """`mmmamba chat`: shows pictures and texts to a model, asks it, and prints the answers as they are generated."""
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -8,18 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import TextStreamer
 
+from mmmamba import image_reading_mmmamba
+from mmmamba.chat_template_mmmamba import as_text
 from mmmamba.conversation_mmmamba import ConversationState
 from mmmamba.conversion.publish import check_model_folder
 from mmmamba.examples.shapes.world import conversation
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
-from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.tokenization_mmmamba import MmMambaTokenizerFast
 
 from .arguments import HYBRID
 from .env import usable_device
+from .load import load_model
 
 
 DEMO_CONVERSATION = 6  # index in the held-out split; it asks for a count, a number and a position
@@ -55,15 +58,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image from a file. Raises ValueError if it is missing, truncated or not an image."""
+    """An image from a file, upright, in RGB. Raises ValueError if it is missing, damaged or not an image."""
+    if not os.path.exists(path):
+        raise ValueError(f"--image {path} does not exist; give the path of an image.")
     try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise ValueError(f"--image {path} does not exist; give the path of an image.") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"--image {path} cannot be read as an image ({error}); give a whole image file.") from None
-    return image
+        return image_reading_mmmamba.read_image(path)
+    except ValueError as error:
+        raise ValueError(f"--image {error}") from None
 
 
 def read_text(path: Path) -> str:
@@ -81,14 +82,14 @@ class Chat:
 
     Args:
         folder: Model folder.
-        device: Where the model runs; in fp32 on the CPU, elsewhere in the dtype of its weights.
+        device: Where the model runs; in fp32 on the CPU, elsewhere or quantised in the dtype of its weights.
         max_new_tokens: Longest answer.
     """
 
     def __init__(self, folder: Path, device: torch.device | str, max_new_tokens: int):
         # Many CPUs have no instructions for half precision.
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-        self.model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+        self.model = load_model(folder, device, dtype)
         self.tokenizer = MmMambaTokenizerFast.from_pretrained(folder)
         self.image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
         self.generation_config = {"max_new_tokens": max_new_tokens, "do_sample": False}
@@ -100,8 +101,8 @@ class Chat:
         self.pixel_values, self.num_patches_list = None, []
         self.add_images(images)
         for text in texts:
-            # What looks like a placeholder in a document is none.
-            self.state.extend(text.replace("<image>", "<image >").rstrip() + "\n\n")
+            # What looks like a placeholder in a document is text.
+            self.state.extend(as_text(text.rstrip() + "\n\n", self.tokenizer))
 
     def add_images(self, images: Sequence[Image.Image]) -> None:
         """Adds images to the next question: in front of it, or where it says `<image>`."""
@@ -195,7 +196,7 @@ def print_image(image: Image.Image, path: Path) -> None:
         return
     width = min(image.width, shutil.get_terminal_size().columns - 2, 72)
     height = max(2, round(image.height * width / image.width / 2) * 2)
-    pixels = image.convert("RGB").resize((width, height)).load()
+    pixels = image.resize((width, height)).load()
     for y in range(0, height, 2):
         cells = ("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*pixels[x, y], *pixels[x, y + 1]) for x in range(width))
         print("".join(cells) + "\x1b[0m")

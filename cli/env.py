@@ -11,16 +11,22 @@ import torch
 from mmmamba.backends_mmmamba import BACKENDS, ENVIRONMENT, backend, unavailable_reason
 
 
-PACKAGES = ("torch", "torchvision", "transformers", "triton", "mamba-ssm", "causal-conv1d", "flash-attn", "accelerate")
+PACKAGES = (
+    "torch", "torchvision", "transformers", "triton", "mamba-ssm", "causal-conv1d", "flash-attn", "accelerate",
+    "bitsandbytes", "torchao", "optimum-quanto",
+)  # fmt: skip
 
 
 def usable_device(name: str | None) -> torch.device:
     """The device that `--device` names; if it is not given, the GPU or else the CPU. Raises ValueError if missing."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's ways to say so
-        reason = str(error).splitlines()[0]
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise ValueError("its tensors have no values")
+        return device
+    except Exception as error:  # torch has many ways to say so
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used here ({reason}); try --device cpu.") from None
 
 

@@ -1,8 +1,11 @@
 """The command `mmmamba`. A command's code, and torch with it, is imported only when the command runs."""
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 from mmmamba.benchmarks import bench
@@ -62,6 +65,29 @@ def _parser() -> CommandParser:
     return parser
 
 
+@contextmanager
+def _clean_up_when_terminated() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP into SystemExit, so that what a command has begun to write is removed."""
+
+    def stop(number, frame):
+        signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
+        print("error: terminated", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # Whoever handles or ignores them already, as `nohup` does, knows better; and only the main thread can.
+    if threading.current_thread() is not threading.main_thread():
+        signals = []
+    signals = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
+    for number in signals:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command.
 
@@ -69,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: The command line without the program's name; that of the process if not given.
 
     Returns:
-        The exit code: 0 when all went well, 1 when not (after one sentence on stderr), 130 when interrupted. A wrong
-        command line exits with 2.
+        The exit code: 0 when all went well, 1 when not (after one sentence on stderr), 130 when interrupted, 143 when
+        terminated. A wrong command line exits with 2.
     """
     try:
         parser = _parser()
@@ -80,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
             args.overrides += more
         elif more:
             parser.error(f"unrecognized arguments: {' '.join(more)}")
-        return import_module(args.module).run(args) or 0
+        with _clean_up_when_terminated():
+            return import_module(args.module).run(args) or 0
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
@@ -89,7 +116,9 @@ def main(argv: list[str] | None = None) -> int:
         cause = error.__cause__ if type(error).__name__.startswith("StrictDataclass") else error
         if not isinstance(cause, ValueError | TypeError | OSError | ImportError):
             raise
-        print(f"error: {cause}", file=sys.stderr)
+        # One line, without control characters, whatever a file's contents have brought into the message.
+        message = " ".join(str(cause).splitlines())
+        print("error:", "".join(c if c.isprintable() else repr(c)[1:-1] for c in message), file=sys.stderr)
         return 1
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
-from mmmamba.configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
+from mmmamba.configuration_mmmamba import MOST_LAYERS, MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
 from mmmamba.conversion.layouts import (
     UNUSED_ROWS,
     Rule,
@@ -38,6 +38,30 @@ _UNSUPPORTED = {
     "llm_config": ("bias", "attention_bias", "tie_word_embeddings"),
 }
 _SHARED_SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_act")
+
+
+# Types of upstream's entries. Entries that are left out here are checked where they are used.
+_TYPES = {
+    bool: ("dynamic_image_size", "normalize_encoder_output", "use_pixel_shuffle_proj", "use_thumbnail"),
+    dict: ("rope_scaling", "special_token_maps"),
+    float: ("downsample_ratio", "initializer_range", "rms_norm_eps", "rope_theta"),
+    int: (
+        "force_image_size", "hidden_size", "image_size", "img_context_token_id", "intermediate_size", "llm_vocab_size",
+        "max_dynamic_patch", "max_position_embeddings", "min_dynamic_patch", "num_attention_heads", "num_channels",
+        "num_hidden_layers", "num_key_value_heads", "patch_size", "vocab_size",
+    ),
+    list: ("layers_block_type",),
+    str: ("_name_or_path", "hidden_act", "model_type", "pixel_shuffle_loc", "template"),
+}  # fmt: skip
+_TYPE_OF = {key: kind for kind, keys in _TYPES.items() for key in keys}
+_TYPE_NAMES = {
+    bool: "true or false",
+    dict: "an object",
+    float: "a finite number",
+    int: "a whole number",
+    list: "a list",
+    str: "a text",
+}
 
 
 class Upstream(NamedTuple):
@@ -77,7 +101,7 @@ class Report(NamedTuple):
 
 
 class _Section:
-    """One dictionary of the upstream config; a missing entry is an error that names it."""
+    """One dictionary of the upstream config; a missing entry, or one of another type, is an error that names it."""
 
     def __init__(self, name: str, values: dict):
         self.name, self.values = name, values
@@ -85,10 +109,18 @@ class _Section:
     def __getitem__(self, key: str):
         if key not in self.values:
             raise ValueError(f"config.json lacks {self.path(key)}, which the conversion needs; add it.")
-        return self.values[key]
+        return self._checked(key, self.values[key])
 
     def get(self, key: str, default=None):
-        return self.values.get(key, default)
+        value = self.values.get(key, default)
+        return value if value is None else self._checked(key, value)
+
+    def _checked(self, key: str, value):
+        kind = _TYPE_OF.get(key)
+        is_number = type(value) in (int, float) and -1e300 < value < 1e300  # NaN is not
+        if kind is not None and not (is_number if kind is float else type(value) is kind):
+            raise ValueError(f"config.json has {self.path(key)}={value!r:.200}; it must be {_TYPE_NAMES[kind]}.")
+        return value
 
     def path(self, key: str) -> str:
         return f"{self.name}.{key}" if self.name else key
@@ -109,7 +141,7 @@ def read_upstream_config(values: dict) -> Upstream:
         ValueError: if it is neither HoVLE's nor the released mmMamba's, or sets what this network does not have.
     """
     root = _Section("", values)
-    kind = values.get("model_type")
+    kind = root.get("model_type")
     if kind == MmMambaConfig.model_type:
         raise ValueError("SRC is in this package's layout already; load it as it is.")
     layouts = {layout[0]: layout for layout in (HOVLE, RELEASED)}
@@ -141,6 +173,10 @@ def read_upstream_config(values: dict) -> Upstream:
             f"config.json gives {embedding['llm_vocab_size']} text tokens and {len(special_tokens)} special tokens "
             f"but llm_config.vocab_size={llm['vocab_size']}; the output head must have one row per token."
         )
+    if not all(type(index) is int for index in special_tokens.values()):
+        raise ValueError(
+            f"config.json: embedding_config.special_token_maps={special_tokens!r:.200} must have whole ids."
+        )
     if sorted(special_tokens.values()) != list(range(embedding["llm_vocab_size"], vocab_size)):
         raise ValueError(
             f"config.json numbers special_token_maps as {sorted(special_tokens.values())}; expected the ids that "
@@ -149,8 +185,13 @@ def read_upstream_config(values: dict) -> Upstream:
 
     layer_types = []
     for section in (embedding, llm):
+        if not 0 <= section["num_hidden_layers"] <= MOST_LAYERS:
+            raise ValueError(
+                f"config.json has {section.path('num_hidden_layers')}={section['num_hidden_layers']}; give 0 to "
+                f"{MOST_LAYERS}."
+            )
         block_types = section.get("layers_block_type") or ["mha"] * section["num_hidden_layers"]
-        if unknown := sorted(set(block_types) - set(LAYER_TYPES)):
+        if unknown := sorted({str(name) for name in block_types} - set(LAYER_TYPES)):
             raise ValueError(
                 f"config.json: {section.path('layers_block_type')} holds {unknown}; known are {list(LAYER_TYPES)}."
             )
@@ -211,7 +252,7 @@ def _rope(section: _Section, max_position_embeddings: int) -> dict:
     if not scaling:
         return parameters
     kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor")
-    if kind not in ("dynamic", "linear") or not isinstance(factor, int | float):
+    if kind not in ("dynamic", "linear") or type(factor) not in (int, float):
         raise ValueError(
             f"config.json has {section.path('rope_scaling')}={scaling!r}; only 'dynamic' and 'linear' with a number "
             "as factor are known upstream."
@@ -226,10 +267,11 @@ def _rope(section: _Section, max_position_embeddings: int) -> dict:
 
 def _vision(root: _Section, embedding: _Section) -> MmMambaVisionConfig:
     shuffled = bool(embedding.get("use_pixel_shuffle_proj"))
-    if shuffled and embedding.get("pixel_shuffle_loc", "pre") != "pre":
+    loc = embedding.get("pixel_shuffle_loc", "pre")
+    if loc not in ("pre", "post") or (loc == "post" and not shuffled):
         raise ValueError(
-            f"This is HoVLE-HD (pixel_shuffle_loc={embedding.get('pixel_shuffle_loc')!r}): its images are shuffled "
-            "after the embedding layers, which is not supported; convert a model with pixel_shuffle_loc='pre'."
+            f"config.json has pixel_shuffle_loc={loc!r} with use_pixel_shuffle_proj={shuffled}; known are 'pre', and "
+            "'post' where pixels are shuffled."
         )
     ratio = root.get("downsample_ratio", embedding.get("downsample_ratio", 0.5))
     if not math.isclose(ratio, 0.5 if shuffled else 1.0):
@@ -248,6 +290,7 @@ def _vision(root: _Section, embedding: _Section) -> MmMambaVisionConfig:
         patch_size=embedding["patch_size"],
         num_channels=embedding.get("num_channels", 3),
         use_pixel_shuffle=shuffled,
+        pixel_shuffle_loc=loc,
     )
 
 

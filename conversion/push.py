@@ -23,7 +23,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.package_code import self_contained
 from mmmamba.conversion.publish import check_model_folder, expected_specs
-from mmmamba.conversion.shards import PICKLES, listed, read_json
+from mmmamba.conversion.shards import PICKLES, listed, printable, read_index, read_json
 
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
     for name, file in sorted(files.items()):
         is_link = isinstance(file, Path) and file.is_symlink()
-        print(f"{_format_size(sizes[name]):>9}  {name}{' (a link; its content is uploaded)' if is_link else ''}")
+        note = " (a link; its content is uploaded)" if is_link else ""
+        print(f"{_format_size(sizes[name]):>9}  {printable(name)}{note}")
     print(f"{_format_size(sum(sizes.values())):>9}  in {len(files)} files\n")
     print(f"metadata of README.md:\n{_model_card(files['README.md']).data.to_yaml().strip()}\n")
     branch = f", branch {args.revision}" if args.revision else ""
@@ -161,9 +162,8 @@ def _objection(path: Path, folder: Path) -> str | None:
         return "is not a regular file but a pipe, socket or device; remove it"
     if any(fnmatch(name, pattern) for pattern in SECRET_NAMES):
         return "is a secret by its name; move it elsewhere"
-    if path.suffix == ".safetensors":
-        return None  # opened later, as the model's weights
-    if path.suffix.lower() in PICKLES or _is_pickle(path):
+    is_weights = path.suffix == ".safetensors"  # opened later, as the model's weights
+    if not is_weights and (path.suffix.lower() in PICKLES or _is_pickle(path)):
         kind = "by its name" if path.suffix.lower() in PICKLES else "by its content"
         return (
             f"is a pickle {kind}, which can run any code when it is loaded; only safetensors are uploaded, so "
@@ -205,9 +205,7 @@ def _check_weights(folder: Path, files: dict[str, Path | bytes], config: MmMamba
     if INDEX in files:
         if SINGLE in files:
             raise ValueError(f"{folder} has both {SINGLE} and {INDEX}; keep the weights that count.")
-        index = read_json(files[INDEX]).get("weight_map")
-        if not isinstance(index, dict) or not index:
-            raise ValueError(f"{INDEX} in {folder} has no weight_map; write the model again.")
+        index = read_index(files[INDEX])
     shards = sorted(set(index.values())) if index else [SINGLE]
     if absent := [shard for shard in shards if shard not in files]:
         raise ValueError(f"{folder} has no {listed(absent)}; write the model again, or add the missing weights.")

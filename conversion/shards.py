@@ -34,14 +34,15 @@ class ShardReader:
         self.specs: dict[str, Tensor] = {}
         index = None
         index_path = self.folder / "model.safetensors.index.json"
-        if index_path.is_file():
-            index = read_json(index_path).get("weight_map", {})
+        if index_path.exists():
+            index = read_index(index_path)
             files = sorted({self.folder / name for name in index.values()})
             if absent := [file.name for file in files if not file.is_file()]:
-                raise ValueError(f"{index_path} names {', '.join(absent)}, which is not there; download it again.")
+                raise ValueError(f"{index_path} names {listed(absent)}, which is not there; download it again.")
         else:
             single = self.folder / "model.safetensors"
             files = [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
+            files = [file for file in files if file.is_file()]
         if not files:
             raise ValueError(self._no_weights())
         for file in files:
@@ -68,14 +69,21 @@ class ShardReader:
                     dtype = DTYPES.get(entry.get_dtype())
                     if dtype is None:
                         raise ValueError(
-                            f"{name} in {file.name} has dtype {entry.get_dtype()}; only {', '.join(DTYPES)} can be "
-                            "converted, so give unquantised weights."
+                            f"{printable(name)} in {file.name} has dtype {entry.get_dtype()}; only "
+                            f"{', '.join(DTYPES)} can be converted, so give unquantised weights."
                         )
                     if name in self.specs:
                         raise ValueError(
-                            f"{name} is in both {self._file_of[name].name} and {file.name}; keep one of them."
+                            f"{printable(name)} is in both {self._file_of[name].name} and {file.name}; keep one of "
+                            "them."
                         )
-                    self.specs[name] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
+                    try:
+                        self.specs[name] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
+                    except (RuntimeError, TypeError, OverflowError):
+                        raise ValueError(
+                            f"{printable(name)} in {file.name} has the impossible shape {entry.get_shape()}; download "
+                            "the file again."
+                        ) from None
                     self._file_of[name] = file
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is not a readable safetensors file ({error}); download it again.") from error
@@ -161,20 +169,48 @@ def is_finite(tensor: Tensor) -> bool:
 
 def listed(names: list[str], most: int = 8) -> str:
     """Names for an error message, at most `most` of them and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    shown = ", ".join(printable(name) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def printable(text: str) -> str:
+    """Text with control characters, and whatever else moves or colours a terminal, as escapes such as `\\x1b`."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises ValueError if it is missing or no JSON object."""
+    path = Path(path)
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+        raise ValueError(f"{path} is no regular file; put the file in its place.")
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; give a model folder with a {Path(path).name}.") from None
-    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} does not exist; give a model folder with a {path.name}.") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON ({error}); download it again.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__} where a JSON object is expected; download it again.")
     return value
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name to shard, from an index of shards; each shard is a file in the index's folder.
+
+    Raises:
+        ValueError: if it is missing, no such table, or names files elsewhere.
+    """
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise ValueError(f"{path} has no weight_map, a table of tensors and files; download it again.")
+    for tensor, name in index.items():
+        is_plain = isinstance(name, str) and name.endswith(".safetensors") and name.isprintable()
+        if not is_plain or Path(name).name != name or "\\" in name:
+            raise ValueError(
+                f"{path} says that {printable(tensor)} is in {name!r:.200}, which is no plain name of a .safetensors "
+                "file in this folder; download it again."
+            )
+    return index
 
 
 def write_json(path: Path, value: dict) -> None:

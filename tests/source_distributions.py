@@ -13,20 +13,26 @@ from filelock import FileLock
 CACHE = Path(__file__).parent / ".source_distributions"
 
 
-def unpacked(package: str, version: str, **environment: str) -> Path:
-    """The folder of a package's source distribution. Skips the calling module if it cannot be downloaded."""
+def unpacked(package: str, version: str, build_isolation: bool = False, **environment: str) -> Path:
+    """The folder of a package's source distribution. Skips the calling module if it cannot be downloaded.
+
+    Args:
+        build_isolation: Whether to get metadata with the package's own build requirements, which are downloaded, too.
+        environment: Variables to set.
+    """
     CACHE.mkdir(exist_ok=True)
     with FileLock(CACHE / f"{package}-{version}.lock"):  # tests run in several processes
-        return _unpacked(package, version, environment)
+        return _unpacked(package, version, build_isolation, environment)
 
 
-def _unpacked(package: str, version: str, environment: dict[str, str]) -> Path:
+def _unpacked(package: str, version: str, build_isolation: bool, environment: dict[str, str]) -> Path:
     folder = CACHE / f"{package}-{version}"
     if folder.is_dir():
         return folder
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", package]
     # Metadata is built with the installed packages: isolated build requirements would download a second torch.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-    command += ["--no-build-isolation", "--retries", "1", "--dest", str(CACHE), f"{package}=={version}"]
+    command += [] if build_isolation else ["--no-build-isolation"]
+    command += ["--retries", "1", "--dest", str(CACHE), f"{package}=={version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:]

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from mmmamba.benchmarks import ablations, distillation, models
+from mmmamba.benchmarks import ablations, arguments, distillation, models
 from mmmamba.cli.main import main
 from mmmamba.conversion.distillation.recipe import load_recipe
 
@@ -30,14 +30,14 @@ def test_scan_measures_every_backend_against_fp64(tmp_path, capsys):
 def test_our_models_and_their_peers_are_timed_at_every_length(tmp_path, name):
     result = bench(tmp_path, name, "--layers=4", "--lengths", "32", "64", "--rounds=1")
     assert {(row["model"], row.get("context") or row["length"]) for row in result["rows"]} == {
-        (model, length) for model in models.OURS + models.PEERS for length in (32, 64)
+        (model, length) for model in arguments.OURS + arguments.PEERS for length in (32, 64)
     }
     assert all(0 < row["share"] for row in result["rows"]) and (tmp_path / f"{name}-cpu.png").stat().st_size
 
 
 def test_memory_of_the_cache_is_its_states_and_the_peak_is_above_it(tmp_path):
     (row,) = bench(tmp_path, "memory", "--models=linear", "--layers=2", "--lengths=2048", "--rounds=1")["rows"]
-    _, hidden, _, heads, kv_heads, _ = models.SIZES["small"]
+    _, hidden, _, heads, kv_heads, _ = arguments.SIZES["small"]
     head_dim = hidden // heads
     recurrent, conv = heads * head_dim**2, (hidden + 2 * kv_heads * head_dim) * (2 - 1)
     assert 0 < 2 * 4 * recurrent <= row["cache MiB"] * 2**20 <= 2 * 4 * (recurrent + 4 * conv)
@@ -48,7 +48,7 @@ def test_memory_of_the_cache_is_its_states_and_the_peak_is_above_it(tmp_path):
 def test_bytes_of_a_decoding_step_are_counted_exactly(name):
     args = argparse.Namespace(size="small", layers=4, dtype="fp32", batch=3)
     model = models.make_model(name, args, torch.device("cpu"))
-    layers, hidden, mlp, heads, kv_heads, vocabulary = 4, *models.SIZES["small"][1:]
+    layers, hidden, mlp, heads, kv_heads, vocabulary = 4, *arguments.SIZES["small"][1:]
     head_dim = hidden // heads
     projections = (hidden + 2 * kv_heads * head_dim) * hidden + hidden * hidden
     norms = 2 * hidden

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversations import picture
 from tiny_models import tiny_model
 from transformers import GenerationConfig
 
 from mmmamba.conversion.convert import chat_template
+from mmmamba.image_processing_mmmamba import MmMambaImageProcessor
 from mmmamba.processing_mmmamba import encode_conversation
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 
@@ -152,6 +154,167 @@ def test_an_empty_question_or_a_wrong_number_of_pictures_is_an_error_that_says_s
     assert all(word in str(error.value) for word in words)
 
 
+def test_the_models_system_message_is_that_of_conversations_given_none(chat_model, tokenizer):
+    pirate, message = "You are a pirate. Answer in rhymes.", {"system_message": "You look at pictures."}
+    own = chat_model.chat(tokenizer, None, "Hello", OPTIONS)
+    expected = chat_model.chat(tokenizer, None, "Hello", OPTIONS, system_message=pirate)
+    other = chat_model.chat(tokenizer, None, "Hello", OPTIONS, **message)
+    assert len({own, expected, other}) == 3
+    try:
+        chat_model.system_message = pirate
+        answer, history = chat_model.chat(tokenizer, None, "Hello", OPTIONS, return_history=True)
+        assert answer == expected == chat_model.batch_chat(tokenizer, None, ["Hello"], OPTIONS)[0]
+        assert chat_model.conversation(tokenizer).ask("Hello", OPTIONS) == expected
+        assert chat_model.chat(tokenizer, None, "Hello", OPTIONS, **message) == other
+        assert chat_model.batch_chat(tokenizer, None, ["Hello"], OPTIONS, **message) == [other]
+        chat_model.system_message = None  # a history was read with the message of its time
+        assert chat_model.chat(tokenizer, None, "Why?", OPTIONS, history) == chat_model.chat(
+            tokenizer, None, "Why?", OPTIONS, list(history)
+        )
+    finally:
+        chat_model.system_message = None
+    assert chat_model.chat(tokenizer, None, "Hello", OPTIONS) == own
+
+
+PICTURE_TOKENS = {"IMG_START_TOKEN": "<img>", "IMG_END_TOKEN": "</img>", "IMG_CONTEXT_TOKEN": "<IMG_CONTEXT>"}
+
+
+def test_upstreams_picture_tokens_are_taken_and_others_refused(chat_model, tokenizer):
+    expected = chat_model.chat(tokenizer, tiles(2), "What?", OPTIONS)
+    assert chat_model.chat(tokenizer, tiles(2), "What?", OPTIONS, **PICTURE_TOKENS) == expected
+    assert chat_model.batch_chat(tokenizer, tiles(2), ["What?"], OPTIONS, [2], **PICTURE_TOKENS) == [expected]
+    for name in PICTURE_TOKENS:
+        for method, question in ((chat_model.chat, "What?"), (chat_model.batch_chat, ["What?"])):
+            with pytest.raises(ValueError, match=f"{name}='<pic>'.*leave {name} out"):
+                method(tokenizer, None, question, OPTIONS, **{name: "<pic>"})
+
+
+def test_image_counts_is_the_older_name_of_num_patches_list(chat_model, tokenizer):
+    questions = ["What?", "Which?"]
+    expected = chat_model.batch_chat(tokenizer, tiles(3), questions, OPTIONS, num_patches_list=[2, 1])
+    assert chat_model.batch_chat(tokenizer, tiles(3), questions, OPTIONS, image_counts=[2, 1]) == expected
+    with pytest.raises(ValueError, match="older name"):
+        chat_model.batch_chat(tokenizer, tiles(3), questions, OPTIONS, [2, 1], image_counts=[2, 1])
+
+
+def test_what_upstreams_scripts_read_and_set_agrees_with_the_config(chat_model, tokenizer):
+    assert chat_model.num_image_token == 4
+    chat_model.img_context_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    assert chat_model.img_context_token_id == chat_model.config.image_token_id
+    chat_model.num_image_token = 4
+    for name in ("img_context_token_id", "num_image_token"):
+        with pytest.raises(ValueError, match=f"{name}=7"):
+            setattr(chat_model, name, 7)
+    for name in ("template", "conv_template"):
+        with pytest.raises(AttributeError, match=r"tokenizer\.chat_template"):
+            setattr(chat_model, name, "internlm2-chat")
+
+
+def test_unknown_arguments_of_chat_are_refused(chat_model, tokenizer):
+    for method, question in ((chat_model.chat, "Hello"), (chat_model.batch_chat, ["Hello"])):
+        with pytest.raises(TypeError, match="num_patch_list"):
+            method(tokenizer, None, question, OPTIONS, num_patch_list=[1])
+
+
+def test_tiles_of_another_dtype_are_cast(chat_model, tokenizer):
+    pictures = tiles(2).bfloat16()
+    expected = chat_model.chat(tokenizer, pictures.double(), "What?", OPTIONS)
+    assert chat_model.chat(tokenizer, pictures, "What?", OPTIONS) == expected
+    assert chat_model.batch_chat(tokenizer, pictures, ["What?"], OPTIONS, [2]) == [expected]
+
+
+def test_pictures_are_cut_as_by_the_image_processor(chat_model, tokenizer):
+    one, two = picture(48, 16), picture(16, 32)
+    cut = MmMambaImageProcessor(size={"height": 16, "width": 16})(images=[one, two], return_tensors="pt")
+    pictures, counts = cut["pixel_values"], cut["num_patches"].tolist()
+    assert counts == [4, 3]
+    expected, _ = chat_model.chat(tokenizer, pictures[:4], "What?", OPTIONS, return_history=True)
+    answer, history = chat_model.chat(tokenizer, one, "What?", OPTIONS, return_history=True)
+    assert answer == expected != chat_model.chat(tokenizer, two, "What?", OPTIONS)
+    both = "And this? <image>"
+    expected_second = chat_model.chat(
+        tokenizer, pictures, both, OPTIONS, history=list(history), num_patches_list=counts
+    )
+    for earlier in (history, list(history)):
+        assert chat_model.chat(tokenizer, [one, two], both, OPTIONS, history=earlier) == expected_second
+    alone = chat_model.chat(tokenizer, None, "Hello", OPTIONS)
+    compare = chat_model.chat(tokenizer, pictures, "<image> <image>?", OPTIONS, num_patches_list=counts)
+    questions = ["What?", "Hello", "<image> <image>?"]
+    assert chat_model.batch_chat(tokenizer, [one, None, [one, two]], questions, OPTIONS) == [expected, alone, compare]
+    assert chat_model.batch_chat(tokenizer, [one, one, two], questions, OPTIONS, num_patches_list=[4, 0, counts]) == [
+        expected,
+        alone,
+        compare,
+    ]
+    with pytest.raises(ValueError, match="pictures for 2 questions, and there are 3"):
+        chat_model.batch_chat(tokenizer, [one, two], questions, OPTIONS)
+
+
+def test_lists_of_tiles_are_one_picture_in_chat_and_one_for_each_question_in_batch_chat(chat_model, tokenizer):
+    two = tiles(2)
+    expected = chat_model.chat(tokenizer, two, "What?", OPTIONS)
+    assert chat_model.chat(tokenizer, list(two), "What?", OPTIONS) == expected
+    alone = [chat_model.chat(tokenizer, tile[None], "What?", OPTIONS) for tile in two]
+    assert chat_model.batch_chat(tokenizer, list(two), ["What?"] * 2, OPTIONS) == alone
+    assert chat_model.batch_chat(tokenizer, [two, tiles(1, seed=1)], ["What?"] * 2, OPTIONS) == [
+        expected,
+        chat_model.chat(tokenizer, tiles(1, seed=1), "What?", OPTIONS),
+    ]
+
+
+def test_batch_chat_gives_one_answer_for_each_question_the_first_of_several(chat_model, tokenizer):
+    questions, options = ["What?", "Which of these?"], OPTIONS | {"num_beams": 3, "num_return_sequences": 3}
+    answers = chat_model.batch_chat(tokenizer, tiles(3), questions, options, num_patches_list=[1, 2])
+    assert answers == [
+        chat_model.chat(tokenizer, tiles(3)[:1], questions[0], OPTIONS | {"num_beams": 3}),
+        chat_model.chat(tokenizer, tiles(3)[1:], questions[1], options),
+    ]
+    sampled = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 2}
+    assert len(chat_model.batch_chat(tokenizer, None, ["A", "B", "C"], sampled)) == 3
+
+
+@pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"use_cache": False}])
+def test_another_cache_is_as_in_generate(chat_model, tokenizer, options):
+    answer, history = chat_model.chat(tokenizer, tiles(2), "What?", OPTIONS, return_history=True)
+    again, plain = chat_model.chat(tokenizer, tiles(2), "What?", OPTIONS | options, return_history=True)
+    assert again == answer and plain == history
+    expected = chat_model.chat(tokenizer, tiles(2), "Why?", OPTIONS, history=history)
+    config = GenerationConfig(**OPTIONS, **options)
+    for earlier in (list(history), plain):
+        assert chat_model.chat(tokenizer, tiles(2), "Why?", config, history=earlier) == expected
+    assert chat_model.batch_chat(tokenizer, tiles(2), ["What?"], OPTIONS | options, [2]) == [answer]
+
+
+def test_stop_strings_end_an_answer_as_in_generate(chat_model, tokenizer):
+    whole = chat_model.chat(tokenizer, None, "Hello", OPTIONS)
+    stop = whole[len(whole) // 2 :][:2]
+    ids = torch.tensor([encode_conversation(tokenizer, "Hello", None, [], 4)])
+    options = OPTIONS | {"stop_strings": [stop]}
+    output = chat_model.generate(ids, **options, tokenizer=tokenizer, pad_token_id=2)
+    expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert stop in expected and len(expected) < len(whole)
+    assert chat_model.chat(tokenizer, None, "Hello", options) == expected
+    assert chat_model.chat(tokenizer, None, "Hello", GenerationConfig(**options)) == expected
+    assert chat_model.batch_chat(tokenizer, None, ["Hello", "A longer one"], options)[0] == expected
+
+
+@pytest.mark.parametrize("name", ["input_ids", "pixel_values", "attention_mask", "past_key_values", "cache"])
+def test_what_a_conversation_makes_itself_is_no_option(chat_model, tokenizer, name):
+    options = OPTIONS | {name: torch.ones(1, 1)}
+    for method, question in ((chat_model.chat, "Hello"), (chat_model.batch_chat, ["Hello"])):
+        with pytest.raises(ValueError, match=f"{name} is no option of an answer"):
+            method(tokenizer, None, question, options)
+
+
+def test_without_options_an_answer_is_that_of_the_models_generation_config(chat_model, tokenizer):
+    chat_model.generation_config.max_new_tokens = 3
+    try:
+        answer = chat_model.chat(tokenizer, None, "Hello", None)
+    finally:
+        chat_model.generation_config.max_new_tokens = None
+    assert answer == chat_model.chat(tokenizer, None, "Hello", {"max_new_tokens": 3})
+
+
 QUICK_START = """
 import sys
 import torch
@@ -159,7 +322,8 @@ from transformers import AutoModel, AutoTokenizer
 
 path = sys.argv[1]
 model = AutoModel.from_pretrained(
-    path, torch_dtype=torch.bfloat16, low_cpu_mem_usage=False, trust_remote_code=True).eval()
+    path, torch_dtype=torch.bfloat16, low_cpu_mem_usage=False, use_flash_attn=True, load_in_8bit=False,
+    trust_remote_code=True).eval()
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, use_fast=False)
 pixel_values = torch.randn(2, 3, 16, 16).to(torch.bfloat16)
 generation_config = dict(max_new_tokens=4, do_sample=True)

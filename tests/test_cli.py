@@ -192,8 +192,11 @@ def test_what_chat_cannot_use_is_named(tmp_path, capsys):
         (["chat", "--model", tmp_path / "llama", "Why?"], "model_type='llama'"),
         (["evaluate", "--model", tmp_path / "llama"], "model_type='llama'"),
         ([*ask, "--image", tmp_path / "none.png", "Why?"], "none.png does not exist"),
-        ([*ask, "--image", tmp_path / "cut.png", "Why?"], "cut.png cannot be read as an image"),
-        ([*ask, "--image", tmp_path / "text.png", "Why?"], "text.png cannot be read as an image"),
+        (
+            [*ask, "--image", tmp_path / "cut.png", "Why?"],
+            "cut.png cannot be opened as a picture (image file is truncated",
+        ),
+        ([*ask, "--image", tmp_path / "text.png", "Why?"], "text.png cannot be opened as a picture (its format"),
         ([*ask, "--image", PICTURE, " "], "question is empty"),
         ([*ask, "--image", PICTURE, "<image> and <image>"], "2 <image> placeholders"),
         ([*ask, "--device", "tpu", "Why?"], "--device tpu cannot be used"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversations import picture
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
@@ -17,6 +18,7 @@ from tiny_models import tiny_model
 from mmmamba.cache_mmmamba import CACHE
 from mmmamba.conversation_mmmamba import ConversationState
 from mmmamba.conversion.convert import chat_template
+from mmmamba.image_processing_mmmamba import MmMambaImageProcessor
 from mmmamba.modeling_mmmamba import MmMambaModel
 from mmmamba.processing_mmmamba import encode_conversation
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer
@@ -527,26 +529,21 @@ def test_the_saved_description_is_readable(tokenizer, tmp_path):
     assert described["turns"] == 1 and described["model"]["layer_types"] == ["linear_attention"] * 4
 
 
-@pytest.mark.parametrize("place", ["disk", "cpu"])
-@pytest.mark.parametrize("module", ["model.embed_tokens", "model.layers.0", "model.layers.1", "lm_head"])
-def test_a_partly_offloaded_model_chats(tokenizer, tmp_path, module, place):
-    model = make_chat_model("hybrid", tokenizer).float()
-    model.save_pretrained(tmp_path / "model")
-    names = ["vision_embeddings", "embed_tokens", "norm", "embedding_rotary_emb", "rotary_emb"]
-    places = dict.fromkeys([f"model.{name}" for name in names] + [f"model.layers.{i}" for i in range(4)], "cpu")
-    places |= {"lm_head": "cpu", module: place}
-    again = type(model).from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload")
-    answers = []
-    for one in (model, again):
-        answer, history = one.chat(tokenizer, tiles(2), "What is this?", OPTIONS, return_history=True)
-        state = one.conversation(tokenizer).extend("What is this? <image>", tiles(1))
-        state.save(tmp_path / "state.safetensors")
-        state = ConversationState.load(tmp_path / "state.safetensors", one, tokenizer)
-        later = one.chat(tokenizer, tiles(2), "Why?", OPTIONS, history, num_patches_list=[2])
-        answers.append(
-            (answer, later, state.ask("Why?", OPTIONS), one.batch_chat(tokenizer, None, ["A", "B?"], OPTIONS))
-        )
-    assert answers[0] == answers[1]
+def test_a_model_may_move_weights_when_it_first_runs(tokenizer):
+    """As bitsandbytes does, which casts biases then."""
+    expected = make_chat_model("hybrid", tokenizer).chat(tokenizer, tiles(1), "What is this?", OPTIONS)
+    model = make_chat_model("hybrid", tokenizer)
+
+    def move(module, args):
+        module.weight.data = module.weight.data.clone()
+        hook.remove()
+
+    hook = model.model.norm.register_forward_pre_hook(move)
+    state = model.conversation(tokenizer)
+    assert state.ask("What is this?", OPTIONS, tiles(1)) == expected
+    move(model.model.norm, ())
+    with pytest.raises(ValueError, match="were moved since"):
+        state.ask("Why?", OPTIONS)
 
 
 def test_a_state_can_be_copied_and_pickled(tokenizer):
@@ -561,3 +558,65 @@ def test_answers_may_be_asked_for_as_generate_returns_them(chat_model, tokenizer
     options = OPTIONS | {"return_dict_in_generate": True, "output_scores": True}
     assert chat_model.chat(tokenizer, None, "Hello", options) == expected
     assert chat_model.batch_chat(tokenizer, None, ["Hello"], options) == [expected]
+
+
+def test_pictures_are_taken_as_they_are(chat_model, tokenizer):
+    one, two = picture(48, 16), picture(16, 32)
+    cut = MmMambaImageProcessor(size={"height": 16, "width": 16})(images=[one, two], return_tensors="pt")
+    first, second = cut["pixel_values"].split(cut["num_patches"].tolist())
+    expected, state = (chat_model.conversation(tokenizer) for _ in range(2))
+    expected.extend("<image>", first).add_turn("", "An answer", cut["pixel_values"], [4, 3])
+    state.extend("<image>", one).add_turn("", "An answer", [one, two])
+    assert state.ask("<image>?", OPTIONS, [*second]) == expected.ask("<image>?", OPTIONS, second)
+    assert state.ids == expected.ids
+    torch.testing.assert_close(state.cache.tensors(), expected.cache.tensors(), rtol=0, atol=0)
+
+
+def test_prefill_chunk_size_is_how_much_is_read_at_once(chat_model, tokenizer, read):
+    long, pictures = "A rather long question about nothing? " * 9, tiles(3)
+    expected = chat_model.conversation(tokenizer).extend(long).ask("<image>", OPTIONS, pictures)
+    expected_second = chat_model.chat(tokenizer, None, long, OPTIONS, history=[(long, long)])
+    assert max(read) > 100
+    read.clear()
+    state = chat_model.conversation(tokenizer).extend(long, prefill_chunk_size=7)
+    options = OPTIONS | {"prefill_chunk_size": 7}
+    assert state.ask("<image>", options, pictures) == expected
+    assert chat_model.chat(tokenizer, None, long, options, history=[(long, long)]) == expected_second
+    assert max(read) == 7
+
+
+def test_a_conversation_has_its_own_cache(chat_model, tokenizer):
+    state = chat_model.conversation(tokenizer).extend("Hello")
+    for options in ({"cache_implementation": "static"}, {"use_cache": False}):
+        with pytest.raises(ValueError, match="has a cache"):
+            state.ask("Why?", OPTIONS | options)
+
+
+@pytest.mark.deprecations("Transformers' own assistant passes options beside a generation config")
+def test_teachers_are_assisted_in_chat_and_states_say_that_they_cannot(chat_model, tokenizer):
+    arguments = (tokenizer, tiles(2), "What is this? What is this?")
+    answer, history = chat_model.chat(*arguments, OPTIONS, return_history=True)
+    expected = chat_model.chat(tokenizer, tiles(2), "Why?", OPTIONS, history=list(history))
+    for assistance in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": make_chat_model("teacher", tokenizer)}):
+        options = OPTIONS | assistance
+        if "linear_attention" in chat_model.config.text_config.layer_types:
+            with pytest.raises(ValueError, match="stateful"):
+                chat_model.chat(*arguments, options)
+            continue
+        assert chat_model.chat(*arguments, options) == answer
+        assert chat_model.chat(tokenizer, tiles(2), "Why?", options, history=list(history)) == expected
+        assert chat_model.conversation(tokenizer).extend(arguments[2], tiles(2)).ask("", options) == answer
+
+
+@pytest.mark.deprecations("Transformers' own assistant passes options beside a generation config")
+def test_an_assistant_sees_the_pictures(tokenizer, monkeypatch):
+    model, assistant = (make_chat_model("teacher", tokenizer) for _ in range(2))
+    seen, encode = [], type(model).get_image_features
+
+    def recording(self, pixel_values):
+        seen.append("assistant" if self is assistant else "model")
+        return encode(self, pixel_values)
+
+    monkeypatch.setattr(type(model), "get_image_features", recording)
+    model.chat(tokenizer, tiles(2), "What?", OPTIONS | {"assistant_model": assistant})
+    assert set(seen) == {"model", "assistant"}

@@ -230,8 +230,13 @@ def test_a_missing_config_entry_is_named(tmp_path):
         read_upstream_config(values)
 
 
-def test_hovle_hd_is_refused_by_name(tmp_path):
-    refused(checkpoint(tmp_path / "src", "hovle_tiny_pixshuf_post"), tmp_path, "HoVLE-HD", "'post'")
+def test_an_unknown_place_of_the_pixel_shuffle_is_refused_by_name(tmp_path):
+    for number, change in enumerate(({"pixel_shuffle_loc": "mid"}, {"use_pixel_shuffle_proj": False})):
+        source = checkpoint(tmp_path / f"src{number}", "hovle_tiny_pixshuf_post")
+        config = json.loads((source / "config.json").read_text())
+        config["embedding_config"] |= change
+        (source / "config.json").write_text(json.dumps(config))
+        refused(source, tmp_path, "pixel_shuffle_loc=", "known are 'pre'")
 
 
 def test_config_values_arrive(tmp_path):
@@ -330,8 +335,9 @@ def test_a_complete_source_gives_a_complete_folder(complete):
     assert {file.name for file in complete.iterdir()} >= {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
         "processor_config.json", "chat_template.jinja", "tokenizer.model", "tokenizer_config.json",
-        "configuration_mmmamba.py", "modeling_mmmamba.py", "ssm_mmmamba.py", "image_processing_mmmamba.py",
-        "processing_mmmamba.py", "tokenization_mmmamba.py",
+        "configuration_mmmamba.py", "modeling_mmmamba.py", "ssm_mmmamba.py", "chat_mmmamba.py",
+        "pictures_mmmamba.py", "loading_mmmamba.py",
+        "image_processing_mmmamba.py", "processing_mmmamba.py", "tokenization_mmmamba.py",
     }  # fmt: skip
     assert json.loads((complete / "generation_config.json").read_text())["eos_token_id"] == 1198  # <|im_end|>
     assert "upstream's own" not in (complete / "chat_template.jinja").read_text()

@@ -17,6 +17,7 @@ from mmmamba.conversion.distillation.data import (
     ConversationDataset,
     ConversationEncoder,
     ConversationStream,
+    UnusableData,
     dataset,
     open_data,
     pack,
@@ -345,13 +346,13 @@ def test_a_record_is_decoded_by_its_reader_only(caches, processor, tmp_path):
     decoded = []
 
     class Counting(ConversationEncoder):
-        def __call__(self, record, root=".", max_patches=None):
+        def __call__(self, record, *arguments, **options):
             decoded.append(record["id"])
-            return super().__call__(record, root, max_patches)
+            return super().__call__(record, *arguments, **options)
 
     dataset = caches.load_dataset("parquet", data_files=paths, split="train", streaming=True)
     for process in range(3):
-        each = iter(ConversationStream(Counting(processor), [(dataset, "x", ".")], 0, 4, 3, process))
+        each = iter(ConversationStream(Counting(processor), [(dataset, "x", ".", False)], 0, 4, 3, process))
         for _ in range(4):
             next(each)
     assert sorted(decoded) == sorted(f"r{i}" for i in range(12))
@@ -419,12 +420,32 @@ def test_files_are_opened_with_their_root(processor, encoder, tmp_path):
     assert open_data({"file": file}, processor, max_tokens=None).encoder.max_tokens is None
 
 
+def test_an_entry_may_allow_images_outside_of_root(caches, processor, encoder, tmp_path):
+    (tmp_path / "root").mkdir()
+    picture().save(tmp_path / "a.png")
+    record = {"image": "../a.png", "conversations": turns("a", "b")}
+    file = str(write_lines(tmp_path / "a.jsonl", [record]))
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"one": {"annotation": "a.jsonl", "root": "root"}}))
+    truth = encoder({"image": picture(), "conversations": turns("a", "b")})
+    for entry in (
+        {"file": file, "root": str(tmp_path / "root")},
+        {"file": str(meta)},
+        {"dataset": "json", "data_files": file, "root": str(tmp_path / "root")},
+        {"dataset": "json", "data_files": file, "root": str(tmp_path / "root"), "streaming": True},
+    ):
+        same(next(iter(open_data(entry | {"image_paths": "any"}, processor))), truth)
+        with pytest.raises(UnusableData, match=r"\.\./a\.png is outside of .*root, which `image_paths: any`"):
+            next(iter(open_data(entry, processor)))
+
+
 WRONG = [
     ([], ValueError, "names nothing"),
     (["a.jsonl"], ValueError, "must be keys and values"),
     ([{"file": "a.jsonl", "rot": "x"}], ValueError, "unknown key 'rot'; did you mean root"),
     ([{"dataset": "x", "streamin": True}], ValueError, "unknown key 'streamin'; did you mean streaming"),
-    ([{"file": "a.jsonl", "zzz": 1}], ValueError, "unknown key 'zzz'; known are file, root, repeat"),
+    ([{"file": "a.jsonl", "zzz": 1}], ValueError, "unknown key 'zzz'; known are file, root, image_paths, repeat"),
+    ([{"file": "a.jsonl", "image_paths": "all"}], ValueError, "image_paths='all' .* give root .* or any"),
     ([{"flie": "a.jsonl"}], ValueError, "did you mean file for flie"),
     ([{"file": "a.jsonl", "dataset": "x"}], ValueError, "needs one of file and dataset"),
     ([{"file": 3}], ValueError, "file=3 .* wrong type"),

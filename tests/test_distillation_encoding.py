@@ -1,5 +1,7 @@
 """Users' conversations as training rows: every format, ids and labels, what makes a record bad."""
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -215,19 +217,75 @@ def test_a_turned_photograph_is_upright_from_file_and_bytes(encoder, tmp_path):
         same(encoder({"image": image, "conversations": turns("a", "b")}, tmp_path), upright)
 
 
+OUTSIDE = {
+    "parent": "../secret.png",
+    "parent in the middle": "images/../../secret.png",
+    "absolute": "{parent}/secret.png",
+    "sibling": "{parent}/root-2/secret.png",
+    "dict": {"path": "../secret.png"},
+    "file": "file://{parent}/secret.png",
+    "ftp": "ftp://127.0.0.1:9/a.png",
+    "http": "http://127.0.0.1:9/a.png",
+    "archive": "zip://secret.png::{parent}/secret.zip",
+    "archive at a URL": "zip://a.png::http://127.0.0.1:9/a.zip",
+    "another file system": "simplecache::hf://datasets/a/b/c.png",
+    "memory": "memory://a.png",
+}
+
+
+@pytest.mark.parametrize("path", OUTSIDE.values(), ids=OUTSIDE)
+def test_an_image_outside_of_root_or_at_a_url_is_a_bad_row(path, encoder, tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    for folder in (root, tmp_path / "root-2"):
+        folder.mkdir()
+    for file in (tmp_path / "secret.png", tmp_path / "root-2" / "secret.png"):
+        picture().save(file)
+    with zipfile.ZipFile(tmp_path / "secret.zip", "w") as archive:
+        archive.write(tmp_path / "secret.png", "secret.png")
+    path = path.format(parent=tmp_path) if isinstance(path, str) else path
+    with pytest.raises(BadRow, match=r"(outside of .*root|is a URL).*`image_paths: any` in the data's entry"):
+        encoder({"image": path, "conversations": turns("a", "b")}, root)
+
+
+@pytest.mark.parametrize("name", ["parent", "parent in the middle", "absolute", "dict", "file", "archive"])
+def test_any_image_path_may_be_allowed(name, encoder, tmp_path):
+    (tmp_path / "root" / "images").mkdir(parents=True)
+    picture().save(tmp_path / "secret.png")
+    with zipfile.ZipFile(tmp_path / "secret.zip", "w") as archive:
+        archive.write(tmp_path / "secret.png", "secret.png")
+    path = OUTSIDE[name].format(parent=tmp_path) if isinstance(OUTSIDE[name], str) else OUTSIDE[name]
+    row = encoder({"image": path, "conversations": turns("a", "b")}, tmp_path / "root", any_path=True)
+    same(row, encoder({"image": picture(), "conversations": turns("a", "b")}))
+
+
+def test_archives_in_root_and_links_that_its_owner_put_there_are_read(encoder, tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root, elsewhere):
+        folder.mkdir()
+    picture().save(elsewhere / "a.png")
+    (root / "images").symlink_to(elsewhere)
+    with zipfile.ZipFile(root / "a.zip", "w") as archive:
+        archive.write(elsewhere / "a.png", "a.png")
+    truth = encoder({"image": picture(), "conversations": turns("a", "b")})
+    for path in ("images/a.png", f"{root}/images/a.png", f"zip://a.png::{root}/a.zip", "zip://a.png::a.zip"):
+        same(encoder({"image": path, "conversations": turns("a", "b")}, root), truth)
+
+
 # --- bad rows --------------------------------------------------------------------------------------------------------
 
 BAD = {
     "missing image": ({"image": "no.png", "conversations": turns("a", "b")}, r"its image .*no\.png does not exist"),
     "truncated": (
         {"image": "cut.png", "conversations": turns("a", "b")},
-        r"image .*cut\.png cannot be decoded \(.*trunc",
+        r"image .*cut\.png cannot be opened as a picture \(.*trunc",
     ),
     "no picture": (
         {"image": "text.png", "conversations": turns("a", "b")},
-        r"text\.png .* no image that Pillow knows",
+        r"text\.png .* none that Pillow knows",
     ),
-    "bytes": ({"image": {"bytes": b"x"}, "conversations": turns("a", "b")}, "an image cannot be decoded"),
+    "bytes": ({"image": {"bytes": b"x"}, "conversations": turns("a", "b")}, "a picture cannot be opened as a picture"),
+    "folder": ({"image": ".", "conversations": turns("a", "b")}, "it is a folder"),
+    "null byte in a path": ({"image": "a\0.png", "conversations": turns("a", "b")}, "does not exist"),
     "null image": ({"image": [None], "conversations": turns("a", "b")}, "no path, bytes or PIL image but NoneType"),
     "placeholders": ({"image": "a.png", "conversations": turns("<image><image>", "b")}, "2 <image> .* but 1 images"),
     "no image": ({"conversations": turns("<image>\na", "b")}, "1 <image> placeholders but 0 images"),

@@ -1,5 +1,7 @@
 """`generate` gives each row of a batch what it gives alone, whatever the strategy, the cache and the prefill."""
 
+import functools
+
 import pytest
 import torch
 from tiny_models import LAYER_TYPES, tiny_model, token_ids
@@ -234,33 +236,32 @@ def test_a_teacher_may_be_assisted_and_states_say_that_they_cannot():
         if kind == "teacher":
             expected = model.generate(**row, **options)
             assert torch.equal(model.generate(**row, **options, prompt_lookup_num_tokens=2), expected)
-            assert torch.equal(model.generate(**row, **options, assistant_model=tiny_model("teacher")), expected)
+            smaller = tiny_model("teacher", hidden_size=16, intermediate_size=24)
+            for assistant in (tiny_model("teacher"), smaller):
+                assert torch.equal(model.generate(**row, **options, assistant_model=assistant), expected)
         else:
             with pytest.raises(ValueError, match="stateful"):
                 model.generate(**row, **options, prompt_lookup_num_tokens=2)
 
 
-OFFLOADED = {
-    "embeddings": ["model.embed_tokens", "model.vision_embeddings"],
-    "a Mamba-2 layer": ["model.layers.0"],
-    "an attention layer": ["model.layers.1"],
-    "norms and head": ["model.norm", "lm_head"],
-}
+@pytest.mark.deprecations("Transformers' own assistant passes options beside a generation config")
+def test_an_assistant_of_any_size_reads_the_pictures_itself(monkeypatch):
+    model, smaller = tiny_model("teacher"), tiny_model("teacher", hidden_size=16, intermediate_size=24)
+    row, options = next(rows_alone()), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**row, **options)
+    assert torch.equal(model.generate(**row, **options, assistant_model=smaller), expected)
+    # An assistant that is the model's own copy guesses right only if it sees what the model sees.
+    assistant, steps, forward = tiny_model("teacher"), [], type(model).forward
 
+    @functools.wraps(forward)
+    def counting(self, *args, **kwargs):
+        steps.append(self is model)
+        return forward(self, *args, **kwargs)
 
-@pytest.mark.parametrize("modules", list(OFFLOADED.values()), ids=list(OFFLOADED))
-@pytest.mark.parametrize("place", ["disk", "cpu"])
-def test_offloaded_modules_give_the_same_tokens(tmp_path, modules, place):
-    model = tiny_model("hybrid").float()
-    model.save_pretrained(tmp_path / "model")
-    names = ["vision_embeddings", "embed_tokens", "norm", "embedding_rotary_emb", "rotary_emb"]
-    names += [f"layers.{i}" for i in range(4)]
-    places = dict.fromkeys([*(f"model.{name}" for name in names), "lm_head"], "cpu") | dict.fromkeys(modules, place)
-    again = type(model).from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload")
-    if place == "disk":
-        assert any(parameter.is_meta for parameter in again.parameters())
-    inputs = batch() | {"pixel_values": batch()["pixel_values"].float()}
-    assert generate(again, inputs)[0].tolist() == generate(model, inputs)[0].tolist()
+    monkeypatch.setattr(type(model), "forward", counting)
+    assistant.generation_config.assistant_confidence_threshold = 0
+    assert torch.equal(model.generate(**row, **options, assistant_model=assistant), expected)
+    assert sum(steps) == 1
 
 
 def test_whoever_replaces_the_hook_gets_the_whole_prompt(model, monkeypatch):
@@ -314,3 +315,22 @@ def test_a_cache_that_is_too_short_is_refused_in_words():
     cache = MmMambaCache(model.config, max_cache_len=12)
     with pytest.raises(ValueError, match="room for 12 tokens, and 9 with up to 6 new ones need more"):
         model.generate(prompt(9, seed=1), **{CACHE: cache}, max_new_tokens=6)
+
+
+def test_lists_and_arrays_of_tiles_are_taken_as_tensors_are(model):
+    inputs, options = next(rows_alone()), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    pictures = inputs.pop("pixel_values")
+    expected = model.generate(**inputs, pixel_values=pictures, **options)
+    logits = model(**inputs, pixel_values=pictures).logits
+    for given in (list(pictures), [*pictures.split(1)], pictures.numpy()):
+        assert torch.equal(model.generate(**inputs, pixel_values=given, **options), expected)
+        assert torch.equal(model(**inputs, pixel_values=given).logits, logits)
+
+
+def test_what_cannot_be_done_here_is_refused_in_one_sentence(model):
+    for options, words in (
+        ({"cache_implementation": "offloaded"}, "the model is on a CPU"),
+        ({"assistant_early_exit": 2}, "prompt_lookup_num_tokens"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.generate(prompt(9, seed=1), **options, max_new_tokens=4)

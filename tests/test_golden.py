@@ -4,6 +4,8 @@ Tolerances are explained in the fixtures' README: softmax models differ by round
 small recurrent outputs amplifies. A layer by itself accumulates no error, so its tolerance is tight for both.
 """
 
+import copy
+
 import pytest
 import torch
 from golden_checkpoints import GOLDEN, checkpoint
@@ -16,6 +18,7 @@ from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 MAMBA = ["mmmamba_linear_tiny", "mmmamba_hybrid_tiny"]
 TEACHERS = ["hovle_tiny", "hovle_tiny_special", "hovle_tiny_pixshuf_pre"]
+HD = "hovle_tiny_pixshuf_post"
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,8 @@ def read_case(name, case):
     """A case's inputs by argument name, and its outputs."""
     tensors = load_file(GOLDEN / name / f"case_{case}.safetensors")
     inputs = {key[3:]: tensor for key, tensor in tensors.items() if key.startswith("in.")}
+    for key in ("hd_input_ids", "hd_attention_mask"):  # made inside of our model
+        inputs.pop(key, None)
     return inputs, {key[4:]: tensor for key, tensor in tensors.items() if key.startswith("out.")}
 
 
@@ -49,13 +54,24 @@ def assert_near(actual, expected, name):
 TEACHER_CASES = [(name, case) for name in TEACHERS for case in ("text", "image")]
 
 
-@pytest.mark.parametrize(("name", "case"), [*TEACHER_CASES, ("hovle_tiny", "batch2")])
+@pytest.mark.parametrize(("name", "case"), [*TEACHER_CASES, ("hovle_tiny", "batch2"), (HD, "image")])
 def test_the_teachers_logits_and_loss_are_upstreams(load, name, case):
     inputs, expected = read_case(name, case)
     outputs = load(name)(**inputs)
     assert_near(outputs.logits, expected["logits"], name)
     if "loss" in expected:
         assert_near(outputs.loss, expected["loss"].reshape(()), name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_layer_of_the_hd_teacher_is_upstreams(load, dtype):
+    """Its embedding layers read 16 patches for the 4 image tokens of each tile."""
+    inputs, expected = read_case(HD, "image")
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    hidden = copy.deepcopy(load(HD)).to(dtype)(**inputs, output_hidden_states=True).hidden_states
+    names = ["embedding_input", *(f"embedding_layer_{i}" for i in range(7)), "llm_inputs_embeds", "llm_layer_0"]
+    for actual, name in zip(hidden, [*names, "llm_norm"], strict=True):
+        assert_near(actual.float(), expected[name], HD)
 
 
 def test_the_teachers_logits_with_left_padding_are_upstreams(load):

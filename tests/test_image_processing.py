@@ -18,8 +18,8 @@ from mmmamba.image_processing_mmmamba import (
     MmMambaImageProcessorPil,
     choose_grid,
     grids,
-    to_rgb,
 )
+from mmmamba.image_reading_mmmamba import to_rgb
 
 
 ROOT = Path(__file__).parent.parent
@@ -151,12 +151,19 @@ def test_a_missing_or_damaged_file_is_named_in_one_sentence(processor, tmp_path)
         picture(300, 300).save(tmp_path / f"whole.{kind}")
         (tmp_path / f"cut.{kind}").write_bytes((tmp_path / f"whole.{kind}").read_bytes()[:2000])
     (tmp_path / "words.png").write_text("not a picture")
-    bad = {"none.png": "valid path", "cut.png": "truncated", "cut.jpg": "truncated", "words.png": "cannot identify"}
+    bad = {
+        "none.png": "no file that exists",
+        "cut.png": "truncated",
+        "cut.jpg": "truncated",
+        "words.png": "none that Pillow knows",
+    }
     for name, reason in bad.items():
         with pytest.raises(ValueError, match=f"{name} cannot be opened as a picture .*{reason}") as error:
             processor(str(tmp_path / name))
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"cut\.png cannot be decoded .*give a whole, undamaged image file"):
+    with pytest.raises(
+        ValueError, match=r"cut\.png cannot be opened as a picture .*give a whole, undamaged image file"
+    ):
         processor(Image.open(tmp_path / "cut.png"))
 
 
@@ -203,12 +210,19 @@ def test_a_picture_that_is_not_cropped_to_patches_is_one_tile(processor):
 
 @pytest.mark.parametrize("backend", ["pil", "torchvision"])
 def test_the_released_folder_loads_with_either_backend(backend, tmp_path):
-    for name in ("config.json", "preprocessor_config.json", "configuration_mmmamba.py", "image_processing_mmmamba.py"):
+    for name in ("config.json", "preprocessor_config.json"):
         shutil.copy(ROOT / name, tmp_path)
+    for module in ("configuration", "image_processing", "image_reading"):
+        shutil.copy(ROOT / f"{module}_mmmamba.py", tmp_path)
     loaded = AutoImageProcessor.from_pretrained(tmp_path, backend=backend, trust_remote_code=True)
     assert loaded.backend == backend
     assert (dict(loaded.size), loaded.max_patches) == ({"height": 448, "width": 448}, 12)
-    loaded.save_pretrained(tmp_path / "again")
-    again = AutoImageProcessor.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    # Whichever was saved, either can be loaded.
+    other = AutoImageProcessor.from_pretrained(
+        tmp_path, backend={"pil": "torchvision", "torchvision": "pil"}[backend], trust_remote_code=True
+    )
+    other.save_pretrained(tmp_path / "again")
+    again = AutoImageProcessor.from_pretrained(tmp_path / "again", backend=backend, trust_remote_code=True)
+    assert again.backend == backend
     image = picture(50, 20)
     torch.testing.assert_close(again(image, size=28)["pixel_values"], loaded(image, size=28)["pixel_values"])

@@ -24,7 +24,6 @@ from transformers import (
 import mmmamba
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion import package_code
-from mmmamba.conversion.publish import IMAGE_PROCESSORS
 from mmmamba.conversion.seeding import seed_folder
 from mmmamba.conversion.shards import read_json
 from mmmamba.examples.shapes.folder import save
@@ -130,8 +129,10 @@ def test_models_saved_uploaded_or_seeded_from_a_shipped_folder_load_without_the_
     for folder in folders:
         assert not (folder / "mmmamba_code.py").exists()
         assert "mmmamba_code" not in "".join(file.read_text() for file in folder.glob("*.json"))
+    backends = {"torchvision": "MmMambaImageProcessor", "pil": "MmMambaImageProcessorPil"}
     for folder in (uploaded, seeded):
-        assert read_json(folder / "preprocessor_config.json")["auto_map"]["AutoImageProcessor"] == IMAGE_PROCESSORS
+        classes = {backend: f"image_processing_mmmamba.{name}" for backend, name in backends.items()}
+        assert read_json(folder / "preprocessor_config.json")["auto_map"]["AutoImageProcessor"] == classes
 
 
 def test_a_self_contained_folder_is_not_changed(tmp_path):

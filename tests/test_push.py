@@ -28,6 +28,7 @@ from mmmamba.cli.main import main
 
 
 HYBRID = Path(mmmamba.__file__).parent / "examples" / "shapes" / "hybrid"
+INDEX = "model.safetensors.index.json"
 TOKEN = "hf_secretsecretsecretsecretsecret"
 
 
@@ -355,6 +356,25 @@ REFUSED = {
     "missing shard": (lose_shard, ["has no model-00001-of-00002.safetensors"]),
     "truncated shard": (cut, ["model-00002-of-00002.safetensors", "not a whole safetensors file"]),
     "wrong index": (misindex, ["disagree", "model.norm.weight"]),
+    "index of files elsewhere": (
+        lambda x: (shard(x), replace(INDEX, '"model-00001-of-00002.safetensors"', '"../model.safetensors"')(x)),
+        ["'../model.safetensors', which is no plain name"],
+    ),
+    "index of lists": (
+        lambda x: (shard(x), (x / INDEX).write_text('{"weight_map": {"a": ["model.safetensors"]}}')),
+        ["no plain name"],
+    ),
+    "token in the weights": (
+        lambda x: save_file(
+            load_file(x / "model.safetensors"), x / "model.safetensors", {"format": "pt", "by": TOKEN}
+        ),
+        ["model.safetensors", "contains an access token"],
+    ),
+    "token in a table": (lambda x: (x / "log.csv").write_text(f"1,{TOKEN}"), ["log.csv", "access token"]),
+    "pickle called weights": (
+        lambda x: (x / "model.safetensors").write_bytes(pickle.dumps([1])),
+        ["model.safetensors", "not a whole safetensors file"],
+    ),
     "stray weights": (lambda x: save_file({}, x / "old.safetensors"), ["old.safetensors", "no index"]),
     "pickle": (lambda x: (x / "training_args.bin").write_bytes(b""), ["training_args.bin", "pickle"]),
     "nested pickle": (nested, ["checkpoint-1/Optimizer.PT", "pickle"]),

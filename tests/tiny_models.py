@@ -25,7 +25,7 @@ def token_ids(*parts, seed: int) -> torch.Tensor:
     return torch.tensor(ids)
 
 
-def tiny_config(kind: str, image_token_id: int = IMAGE_TOKEN, **text) -> MmMambaConfig:
+def tiny_config(kind: str, image_token_id: int = IMAGE_TOKEN, pixel_shuffle_loc: str = "pre", **text) -> MmMambaConfig:
     text_config = {
         "vocab_size": 99,
         "hidden_size": 32,
@@ -39,6 +39,7 @@ def tiny_config(kind: str, image_token_id: int = IMAGE_TOKEN, **text) -> MmMamba
         "initializer_range": 0.2,
     }
     vision_config = {"image_size": 16, "patch_size": 4, "use_pixel_shuffle": True, "initializer_range": 0.2}
+    vision_config["pixel_shuffle_loc"] = pixel_shuffle_loc
     return MmMambaConfig(text_config=text_config | text, vision_config=vision_config, image_token_id=image_token_id)
 
 

@@ -21,14 +21,20 @@ ROOT = Path(__file__).parent.parent
 FOLDER = Path(sys.prefix) / "versions"
 TESTS = (
     "golden",
+    "hd",
     "modeling",
     "cache",
     "generation",
     "chat",
+    "loading",
+    "pictures",
     "conversation",
     "packing",
     "distillation",
+    "tokenization",
+    "processing",
     "transformers_common",
+    "transformers_processing",
 )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mmmamba.benchmarks.models import OURS, PEERS
+from mmmamba.benchmarks.arguments import OURS, PEERS
 from mmmamba.benchmarks.timing import format_table, machine_info
 
 

@@ -4,7 +4,8 @@ import argparse
 
 import torch
 
-from mmmamba.benchmarks.models import add_arguments, make_model
+from mmmamba.benchmarks import arguments
+from mmmamba.benchmarks.models import make_model
 from mmmamba.benchmarks.prefill import generate_one
 from mmmamba.benchmarks.timing import format_table, time_once
 
@@ -15,7 +16,7 @@ LENGTHS = {"1 s": 1, "777 s": 777, "4096 s": 4096, "9001 s": 9001, "9001 again s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
+    arguments.models(parser)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []

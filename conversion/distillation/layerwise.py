@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration, MmMambaMixer
 from mmmamba.ssm_mmmamba import Sequences, state_dtype
 
-from .losses import count_tokens, gradients_in_forward, token_mask
+from .losses import count_tokens, gradients_in_forward
 
 
 LOSS_SCALE = 1000.0  # upstream's factor on the mean squared error
@@ -60,45 +60,42 @@ class LayerwiseDistiller(nn.Module):
         """`LOSS_SCALE` times the mean over layers of each mixer's mean squared error.
 
         Args:
-            num_items_in_batch: (2,), see `count_tokens`: what the means are over; counted in `batch` if not given.
+            num_items_in_batch: (3,), see `count_tokens`: what the means are over; counted in `batch` if not given.
             batch: The teacher's inputs; `labels` are not used.
         """
-        totals = num_items_in_batch
-        if totals is None:
-            totals = count_tokens(batch, self.include_padding)
-        return LOSS_SCALE / len(self.mixers) * self.errors(batch, totals[0]).sum()
+        return LOSS_SCALE / len(self.mixers) * self.errors(batch, num_items_in_batch).sum()
 
     def errors(
         self,
         batch: dict[str, Tensor],
-        positions: Tensor | int | None = None,
+        totals: Tensor | None = None,
         observe: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Mean squared error of each mixer's heads against its layer's attention heads.
 
         Args:
             batch: The teacher's inputs.
-            positions: Divides the sum over positions; those of `batch` if not given.
+            totals: (3,), see `count_tokens`: what the sums over positions are divided by; those of `batch` if not
+                given.
             observe: Called with layer, student heads and teacher heads, both (batch, length, heads, head_dim).
 
         Returns:
             (layers,), in at least fp32.
         """
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        mask, sequences = token_mask(batch), None
-        if "position_ids" in batch and "attention_mask" not in batch:
-            sequences = Sequences.from_position_ids(batch["position_ids"])
-        elif self.include_padding:
-            mask = torch.ones_like(mask)
+        if self.include_padding:
             inputs.pop("attention_mask", None)
-        else:
-            sequences = Sequences.from_mask(mask)
-        positions = mask.sum() if positions is None else positions
+        if totals is None:
+            extra_per_tile = self.teacher.config.vision_config.extra_positions_per_tile
+            totals = count_tokens(batch, self.include_padding, extra_per_tile)
+        embedding, language = self._valid_positions(inputs)
+        num_embedding_layers = self.teacher.config.text_config.num_embedding_layers
         errors: dict[str, Tensor] = {}
         grad_enabled = torch.is_grad_enabled()
 
         def compare(layer: str, hidden_states: Tensor, teacher_heads: Tensor) -> None:
-            mixer = self.mixers[layer]
+            mixer, in_embedding = self.mixers[layer], int(layer) < num_embedding_layers
+            (mask, sequences), positions = (embedding, totals[2]) if in_embedding else (language, totals[0])
 
             def error(*_) -> Tensor:
                 # The teacher may be held in another dtype.
@@ -116,6 +113,26 @@ class LayerwiseDistiller(nn.Module):
         with self._hook_attention(compare), torch.no_grad():
             self.teacher.model(**inputs, use_cache=False)
         return torch.stack([errors[layer] for layer in self.mixers])
+
+    def _valid_positions(self, inputs: dict[str, Tensor]) -> list[tuple[Tensor, Sequences | None]]:
+        """Which positions (batch, length) are valid, and their sequences: for embedding layers, for language layers.
+
+        Args: inputs, of the teacher.
+        """
+        ids, mask, position_ids = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
+        packed, model, layout = position_ids is not None and mask is None, self.teacher.model, None
+        if inputs.get("pixel_values") is not None:
+            layout = model.patch_layout(ids, model.image_places(ids, None))
+
+        def valid_positions(mask: Tensor | None, position_ids: Tensor | None, like: Tensor):
+            valid = torch.ones_like(like, dtype=torch.bool) if mask is None else mask.bool()
+            return valid, Sequences.from_position_ids(position_ids) if packed else Sequences.from_mask(valid)
+
+        language = valid_positions(mask, position_ids, ids)
+        if layout is None:
+            return [language, language]
+        position_ids = layout.position_ids(position_ids, packed)
+        return [valid_positions(layout.attention_mask(mask), position_ids, layout.patches), language]
 
     @contextmanager
     def _hook_attention(self, compare: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:

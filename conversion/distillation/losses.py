@@ -24,13 +24,23 @@ def shift_labels(labels: Tensor) -> Tensor:
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
 
 
-def count_tokens(batch: dict[str, Tensor], include_padding: bool = False) -> Tensor:
-    """(2,) int64: how many positions of a batch a mean is over, and how many of them predict an answer's token."""
+def count_tokens(batch: dict[str, Tensor], include_padding: bool = False, extra_per_tile: int = 0) -> Tensor:
+    """What means over a batch divide by.
+
+    Args:
+        batch: `input_ids`, and `attention_mask`, `labels` and `pixel_values` if any.
+        include_padding: Whether padding counts.
+        extra_per_tile: Positions of a tile in the embedding layers beyond its tokens, see `extra_positions_per_tile`.
+
+    Returns:
+        (3,) int64: positions, those of them that predict an answer's token, and positions of the embedding layers.
+    """
     mask = token_mask(batch)
     labels = batch.get("labels")
     positions = mask.numel() if include_padding else int(mask.sum())
     answers = 0 if labels is None else int((shift_labels(labels) != -100).sum())
-    return torch.tensor([positions, answers])
+    tiles = 0 if batch.get("pixel_values") is None else len(batch["pixel_values"])
+    return torch.tensor([positions, answers, positions + tiles * extra_per_tile])
 
 
 class _GradientsInForward(torch.autograd.Function):
@@ -97,7 +107,8 @@ def distillation_loss(
         student_head, teacher_head: From hidden states to logits; without gradients of their own.
         batch: `input_ids` (batch, length), and `attention_mask` and `labels` of that shape if any; padding is left
             out, and labels are -100 where there is no answer.
-        totals: (2,), positions and answers that the means are over, see `count_tokens`; those of `batch` if not given.
+        totals: (2 or more,), positions and answers that the means are over, see `count_tokens`; those of `batch` if
+            not given.
         temperature: Softens both distributions.
         hard_weight: Weight of the cross entropy.
         answers_only: Whether only positions that predict an answer's token count.
@@ -115,7 +126,7 @@ def distillation_loss(
         raise ValueError(f"answers_only={answers_only} and hard_weight={hard_weight} need labels; give them.")
     if totals is None:
         totals = count_tokens(batch, include_padding)
-    positions, answers = (total.clamp(min=1).to(student_hidden.device) for total in totals)
+    positions, answers = (total.clamp(min=1).to(student_hidden.device) for total in totals[:2])
 
     kl_mask = torch.ones_like(batch["input_ids"], dtype=torch.bool) if include_padding else token_mask(batch)
     targets = torch.full_like(batch["input_ids"], -100) if labels is None else shift_labels(labels)

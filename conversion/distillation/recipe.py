@@ -22,6 +22,7 @@ from mmmamba.conversion.shards import write_text
 RECIPES = Path(__file__).with_name("recipes")
 INITIALIZATIONS = ("mimic", "inherited", "scratch")
 STRATEGIES = ("head-interleaved", "tail-interleaved", "head-stacked", "tail-stacked", "measured")
+MOST_VALUES = 100_000  # of a recipe
 TRAINABLE = ("mixers", "mixers+o_proj", "decoder")
 
 
@@ -225,7 +226,11 @@ def load_recipe(source: str | Path, overrides: typing.Sequence[str] = ()) -> Rec
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
         raise FileNotFoundError(f"There is no recipe {source}; give a YAML file or one of {known}.")
-    values = _parse(file.read_text(encoding="utf-8"), str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as UTF-8 text ({error}); give a YAML file.") from None
+    values = _parse(text, str(file))
     if not isinstance(values, dict):
         raise ValueError(f"{file} is no recipe; it must hold keys and values, such as `teacher: DIR`.")
     for override in overrides:
@@ -277,10 +282,19 @@ class _Loader(yaml.SafeLoader):
 
 def _parse(text: str, where: str):
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates that do not exist; too many brackets
         problem = " ".join(str(error).split())
         raise ValueError(f"{where} is not YAML: {problem}") from None
+    # Aliases can make a value contain itself, or a few lines as large as the memory.
+    to_visit, visited = [value], 0
+    while to_visit and visited <= MOST_VALUES:
+        inner, visited = to_visit.pop(), visited + 1
+        if isinstance(inner, dict | list):
+            to_visit += inner.values() if isinstance(inner, dict) else inner
+    if to_visit:
+        raise ValueError(f"{where} refers to itself, or has more than {MOST_VALUES} values; write them out.")
+    return value
 
 
 def _from_dict(kind: type, values: dict, prefix: str):

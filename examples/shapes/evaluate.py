@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mmmamba.cli.load import load_model
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.publish import check_model_folder
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
@@ -89,10 +90,8 @@ def evaluate(folder: str | Path, num_questions: int = 2000, seed: int = 0, batch
         ValueError: if the folder is no model of the picture world.
     """
     check_is_shapes_model(folder)
-    dtype = torch.float32 if not torch.cuda.is_available() else torch.bfloat16
-    model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
-    if torch.cuda.is_available():
-        model.cuda()
+    on_gpu = torch.cuda.is_available()
+    model = load_model(folder, "cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32)
     examples = [example("test", seed, index) for index in range(num_questions)]
     replies = {
         "exact": answers(model, examples, batch_size, "answering"),

@@ -69,7 +69,7 @@ class ConversationDataset(Dataset):
         for step in range(min(len(self), MAX_CONSECUTIVE_BAD_ROWS)):
             source, number = self._locate((index + step) % len(self))
             try:
-                row = self.encoder(source.read(number), source.root, source.max_patches)
+                row = self.encoder(source.read(number), source.root, source.max_patches, source.any_path)
             except BadRow as error:
                 bad[source.name(number)] = str(error)
             else:
@@ -95,8 +95,8 @@ class ConversationStream(IterableDataset):
 
     Args:
         encoder: Makes rows of records.
-        sources: Streaming datasets of the `datasets` library, what each is called in messages, and the folder that
-            image paths start at.
+        sources: Streaming datasets of the `datasets` library, what each is called in messages, the folder that image
+            paths start at, and whether they may leave it.
         seed: Of the order.
         buffer_size: Records among which the next one is drawn; 0 keeps the order.
         num_processes, process_index: Processes that share the records, and which of them this is. Workers of a
@@ -106,7 +106,7 @@ class ConversationStream(IterableDataset):
     def __init__(
         self,
         encoder: ConversationEncoder,
-        sources: Sequence[tuple[Any, str, str | Path]],
+        sources: Sequence[tuple[Any, str, str | Path, bool]],
         seed: int = 0,
         buffer_size: int = 1000,
         num_processes: int = 1,
@@ -116,13 +116,13 @@ class ConversationStream(IterableDataset):
             raise ValueError(f"process_index={process_index} must be at least 0 and below {num_processes}.")
         self.encoder, self.num_processes, self.process_index = encoder, num_processes, process_index
         self.sources = []
-        for dataset, label, root in sources:
+        for dataset, label, root, any_path in sources:
             # A damaged image that the dataset decodes ends the stream; one that the encoder decodes is a bad row.
             if dataset.features:
                 dataset = dataset.cast(_without_decoding(dataset.features))
             if buffer_size:
                 dataset = dataset.shuffle(seed=seed, buffer_size=buffer_size)
-            self.sources.append((dataset, label, root))
+            self.sources.append((dataset, label, root, any_path))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields rows; see `ConversationEncoder` and, for bad ones, `ConversationDataset`.
@@ -135,7 +135,7 @@ class ConversationStream(IterableDataset):
             for stream in streams:
                 yield next(stream)
 
-    def _rows(self, dataset: Any, label: str, root: str | Path) -> Iterator[dict[str, Any]]:
+    def _rows(self, dataset: Any, label: str, root: str | Path, any_path: bool) -> Iterator[dict[str, Any]]:
         from datasets.distributed import split_dataset_by_node
 
         worker = get_worker_info()
@@ -155,7 +155,7 @@ class ConversationStream(IterableDataset):
             for num_read, columns in enumerate(shard.iter(batch_size=1), start=1):
                 record = {key: values[0] for key, values in columns.items()}
                 try:
-                    row = self.encoder(record, root)
+                    row = self.encoder(record, root, any_path=any_path)
                 except BadRow as error:
                     record_id = record.get("id")
                     position = f"reader {reader} of {num_readers}, epoch {epoch}, record {num_read - 1}"

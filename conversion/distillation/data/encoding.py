@@ -1,6 +1,5 @@
 """One conversation as a row: the token ids that `chat()` makes, labels on the answers, tiles of the images."""
 
-import io
 import os
 import re
 from bisect import bisect_right
@@ -9,9 +8,10 @@ from typing import Any
 
 import fsspec
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mmmamba.chat_template_mmmamba import PLACEHOLDER, RESERVED_PIECE, as_text, encode_prompt
+from mmmamba.image_reading_mmmamba import read_image, to_rgb
 from mmmamba.processing_mmmamba import MmMambaProcessor, expand_placeholders
 
 from .formats import BadRow, error_reason, parse_record
@@ -20,6 +20,8 @@ from .formats import BadRow, error_reason, parse_record
 # Noncharacters, which Unicode reserves for internal use. One that no text of a conversation holds delimits its answers
 # in the rendered prompt, which is split there before it is encoded.
 _DELIMITERS = [chr(code) for code in range(0xFDD3, 0xFDF0)]
+# How streamed datasets name a file in an archive: `zip://a.jpg::hf://datasets/…`.
+_ARCHIVES = {"bz2", "gzip", "lz4", "tar", "xz", "zip", "zstd"}
 
 
 class ConversationEncoder:
@@ -44,7 +46,11 @@ class ConversationEncoder:
         self._turn_end = self._find_turn_end()
 
     def __call__(
-        self, record: dict[str, Any], root: str | Path = ".", max_patches: int | None = None
+        self,
+        record: dict[str, Any],
+        root: str | Path = ".",
+        max_patches: int | None = None,
+        any_path: bool = False,
     ) -> dict[str, torch.Tensor]:
         """The row of a record.
 
@@ -53,6 +59,7 @@ class ConversationEncoder:
             root: Folder that image paths start at.
             max_patches: Largest number of tiles of all its images together, thumbnails not counted, but at least one
                 of each; if not given, what the image processor allows for each.
+            any_path: Whether images may be outside of `root`, and at URLs.
 
         Returns:
             `input_ids` (length,) int64; `labels` (length,) int64, -100 but on the answers' tokens and the token that
@@ -62,7 +69,7 @@ class ConversationEncoder:
             BadRow: if the record cannot become a row, in one sentence.
         """
         conversation = parse_record(record)
-        images = [self._load_image(image, Path(root)) for image in conversation.images]
+        images = [self._load_image(image, Path(root), any_path) for image in conversation.images]
         size = self.image_processor.size
         num_patches, pixel_values = [], torch.zeros(0, 3, size["height"], size["width"])
         if images:
@@ -78,36 +85,21 @@ class ConversationEncoder:
             raise BadRow(f"it has {len(ids)} tokens, more than max_tokens={self.max_tokens}")
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixel_values}
 
-    def _load_image(self, image: Any, root: Path) -> Image.Image:
-        name = "an image"
+    def _load_image(self, image: Any, root: Path, any_path: bool) -> Image.Image:
+        if isinstance(image, dict):
+            image = image.get("path") if image.get("bytes") is None else image["bytes"]
         try:
-            if isinstance(image, dict):
-                name = image.get("path") or name
-                image = image.get("path") if image.get("bytes") is None else image["bytes"]
-            if isinstance(image, (str, os.PathLike)):
-                name = os.fspath(image)
-                if "://" in name:  # what streamed datasets give: a file on the Hub, or in an archive
-                    with fsspec.open(name, "rb") as file:
-                        image = file.read()
-                else:
-                    image = name = root / name
-                    if not image.is_file():
-                        raise BadRow(f"its image {image} does not exist")
-            if isinstance(image, (bytes, bytearray)):
-                image = io.BytesIO(image)
             if isinstance(image, Image.Image):
-                image.load()
-            elif isinstance(image, (Path, io.BytesIO)):
-                with Image.open(image) as opened:
-                    opened.load()
-                    image = ImageOps.exif_transpose(opened)
-            else:
-                raise BadRow(f"its image is no path, bytes or PIL image but {type(image).__name__}")
-            return image
+                return to_rgb(image)
+            if isinstance(image, (bytes, bytearray)):
+                return read_image(image)
+            if isinstance(image, (str, os.PathLike)):
+                return read_image(_locate(os.fspath(image), root, any_path))
         except BadRow:
             raise
-        except Exception as error:  # on damaged files Pillow raises nearly anything
-            raise BadRow(f"its image {name} cannot be decoded ({error_reason(error)})") from None
+        except Exception as error:  # file systems raise nearly anything
+            raise BadRow(f"its image cannot be read: {error_reason(error).rstrip('.')}") from None
+        raise BadRow(f"its image is no path, bytes or PIL image but {type(image).__name__}")
 
     def _render(self, messages: list[dict[str, Any]], literal_placeholders: bool) -> list[str]:
         """The prompt split at the answers' starts and ends: every second piece is an answer."""
@@ -198,3 +190,24 @@ class ConversationEncoder:
         tail = self._render(messages, literal_placeholders=True)[-1]
         ends = [match.end() for pattern in (self._control, RESERVED_PIECE) if (match := pattern.search(tail))]
         return tail[: min(ends)] if ends else tail
+
+
+def _locate(path: str, root: Path, any_path: bool) -> str | bytes:
+    """An image's file as `read_image` takes it, or its bytes. Raises BadRow if a record must not name it.
+
+    A record may name files in `root` and on the Hub, and in archives there, unless it may name `any_path`.
+    """
+    *archives, file = path.split("::")
+    is_url = "://" in file
+    if not is_url:
+        file = os.path.abspath(root / file)  # without `..`
+    may_read = file.startswith("hf://") if is_url else Path(file).is_relative_to(os.path.abspath(root))
+    if not any_path and not (may_read and all(archive.split("://")[0] in _ARCHIVES for archive in archives)):
+        kind = "a URL" if is_url else f"outside of {root}"
+        raise BadRow(f"its image {path} is {kind}, which `image_paths: any` in the data's entry would allow")
+    if archives or (is_url and not file.startswith(("http://", "https://"))):
+        with fsspec.open("::".join([*archives, file]), "rb") as opened:
+            return opened.read()
+    if not is_url and not os.path.exists(file):
+        raise BadRow(f"its image {file} does not exist")
+    return file

@@ -23,14 +23,21 @@ class RecordFile:
         file: JSON Lines (`.jsonl`), or `.json` with a list or lines.
         root: Folder of the images; the file's own if not given.
         max_patches: Largest number of tiles of a record, see `ConversationEncoder`.
+        any_path: Whether images may be anywhere, see `ConversationEncoder`.
 
     Raises:
         FileNotFoundError: if file or root is missing.
         ValueError: if the file holds no records, or is a list that is broken JSON.
     """
 
-    def __init__(self, file: str | Path, root: str | Path | None = None, max_patches: int | None = None):
-        self.file, self.max_patches = Path(file), max_patches
+    def __init__(
+        self,
+        file: str | Path,
+        root: str | Path | None = None,
+        max_patches: int | None = None,
+        any_path: bool = False,
+    ):
+        self.file, self.max_patches, self.any_path = Path(file), max_patches, any_path
         self.root = self.file.parent if root is None else Path(root)
         if not self.file.is_file():
             raise FileNotFoundError(f"{file} does not exist; give the path of a .jsonl or .json file.")
@@ -79,12 +86,13 @@ class RecordTable:
         dataset: A `datasets.Dataset`.
         label: What it is called in messages.
         root: Folder that image paths start at.
+        any_path: Whether images may be anywhere, see `ConversationEncoder`.
     """
 
     max_patches = None
 
-    def __init__(self, dataset: Any, label: str, root: str | Path = "."):
-        self.dataset, self.label, self.root = dataset, label, Path(root)
+    def __init__(self, dataset: Any, label: str, root: str | Path = ".", any_path: bool = False):
+        self.dataset, self.label, self.root, self.any_path = dataset, label, Path(root), any_path
         if not len(dataset):
             raise ValueError(f"{label} has no records.")
 
@@ -103,7 +111,9 @@ class RecordTable:
             raise BadRow(f"it cannot be read ({error_reason(error)})") from None
 
 
-def open_files(file: str | Path, root: str | Path | None = None, repeat: float = 1) -> list[tuple[RecordFile, float]]:
+def open_files(
+    file: str | Path, root: str | Path | None = None, repeat: float = 1, any_path: bool = False
+) -> list[tuple[RecordFile, float]]:
     """Opens a file of records, or every file that an InternVL meta file lists.
 
     Paths in a meta file start at its own folder or, if there is nothing of that name, at the working directory. Of a
@@ -114,6 +124,7 @@ def open_files(file: str | Path, root: str | Path | None = None, repeat: float =
         file: `.jsonl` or `.json`.
         root: Folder of the images; not with a meta file, which names its own.
         repeat: How often each record is read, or the share of records if below 1; not with a meta file.
+        any_path: Whether images may be anywhere, see `ConversationEncoder`.
 
     Returns:
         Each file's records and its `repeat`.
@@ -124,10 +135,10 @@ def open_files(file: str | Path, root: str | Path | None = None, repeat: float =
     """
     file = Path(file)
     if file.suffix != ".json" or not file.is_file() or (meta := _read_meta(file)) is None:
-        return [(RecordFile(file, root), repeat)]
+        return [(RecordFile(file, root, any_path=any_path), repeat)]
     if root is not None or repeat != 1:
         raise ValueError(f"{file} is a meta file; say root and repeat_time in it, not root and repeat beside it.")
-    return [_open_meta_entry(file, name, entry) for name, entry in meta.items()]
+    return [_open_meta_entry(file, name, entry, any_path) for name, entry in meta.items()]
 
 
 def check_repeat(repeat: Any, where: str) -> float:
@@ -153,7 +164,7 @@ def _read_meta(file: Path) -> dict[str, Any] | None:
     return meta
 
 
-def _open_meta_entry(file: Path, name: str, entry: Any) -> tuple[RecordFile, float]:
+def _open_meta_entry(file: Path, name: str, entry: Any, any_path: bool) -> tuple[RecordFile, float]:
     where = f"{file}: {name}"
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be an object with annotation and root, not {entry!r}.")
@@ -173,7 +184,7 @@ def _open_meta_entry(file: Path, name: str, entry: Any) -> tuple[RecordFile, flo
     if max_patches is not None and (type(max_patches) is not int or max_patches < 1):
         raise ValueError(f"{where} has max_dynamic_patch={max_patches!r}; give a whole number of tiles, at least 1.")
     repeat = check_repeat(entry.get("repeat_time", 1), where)
-    return RecordFile(resolve(entry["annotation"]), root, max_patches), repeat
+    return RecordFile(resolve(entry["annotation"]), root, max_patches, any_path), repeat
 
 
 def _first_byte(file: Path) -> bytes:

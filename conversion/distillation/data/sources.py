@@ -15,8 +15,19 @@ from .encoding import ConversationEncoder
 from .records import RecordFile, RecordTable, check_repeat, open_files
 
 
-FILE_KEYS = ("file", "root", "repeat")
-DATASET_KEYS = ("dataset", "name", "split", "streaming", "data_files", "data_dir", "revision", "root", "repeat")
+FILE_KEYS = ("file", "root", "image_paths", "repeat")
+DATASET_KEYS = (
+    "dataset",
+    "name",
+    "split",
+    "streaming",
+    "data_files",
+    "data_dir",
+    "revision",
+    "root",
+    "image_paths",
+    "repeat",
+)
 
 
 def open_data(
@@ -35,7 +46,8 @@ def open_data(
             `repeat`; it may be an InternVL meta file. `dataset` with `split` ("train" if not given), `streaming`,
             `name`, `data_files`, `data_dir` and `revision` as `datasets.load_dataset` takes them, `root` (the folder
             of local `data_files`, else the working directory) and, if it does not stream, `repeat`. A repeat below 1
-            is a share.
+            is a share. With `image_paths: any` in an entry of either kind, images may be outside of `root` and at
+            URLs; otherwise such records are bad rows.
         processor: See `ConversationEncoder`.
         max_tokens: Longer conversations are bad rows.
         seed: Of a stream's order; rows by number have none.
@@ -63,7 +75,7 @@ def open_data(
         num_processes = torch.distributed.get_world_size() if distributed else 1
         process_index = torch.distributed.get_rank() if distributed else 0
     encoder = ConversationEncoder(processor, max_tokens)
-    streams = [(_load_dataset(entry), entry["dataset"], _root(entry)) for entry in entries]
+    streams = [(_load_dataset(entry), entry["dataset"], _root(entry), _any_path(entry)) for entry in entries]
     return ConversationStream(encoder, streams, seed, buffer_size, num_processes, process_index)
 
 
@@ -84,6 +96,11 @@ def check_entry(entry: Any) -> None:
         expected_type = {"repeat": (int, float), "streaming": bool, "data_files": (str, list, dict)}.get(key, str)
         if not isinstance(value, expected_type):
             raise ValueError(f"{key}={value!r} in the data's entry {entry!r} is of the wrong type.")
+    if entry.get("image_paths", "root") not in ("root", "any"):
+        raise ValueError(
+            f"image_paths={entry['image_paths']!r} in the data's entry {entry!r} is unknown; give root (the default) "
+            "or any, which lets records name images outside of root and at URLs."
+        )
     check_repeat(entry.get("repeat", 1), f"The data's entry {entry!r}")
     if entry.get("streaming") and "repeat" in entry:
         raise ValueError(f"The data's entry {entry!r} streams, which has no end to repeat; leave out repeat.")
@@ -93,8 +110,13 @@ def _open_entry(entry: dict[str, Any]) -> list[tuple[RecordFile | RecordTable, f
     repeat = entry.get("repeat", 1)
     if "file" in entry:
         root = entry.get("root")
-        return open_files(resolve_path(entry["file"]), None if root is None else resolve_path(root), repeat)
-    return [(RecordTable(_load_dataset(entry), entry["dataset"], _root(entry)), repeat)]
+        root = None if root is None else resolve_path(root)
+        return open_files(resolve_path(entry["file"]), root, repeat, _any_path(entry))
+    return [(RecordTable(_load_dataset(entry), entry["dataset"], _root(entry), _any_path(entry)), repeat)]
+
+
+def _any_path(entry: dict[str, Any]) -> bool:
+    return entry.get("image_paths") == "any"
 
 
 def local_files(entry: dict[str, Any]) -> list[str]:

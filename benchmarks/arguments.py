@@ -1,0 +1,63 @@
+"""The arguments of each benchmark, declared without importing torch so that `--help` answers at once."""
+
+import argparse
+
+from mmmamba.cli.arguments import positive
+
+
+OURS = ("linear", "hybrid", "teacher")
+PEERS = ("llama", "bamba", "falcon-h1")
+DTYPE_NAMES = ("fp32", "bf16", "fp16")
+SIZES = {  # layers, hidden, MLP, heads, key/value heads, vocabulary
+    "small": (8, 512, 2048, 8, 4, 8192),
+    "released": (32, 2048, 8192, 16, 8, 92553),
+}
+
+
+def models(parser: argparse.ArgumentParser) -> None:
+    """Which models are made; shared by the benchmarks that make some."""
+    parser.add_argument("--models", nargs="+", choices=OURS + PEERS, default=[*OURS, *PEERS])
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="small, or the released model's")
+    parser.add_argument("--layers", type=positive, help="fewer layers than the size has")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="fp32")
+    parser.add_argument("--batch", type=positive, default=1)
+
+
+def scan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--length", type=positive, default=4096)
+    parser.add_argument("--heads", type=positive, default=16)
+    parser.add_argument("--kv-heads", type=positive, default=8)
+    parser.add_argument("--head-dim", type=positive, default=128)
+    parser.add_argument("--batch", type=positive, default=1)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPE_NAMES, default=["fp32", "bf16"])
+    parser.add_argument("--backward", action="store_true", help="forward and backward")
+
+
+def decode(parser: argparse.ArgumentParser) -> None:
+    models(parser)
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--together", action="store_true", help="time all lengths in turns, to compare them")
+    parser.add_argument("--steps", type=positive, default=8, help="tokens in one timing")
+
+
+def prefill(parser: argparse.ArgumentParser) -> None:
+    models(parser)
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[1024, 4096])
+
+
+def memory(parser: argparse.ArgumentParser) -> None:
+    models(parser)
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[8192, 32768])
+    parser.set_defaults(rounds=3)
+    parser.add_argument("--measure-here", action="store_true", help=argparse.SUPPRESS)  # set for the subprocesses
+
+
+def distillation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=positive, default=32)
+    parser.add_argument("--hidden", type=positive, default=256)
+    parser.add_argument("--vocabulary", type=positive, default=32_000)
+    parser.add_argument("--length", type=positive, default=1024, help="tokens of the one conversation in a step")
+    parser.add_argument("--steps", type=positive, default=3, help="steps that each process times")
+    parser.set_defaults(rounds=3)
+    # Set for the subprocesses.
+    parser.add_argument("--measure-here", nargs=2, metavar=("STAGE", "IMPLEMENTATION"), help=argparse.SUPPRESS)
