@@ -100,11 +100,13 @@ class MmMambaImageProcessorKwargs(ImagesKwargs, total=False):
     min_patches (`int`): Fewest tiles of a picture, thumbnail not counted.
     max_patches (`int`): Most tiles of a picture, thumbnail not counted.
     use_thumbnail (`bool`): Whether a picture of several tiles gets a small copy of the whole as its last tile.
+    crop_to_patches (`bool`): Whether a picture may become several tiles, or is one; TRL's GRPO sets it.
     """
 
     min_patches: int
     max_patches: int
     use_thumbnail: bool
+    crop_to_patches: bool
 
 
 def _as_rgb(image, input_data_format, do_rescale: bool) -> torch.Tensor:
@@ -134,6 +136,7 @@ class _TilingMixin:
     min_patches = 1
     max_patches = 12
     use_thumbnail = True
+    crop_to_patches = True
 
     def preprocess(self, images, *args, **kwargs) -> BatchFeature:
         """See Transformers' `BaseImageProcessor`. Raises ValueError for whatever is wrong with pictures or options."""
@@ -173,8 +176,10 @@ class _TilingMixin:
         min_patches: int,
         max_patches: int,
         use_thumbnail: bool,
+        crop_to_patches: bool,
         **kwargs,
     ) -> BatchFeature:
+        min_patches, max_patches = (min_patches, max_patches) if crop_to_patches else (1, 1)
         tiles, counts = [], []
         for image in images:  # (3, height, width)
             side = tile_side(size)
@@ -205,8 +210,10 @@ class _TilingMixin:
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """How many tiles a picture of this size in pixels gives, thumbnail included."""
-        options = {name: getattr(self, name) for name in ("min_patches", "max_patches", "use_thumbnail", "size")}
-        options |= images_kwargs or {}
+        names = ("min_patches", "max_patches", "use_thumbnail", "crop_to_patches", "size")
+        options = {name: getattr(self, name) for name in names} | (images_kwargs or {})
+        if not options["crop_to_patches"]:
+            return 1
         side = tile_side(options["size"])
         columns, rows = choose_grid(width, height, side, options["min_patches"], options["max_patches"])
         return columns * rows + (options["use_thumbnail"] and columns * rows > 1)

@@ -40,6 +40,8 @@ from .vision_mmmamba import MmMambaVisionEmbeddings
 
 
 logger = logging.get_logger(__name__)
+# What loads a whole model from its folder; the folder's `auto_map` names them.
+AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 
 class MmMambaRMSNorm(nn.Module):
@@ -585,10 +587,7 @@ class MmMambaForConditionalGeneration(ChatMixin, MmMambaGenerationMixin, MmMamba
 
     def save_pretrained(self, *args, **kwargs):
         """As in Transformers; the folder then loads through each of the auto classes that this class serves."""
-        name = f"modeling_mmmamba.{type(self).__name__}"
-        self.config.auto_map = dict.fromkeys(
-            ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"), name
-        )
+        self.config.auto_map = dict.fromkeys(AUTO_CLASSES, f"modeling_mmmamba.{type(self).__name__}")
         super().save_pretrained(*args, **kwargs)
 
 

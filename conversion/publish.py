@@ -19,12 +19,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMix
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.package_code import PACKAGE, name_modules
 from mmmamba.conversion.shards import read_json, write_text
-from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+from mmmamba.modeling_mmmamba import AUTO_CLASSES, MmMambaForConditionalGeneration
 
 
 AUTO_MAP = {"AutoConfig": "configuration_mmmamba.MmMambaConfig"} | dict.fromkeys(
-    ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"),
-    "modeling_mmmamba.MmMambaForConditionalGeneration",
+    AUTO_CLASSES, "modeling_mmmamba.MmMambaForConditionalGeneration"
 )
 # The end-of-turn tokens of the conversation templates; the first one counts that template and vocabulary have.
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|end|>", "[UNUSED_TOKEN_1]")

@@ -351,13 +351,14 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, AutoVideoProcessor
+    AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM,
+    AutoTokenizer, AutoVideoProcessor
 )
 
 hybrid, complete, code = sys.argv[1:]
 
 def models():
-    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         model = auto.from_pretrained(hybrid, trust_remote_code=True).eval()
         assert "transformers_modules" in type(model).__module__, type(model)
         assert model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=2, do_sample=False).shape[1] <= 5

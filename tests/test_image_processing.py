@@ -183,7 +183,7 @@ def test_contradicting_options_are_refused(processor, options, words):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_patches": 6}, {"use_thumbnail": False}, {"size": 28}, {"min_patches": 4}],
+    [{}, {"max_patches": 6}, {"use_thumbnail": False}, {"size": 28}, {"min_patches": 4}, {"crop_to_patches": False}],
     ids=lambda options: "-".join(options) or "default",
 )
 def test_the_number_of_tiles_is_computed_from_the_size_alone(options):
@@ -196,6 +196,16 @@ def test_without_thumbnail_only_the_grid_is_returned():
     inputs = pil(picture(120, 60), use_thumbnail=False, max_patches=2, return_tensors="pt")
     with_thumbnail = pil(picture(120, 60), max_patches=2, return_tensors="pt")
     torch.testing.assert_close(inputs["pixel_values"], with_thumbnail["pixel_values"][:-1])
+
+
+@both
+def test_a_picture_that_is_not_cropped_to_patches_is_one_tile(processor):
+    wide = picture(120, 60)
+    tiles = processor(wide, return_tensors="pt")["pixel_values"]
+    assert len(tiles) == 3
+    assert torch.equal(processor(wide, crop_to_patches=True, return_tensors="pt")["pixel_values"], tiles)
+    whole = processor(wide, crop_to_patches=False, return_tensors="pt")
+    assert whole["num_patches"].tolist() == [1] and torch.equal(whole["pixel_values"], tiles[-1:])  # the thumbnail
 
 
 @pytest.mark.parametrize("backend", ["pil", "torchvision"])

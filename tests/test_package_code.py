@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
     pipeline,
@@ -36,7 +37,7 @@ from mmmamba.tokenization_mmmamba import MmMambaTokenizerFast
 PACKAGE = Path(mmmamba.__file__).parent
 SHAPES = PACKAGE / "examples" / "shapes"
 TEACHER, LINEAR, HYBRID = FOLDERS = [SHAPES / name for name in ("teacher", "linear", "hybrid")]
-MODELS = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
+MODELS = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 # Loads with every auto class, then asks the pipeline a question; the package cannot be imported.
 WITHOUT_THE_PACKAGE = """
 import sys
@@ -50,7 +51,10 @@ picture, *folders = sys.argv[1:]
 for folder in folders:
     parts = [
         getattr(transformers, f"Auto{name}").from_pretrained(folder, trust_remote_code=True)
-        for name in ("Config", "Model", "ModelForCausalLM", "ModelForImageTextToText", "Tokenizer", "Processor")
+        for name in (
+            "Config", "Model", "ModelForCausalLM", "ModelForImageTextToText", "ModelForMultimodalLM", "Tokenizer",
+            "Processor",
+        )
     ] + [
         transformers.AutoImageProcessor.from_pretrained(folder, backend=backend, trust_remote_code=True)
         for backend in ("pil", "torchvision")
@@ -90,18 +94,19 @@ def test_auto_classes_load_the_packages_classes_from_a_shipped_folder(folder):
         return type(auto.from_pretrained(folder, trust_remote_code=True, **options))
 
     assert load(AutoConfig) is MmMambaConfig
-    assert [load(auto) for auto in MODELS] == [MmMambaForConditionalGeneration] * 3
+    assert [load(auto) for auto in MODELS] == [MmMambaForConditionalGeneration] * len(MODELS)
     assert load(AutoTokenizer) is MmMambaTokenizerFast
     assert load(AutoProcessor) is MmMambaProcessor
     assert load(AutoImageProcessor, backend="pil") is MmMambaImageProcessorPil
     assert load(AutoImageProcessor, backend="torchvision") is MmMambaImageProcessor
 
 
-def test_the_pipeline_answers_with_a_shipped_model():
+@pytest.mark.parametrize("task", ["image-text-to-text", "any-to-any"])
+def test_the_pipelines_answer_with_a_shipped_model(task):
     question = example("test", 0, 2)
     images = [{"type": "image", "image": picture.draw()} for picture in question.pictures]
     messages = [{"role": "user", "content": [*images, {"type": "text", "text": question.question}]}]
-    ask = pipeline("image-text-to-text", model=str(HYBRID), trust_remote_code=True, dtype=torch.float32)
+    ask = pipeline(task, model=str(HYBRID), trust_remote_code=True, dtype=torch.float32)
     (answer,) = ask(text=[messages], max_new_tokens=16, return_full_text=False)
     assert answer[0]["generated_text"].strip() == question.answer
 

@@ -65,7 +65,8 @@ def test_processor_pipeline_and_batches_answer_as_chat_does():
     assert [text.strip() for text in processor.batch_decode(output, skip_special_tokens=True)] == expected
 
     ask = pipeline("image-text-to-text", model=path, trust_remote_code=True, dtype=torch.float32)
-    given = ask(text=list(conversations), max_new_tokens=16, do_sample=False, return_full_text=False)
+    options = {"max_new_tokens": 16, "do_sample": False}
+    given = ask(text=list(conversations), generate_kwargs=options, return_full_text=False)
     assert [answer[0]["generated_text"].strip() for answer in given] == expected
 
 
