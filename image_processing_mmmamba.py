@@ -176,7 +176,7 @@ class _TilingMixin:
         min_patches: int,
         max_patches: int,
         use_thumbnail: bool,
-        crop_to_patches: bool,
+        crop_to_patches: bool = True,
         **kwargs,
     ) -> BatchFeature:
         min_patches, max_patches = (min_patches, max_patches) if crop_to_patches else (1, 1)

@@ -286,7 +286,7 @@ class MmMambaProcessor(ProcessorMixin):
         **kwargs,
     ):
         self.tokens_per_tile = tokens_per_tile
-        self.image_token = "<IMG_CONTEXT>"
+        self.image_token, self.video_token = "<IMG_CONTEXT>", VIDEO_PLACEHOLDER
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         if video_processor is None:
             names = ("image_mean", "image_std", "resample", "rescale_factor")

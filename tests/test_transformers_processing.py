@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, AutoVideoProcessor
 from transformers_suite import suite
 
 from mmmamba.conversion.convert import chat_template
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessor, MmMambaImageProcessorPil
 from mmmamba.processing_mmmamba import MmMambaProcessor
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer, MmMambaTokenizerFast
+from mmmamba.video_processing_mmmamba import MmMambaVideoProcessor
 
 
 VOCABULARY = Path(__file__).parent / "golden" / "tokenizer" / "tokenizer.model"
@@ -30,7 +31,7 @@ images = suite("test_image_processing_common")
 def trusted_code():
     """The suite loads folders without `trust_remote_code=True`, which code of the folder's own needs."""
     with pytest.MonkeyPatch.context() as patch:
-        for auto in (AutoTokenizer, AutoImageProcessor, AutoProcessor):
+        for auto in (AutoTokenizer, AutoImageProcessor, AutoVideoProcessor, AutoProcessor):
             load = auto.from_pretrained
             trusted = functools.partial(load, trust_remote_code=True)
             patch.setattr(auto, "from_pretrained", trusted)
@@ -73,15 +74,28 @@ class TestSlowTokenizer(TokenizerTests, unittest.TestCase):
 
 class TestProcessor(SkipsExceptions, ProcessorTesterMixin, unittest.TestCase):
     processor_class = MmMambaProcessor
+    videos_input_name = "pixel_values"  # tiles of pictures and frames stand in one tensor
     image_processor_class = MmMambaImageProcessor
     exceptions: ClassVar[dict[str, str]] = dict.fromkeys(
         ("test_processor_from_and_save_pretrained", "test_processor_from_and_save_pretrained_as_nested_dict"),
         "a processor with code of its own notes where the code is when it is saved",
+    ) | dict.fromkeys(
+        (
+            "test_apply_chat_template_decoded_video_0",
+            "test_apply_chat_template_video_0",
+            "test_apply_chat_template_video_1",
+            "test_apply_chat_template_video_frame_sampling",
+        ),
+        "tiles of all frames stand in one tensor; the test wants a dimension for videos and one for frames",
     )
 
     @classmethod
     def _setup_image_processor(cls):
         return cls.image_processor_class(size={"height": 16, "width": 16}, max_patches=2)
+
+    @classmethod
+    def _setup_video_processor(cls):
+        return MmMambaVideoProcessor(size={"height": 16, "width": 16})
 
     @classmethod
     def _setup_tokenizer(cls):

@@ -5,6 +5,7 @@ fetch from the Hub are made here.
 """
 
 import importlib
+import itertools
 import os
 import sys
 import tempfile
@@ -17,7 +18,10 @@ import transformers
 from PIL import Image
 from source_distributions import unpacked
 
+from mmmamba.examples.shapes.clip import pictures, write_clip
 
+
+FRAMES = 11  # of clips, as in the one that the suite samples frames of
 PACKAGE = "transformers_suite_tests"
 MISSING_MODULES = {"exporters.test_export": "ExportTesterMixin", "generation.test_utils": "GenerationTesterMixin"}
 
@@ -50,11 +54,14 @@ def mixins() -> tuple[type, type]:
 
 @cache
 def local_file(url: str) -> str:
-    """A picture for the address of one; other addresses as they are, for tests that are skipped."""
+    """A picture or a clip for the address of one; other addresses as they are, for tests that are skipped."""
     name = Path(url)
+    file = Path(tempfile.mkdtemp()) / name.name
+    if name.suffix == ".mp4":
+        write_clip(file, itertools.islice(pictures(), FRAMES))
+        return str(file)
     if name.suffix not in (".png", ".jpg", ".jpeg"):
         return url
-    file = Path(tempfile.mkdtemp()) / name.name
     pixels = np.random.default_rng(len(url)).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((400, 300)).save(file)
     return str(file)
