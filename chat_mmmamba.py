@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .chat_template_mmmamba import PLACEHOLDER, check_call
+from .chat_template_mmmamba import PLACEHOLDER, check_call, whole_numbers
 from .conversation_mmmamba import ConversationState
 from .fingerprint_mmmamba import pictures_digest
 from .generation_mmmamba import answer_options, call_options, generation_option, wants_another_cache
@@ -119,7 +119,7 @@ class ChatMixin:
             tokenizer: The package's tokenizer.
             pixel_values: (tiles, channels, height, width), the tiles of all pictures of the conversation in order; or
                 pictures, which are cut as the model's folder says (see `as_tiles`); or None.
-            question: What to ask. `<image>` stands for a picture; a lone picture may go without.
+            question: What to ask. `<image>` stands for a picture; in a first question it may be left out.
             generation_config: Arguments of `generate`, such as `{"max_new_tokens": 64, "do_sample": True}`; left as
                 it is.
             history: Earlier (question, answer) pairs, as an earlier call returned them.
@@ -139,12 +139,13 @@ class ChatMixin:
         """
         _check_picture_tokens(IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
         system_message, options = self._system_message(system_message), call_options(generation_config)
+        num_patches_list = whole_numbers(num_patches_list)
         check_call(question, history, system_message, num_patches_list)
         pixel_values, num_patches_list = as_tiles(pixel_values, num_patches_list, self.config, tokenizer)
         if num_patches_list is None:
             num_patches_list = [] if pixel_values is None else [len(pixel_values)]
         if history is None and pixel_values is not None and "<image>" not in question:
-            question = "<image>\n" + question
+            question = "<image>\n" * len(num_patches_list) + question
         check_tiles(num_patches_list, pixel_values)
         earlier, state = list(history or []), None
         at_once = wants_another_cache(self, options)
@@ -240,6 +241,8 @@ class ChatMixin:
         _check_picture_tokens(IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
         if not isinstance(questions, (list, tuple)):
             raise ValueError(f"questions={questions!r:.80} is no list of texts; give one question per conversation.")
+        if not questions:
+            raise ValueError("questions is empty; ask at least one.")
         if image_counts is not None:
             if num_patches_list is not None:
                 raise ValueError("image_counts is an older name of num_patches_list; give num_patches_list alone.")
@@ -248,6 +251,9 @@ class ChatMixin:
             pixel_values, num_patches_list = self._tiles_by_question(tokenizer, pixel_values, len(questions))
         if num_patches_list is None:
             num_patches_list = [0 if pixel_values is None else 1] * len(questions)
+        num_patches_list = whole_numbers(num_patches_list)
+        if not isinstance(num_patches_list, list):
+            raise ValueError(f"num_patches_list={num_patches_list!r:.80} is no list; give one entry per question.")
         if len(num_patches_list) != len(questions):
             raise ValueError(
                 f"num_patches_list has {len(num_patches_list)} entries for {len(questions)} questions; give one per "

@@ -56,11 +56,22 @@ def check_call(question="", history=None, system_message=None, num_patches_list=
     check_text(question, "question")
     if system_message is not None:
         check_text(system_message, "system_message")
+    if num_patches_list is not None and not isinstance(num_patches_list, (list, tuple)):
+        raise ValueError(f"num_patches_list={num_patches_list!r:.80} is no list; give the number of tiles by picture.")
     for count in num_patches_list or ():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ValueError(
                 f"num_patches_list has {count!r:.80}; give the number of tiles of each picture, 1 or more."
             )
+
+
+def whole_numbers(num_patches_list):
+    """`num_patches_list` as Python numbers in lists: a tensor or an array is what image processors return."""
+    if hasattr(num_patches_list, "tolist"):
+        return num_patches_list.tolist()
+    if isinstance(num_patches_list, (list, tuple)):
+        return [whole_numbers(count) for count in num_patches_list]
+    return num_patches_list
 
 
 def as_text(text: str, tokenizer) -> str:
@@ -170,6 +181,15 @@ def check_template_arguments(template: str | dict | None, **arguments) -> None:
             )
 
 
+def check_tool_calls(template: str | dict | None, conversation: list) -> None:
+    """Raises ValueError if messages have `tool_calls` and the template does not use them."""
+    for message in conversation:
+        if isinstance(message, list):
+            check_tool_calls(template, message)
+        else:
+            check_template_arguments(template, tool_calls=message.get("tool_calls"))
+
+
 @contextmanager
 def template_errors_in_a_sentence():
     """Raises ValueError for what a chat template refuses, and for faults in it."""
@@ -178,20 +198,48 @@ def template_errors_in_a_sentence():
     except Exception as error:
         in_template = any(frame.filename == "<template>" for frame in traceback.extract_tb(error.__traceback__))
         if isinstance(error, jinja2.TemplateError) or in_template:
-            raise ValueError(f"The chat template cannot render this conversation: {error}.") from None
+            raise ValueError(
+                f"The chat template cannot render this conversation ({str(error).rstrip('.')})."
+            ) from None
         raise
+
+
+def _check_texts(*texts) -> None:
+    for text in texts:
+        for one in text if isinstance(text, (list, tuple)) else [] if text is None else [text]:
+            if not isinstance(one, (list, tuple)):  # pairs, and texts that are split into words
+                check_text(one)
 
 
 class ChatTemplateMixin:
     """`apply_chat_template` and calls of a tokenizer that refuse what cannot be encoded."""
 
-    def __call__(self, text=None, *args, **kwargs):
-        """As in Transformers. Raises ValueError for texts that cannot be encoded as UTF-8."""
-        texts = text if isinstance(text, (list, tuple)) else [] if text is None else [text]
-        for one in texts:
-            if not isinstance(one, (list, tuple)):  # pairs, and texts that are split into words
-                check_text(one)
-        return super().__call__(text, *args, **kwargs)
+    def __call__(self, text=None, text_pair=None, **kwargs):
+        """As in Transformers, but that a prompt that starts with the beginning token does not get another.
+
+        Raises:
+            ValueError: for texts that cannot be encoded as UTF-8.
+        """
+        _check_texts(text, text_pair)
+        return super().__call__(text, text_pair, **self._without_second_bos(text, kwargs))
+
+    def encode(self, text, text_pair=None, **kwargs) -> list[int]:
+        """As in Transformers, with the same exception and errors as a call."""
+        _check_texts(text, text_pair)
+        return super().encode(text, text_pair, **self._without_second_bos(text, kwargs))
+
+    def tokenize(self, text: str, *args, **kwargs) -> list[str]:
+        """As in Transformers. Raises ValueError for a text that cannot be encoded as UTF-8."""
+        return super().tokenize(check_text(text), *args, **kwargs)
+
+    def _without_second_bos(self, text, options: dict) -> dict:
+        """The same options, or with `add_special_tokens=False` if every text is a prompt with its beginning token.
+
+        The beginning token alone is no prompt: upstream's tokenizer puts another before it, and so does this.
+        """
+        prompts, bos = [text] if isinstance(text, str) else text, self.bos_token
+        begins = bos and prompts and all(isinstance(x, str) and x.startswith(bos) and x != bos for x in prompts)
+        return {"add_special_tokens": False, **options} if begins else options
 
     def apply_chat_template(
         self,
@@ -222,6 +270,7 @@ class ChatTemplateMixin:
         options |= {"return_assistant_tokens_mask"}
         for_template = {name: value for name, value in kwargs.items() if name not in options}
         check_template_arguments(template, tools=tools, documents=documents, **for_template)
+        check_tool_calls(template, conversation)
         if tokenize and sanitize_control_tokens:
             conversation = mark_texts(conversation, self)
         with template_errors_in_a_sentence():

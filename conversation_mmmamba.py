@@ -22,7 +22,16 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .cache_mmmamba import CACHE
-from .chat_template_mmmamba import BOUNDARY_MARK, PLACEHOLDER, PLAIN_TEXT_MARK, as_text, check_call, encode_prompt
+from .chat_template_mmmamba import (
+    BOUNDARY_MARK,
+    PLACEHOLDER,
+    PLAIN_TEXT_MARK,
+    as_text,
+    check_call,
+    check_text,
+    encode_prompt,
+    whole_numbers,
+)
 from .fingerprint_mmmamba import weights_checksum, weights_sample, weights_signature
 from .generation_mmmamba import PromptImages, answer_options, generation_option, wants_another_cache
 from .pictures_mmmamba import as_tiles
@@ -212,7 +221,9 @@ class ConversationState:
         chunk_size: int | None = None,
     ) -> None:
         """Adds to the user's turn, see `extend`, and what the template writes behind it."""
-        check_call(text, num_patches_list=num_patches_list)
+        num_patches_list = whole_numbers(num_patches_list)
+        check_text(text, "text")
+        check_call(num_patches_list=num_patches_list)
         pixel_values, num_patches_list = as_tiles(pixel_values, num_patches_list, self.model.config, self.tokenizer)
         if num_patches_list is None:
             num_patches_list = [] if pixel_values is None else [len(pixel_values)]

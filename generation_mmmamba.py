@@ -8,7 +8,7 @@ touched: `generate`, `prepare_inputs_for_generation` and `forward`.
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -137,6 +137,11 @@ def call_options(generation_config: dict | GenerationConfig | None) -> dict:
     """
     if isinstance(generation_config, GenerationConfig):
         return {"generation_config": generation_config}
+    if generation_config is not None and not isinstance(generation_config, Mapping):
+        raise ValueError(
+            f"generation_config={generation_config!r:.80} is no dict of generate's arguments and no GenerationConfig; "
+            "give one such as {'max_new_tokens': 64}."
+        )
     options = dict(generation_config or {})
     if made := [name for name in PROMPT_ARGUMENTS if options.get(name) is not None]:
         raise ValueError(
@@ -144,6 +149,14 @@ def call_options(generation_config: dict | GenerationConfig | None) -> dict:
             "call generate()."
         )
     return options
+
+
+def check_chunk_size(size: int | None) -> None:
+    """Raises ValueError unless this is None or a number of tokens."""
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(
+            f"prefill_chunk_size={size!r:.60} is no number of tokens; give a whole number from 1, or None."
+        )
 
 
 def wants_another_cache(model, options: dict) -> bool:
@@ -377,6 +390,7 @@ class MmMambaGenerationMixin(GenerationMixin):
         if not call.at_once:
             given = next(x for x in (call.prompt["inputs_embeds"], call.prompt["input_ids"]) if x is not None)
             length, begin = given.shape[1], call.cache.get_seq_length() - call.begin
+            check_chunk_size(call.prompt["chunk_size"])
             size = call.prompt["chunk_size"] or self.default_chunk_size(len(given), call.begin + length, given.device)
             # Where several copies of a row follow, they should have no more than one token to read again.
             stop = begin + (length - 1 - begin) // size * size if call.repeats == 1 else length - 1
@@ -417,6 +431,7 @@ class MmMambaGenerationMixin(GenerationMixin):
         if offset is None:
             offset = 0 if attention_mask is None else attention_mask.shape[1] - length
         begin, stop = cache.get_seq_length() - offset, length if stop is None else stop
+        check_chunk_size(chunk_size)
         size = chunk_size or self.default_chunk_size(len(given), offset + length, given.device)
         with tqdm(
             total=stop - begin,

@@ -26,7 +26,7 @@ class PatchLayout:
 
     Args:
         image_places: (B, past + L), bool, where pictures stand.
-        length: L, the tokens at hand; what is said of columns below is said of theirs, unless all are named.
+        length: L, the tokens at hand. Columns below are those of these tokens unless all are named.
         tokens_per_line: Image tokens that two rows of patches of a tile give.
 
     Attributes:

@@ -140,6 +140,10 @@ class _TilingMixin:
 
     def preprocess(self, images, *args, **kwargs) -> BatchFeature:
         """See Transformers' `BaseImageProcessor`. Raises ValueError for whatever is wrong with pictures or options."""
+        if unknown := sorted(set(kwargs) - set(self.valid_kwargs.__annotations__)):
+            raise ValueError(
+                f"The image processor does not know {unknown[0]}={kwargs[unknown[0]]!r:.60}; leave it out."
+            )
         try:
             return super().preprocess(images, *args, **kwargs)
         except StrictDataclassError as error:  # an option of the wrong type

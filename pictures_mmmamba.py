@@ -29,7 +29,7 @@ def as_tiles(
               (channels, height, width);
             - a picture to be cut into tiles: a PIL image, or an array or tensor of integers (height, width),
               (height, width, channels) or (channels, height, width);
-            - a list of pictures, each of which may also be its tiles.
+            - a list of pictures, or an array of them with four dimensions; in a list, each may also be its tiles.
         num_patches_list: Tiles of each picture, if the caller knows.
         config: Of the model.
         tokenizer: Whose folder is looked into first, see `image_processor`.
@@ -45,6 +45,8 @@ def as_tiles(
         return pixel_values, num_patches_list
     if pixel_values is None or (isinstance(pixel_values, (list, tuple)) and not pixel_values):
         return None, num_patches_list
+    if isinstance(pixel_values, (np.ndarray, Tensor)) and pixel_values.ndim == 4 and _has_levels(pixel_values):
+        pixel_values = list(pixel_values)  # such as a video's frames
     is_list = isinstance(pixel_values, (list, tuple))
     elements = [_as_tensor(element, config) for element in (pixel_values if is_list else [pixel_values])]
     if not is_list and isinstance(elements[0], Tensor):
@@ -83,14 +85,16 @@ def _as_tensor(element, config: MmMambaConfig) -> Tensor | Image.Image | np.ndar
     if isinstance(element, Image.Image):
         return element
     if isinstance(element, np.ndarray) and element.dtype.kind == "f":
+        if element.ndim == 3 and element.shape[-1] in (3, 4) and element.shape[0] != channels:
+            if element.min(initial=0) >= 0 and element.max(initial=0) <= 1:
+                return element  # a picture of levels from 0 to 1; normalised tiles have their channels first
         element = torch.tensor(element)
     if isinstance(element, Tensor) and element.is_floating_point():
         if element.ndim in (3, 4) and element.shape[-3] == channels:
             return element
         expected = f"tiles of shape (tiles, {channels}, height, width) or ({channels}, height, width)"
     elif isinstance(element, (Tensor, np.ndarray)):
-        levels = element.dtype.kind in "ui" if isinstance(element, np.ndarray) else element.dtype != torch.bool
-        if levels and element.ndim in (2, 3) and 0 not in element.shape:
+        if _has_levels(element) and element.ndim in (2, 3) and 0 not in element.shape:
             return np.array(element.cpu() if isinstance(element, Tensor) else element)  # others' may be read-only
         expected = "a picture of shape (height, width, channels), several as a list"
     else:
@@ -103,6 +107,13 @@ def _as_tensor(element, config: MmMambaConfig) -> Tensor | Image.Image | np.ndar
         f"pixel_values holds {element.dtype} values of shape {tuple(element.shape)}; floating-point values are "
         f"normalised tiles, integers a picture's levels, so give {expected}."
     )
+
+
+def _has_levels(values: np.ndarray | Tensor) -> bool:
+    """Whether an array holds integers: a picture's levels."""
+    if isinstance(values, np.ndarray):
+        return values.dtype.kind in "ui"
+    return values.dtype != torch.bool and not values.is_floating_point() and not values.is_complex()
 
 
 def _of_one_size(tiles: list[Tensor]) -> list[Tensor]:

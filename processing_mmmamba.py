@@ -25,6 +25,7 @@ from .chat_template_mmmamba import (
     as_text,
     check_conversation,
     check_template_arguments,
+    check_tool_calls,
     encode_prompt,
     mark_texts,
     template_errors_in_a_sentence,
@@ -177,13 +178,15 @@ def encode_conversation(
 
 
 def check_tiles(num_patches_list: list[int], pixel_values: Tensor | None) -> None:
-    """Raises ValueError if `num_patches_list` does not add up to the tiles of `pixel_values`."""
+    """Raises ValueError if `num_patches_list` does not count the tiles of `pixel_values`, or these are not finite."""
     tiles = 0 if pixel_values is None else len(pixel_values)
     if sum(num_patches_list) != tiles:
         raise ValueError(
             f"num_patches_list counts {sum(num_patches_list)} tiles but pixel_values has {tiles}; give the number "
             "of tiles of each picture, thumbnail included."
         )
+    if pixel_values is not None and not pixel_values.isfinite().all():
+        raise ValueError("pixel_values holds NaN or infinite values; give tiles as the image processor makes them.")
 
 
 def decode_answer(tokenizer, ids: list[int], ends: list[int]) -> str:
@@ -263,6 +266,13 @@ KEYWORDS = {
 }
 
 
+# What `apply_chat_template` takes besides.
+TEMPLATE_KEYWORDS = {
+    *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask", "tokenize", "return_dict"),
+    *("load_audio_from_video", "processor_kwargs"),
+}
+
+
 class MmMambaProcessor(ProcessorMixin):
     """Combines an image processor, a video processor and a tokenizer.
 
@@ -323,6 +333,9 @@ class MmMambaProcessor(ProcessorMixin):
                 f"The processor does not know {unknown[0]}={kwargs[unknown[0]]!r:.60}; give text, images, videos and "
                 "keywords of the tokenizer and the image and video processors."
             )
+        for group in ("images_kwargs", "videos_kwargs", "text_kwargs"):
+            if unknown := sorted(set(kwargs.get(group) or ()) - KEYWORDS):
+                raise ValueError(f"{group} has {unknown[0]!r}, which is no keyword of it; leave it out.")
         check_sampling(kwargs.get("num_frames"), kwargs.get("fps"))
         options = self._merge_kwargs(
             MmMambaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
@@ -448,7 +461,10 @@ class MmMambaProcessor(ProcessorMixin):
                     f"{name}={kwargs[name]!r:.60} stands beside the messages; put each into its message, as "
                     f"{{'type': '{name[:-1]}', '{name[:-1]}': …}}."
                 )
-        check_template_arguments(chat_template or self.chat_template, tools=tools, documents=documents)
+        template = chat_template or self.chat_template
+        for_template = {name: value for name, value in kwargs.items() if name not in KEYWORDS | TEMPLATE_KEYWORDS}
+        check_template_arguments(template, tools=tools, documents=documents, **for_template)
+        check_tool_calls(template, conversation)
         if sanitize_control_tokens and kwargs.get("tokenize"):
             conversation = mark_texts(conversation, self.tokenizer)
         with template_errors_in_a_sentence():

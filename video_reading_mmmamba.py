@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from importlib import import_module
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -208,7 +209,9 @@ def check_sampling(num_frames: int | None, fps: float | None) -> None:
     """Raises ValueError unless at most one is given: `num_frames` a whole number from 1, or `fps` above 0."""
     if num_frames is not None and fps is not None:
         raise ValueError(f"num_frames={num_frames} and fps={fps} are both given; give one of them.")
-    if num_frames is not None and (isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1):
+    if num_frames is not None and (
+        isinstance(num_frames, bool) or not isinstance(num_frames, Integral) or num_frames < 1
+    ):
         raise ValueError(f"num_frames={num_frames!r} is no number of frames; give a whole number from 1.")
     if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps < math.inf):
         raise ValueError(f"fps={fps!r} is no number of frames per second; give a number above 0.")

@@ -12,7 +12,9 @@ def chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", nargs="?", help="ask this and stop; without it, ask as long as you like")
     parser.add_argument("--model", type=Path, default=HYBRID, help="model folder (default: the small hybrid)")
     parser.add_argument("--image", type=Path, action="append", default=[], help="image file; may be repeated")
-    parser.add_argument("--video", type=Path, action="append", default=[], help="video file; may be repeated")
+    parser.add_argument(
+        "--video", type=path_or_address, action="append", default=[], help="video file or address; may be repeated"
+    )
     parser.add_argument("--num-frames", type=int, metavar="N", help="frames to read of each video (default: 8)")
     parser.add_argument("--fps", type=float, help="read each video whole, so many frames of each second")
     parser.add_argument(
@@ -27,6 +29,11 @@ def chat(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=positive, default=256, help="longest answer, in tokens (default: 256)"
     )
     device(parser)
+
+
+def path_or_address(text: str) -> Path | str:
+    """A path, or an address such as https://…, which a path would change."""
+    return text if "://" in text else Path(text)
 
 
 def positive(text: str) -> int:

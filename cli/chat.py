@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from mmmamba.tokenization_mmmamba import MmMambaTokenizerFast
 from mmmamba.video_processing_mmmamba import MmMambaVideoProcessor
 from mmmamba.video_reading_mmmamba import check_sampling
 
-from .arguments import HYBRID
+from .arguments import HYBRID, path_or_address
 from .env import usable_device
 from .load import load_model
 from .video import check_video, read_video
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
     device = usable_device(args.device)
     images, texts = [read_image(path) for path in args.image], [read_text(path) for path in args.text]
     check_sampling(args.num_frames, args.fps)
+    if args.question is not None and not args.video and (args.num_frames is not None or args.fps is not None):
+        raise ValueError("--num-frames and --fps say how to read a video; give --video FILE, too, or leave them out.")
     for path in args.video:
         check_video(path)
     if args.state is not None and not args.state.resolve().parent.is_dir():
@@ -80,6 +83,8 @@ def read_image(path: Path) -> Image.Image:
 
 def read_text(path: Path) -> str:
     """A text from a file. Raises ValueError if it is missing or not UTF-8."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+        raise ValueError(f"--text {path} is a folder, pipe or device; give the path of a text.")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -181,7 +186,7 @@ def run_demo(chat: Chat) -> None:
         print(f"{error}\n")
         return
     print(f"Beside it lies a short video: type `/video {clip}` here, or run")
-    print(f'mmmamba chat --video {clip} "Where is the red star?"\n')
+    print(f'{shlex.quote(sys.argv[0])} chat --video {clip} "Where is the red star?"\n')
 
 
 def read_questions(chat: Chat, new_image_restarts: bool = True) -> None:
@@ -210,7 +215,7 @@ def read_questions(chat: Chat, new_image_restarts: bool = True) -> None:
                 print_image(image, path)
                 (chat.start if new_image_restarts else chat.add_images)([image])
             elif line.startswith("/video "):
-                path = Path(line.removeprefix("/video ").strip())
+                path = path_or_address(line.removeprefix("/video ").strip())
                 check_video(path)
                 if new_image_restarts:
                     chat.start()

@@ -15,7 +15,7 @@ from . import arguments
 
 # Name to help, declaration of the arguments, and the module whose run(args) runs the command.
 COMMANDS = {
-    "chat": ("talk to a model about a picture", arguments.chat, "mmmamba.cli.chat"),
+    "chat": ("talk to a model about pictures, videos and texts", arguments.chat, "mmmamba.cli.chat"),
     "evaluate": ("score a model on the picture world", arguments.evaluate, "mmmamba.examples.shapes.evaluate"),
     "convert": (
         "convert a HoVLE or released mmMamba checkpoint into a model folder",

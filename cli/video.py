@@ -4,6 +4,7 @@ The model reads each frame when it is decoded, so a video of any length takes th
 conversation keeps: nothing more by frame in Mamba-2 layers.
 """
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from mmmamba.video_processing_mmmamba import MmMambaVideoProcessor
 from mmmamba.video_reading_mmmamba import VideoReader
 
 
-def check_video(path: Path) -> None:
+def check_video(path: Path | str) -> None:
     """Raises ValueError if there is no video at `path`."""
     try:
         VideoReader(path).close()
@@ -27,7 +28,7 @@ def check_video(path: Path) -> None:
 def read_video(
     state: ConversationState,
     processor: MmMambaVideoProcessor,
-    path: Path,
+    path: Path | str,
     num_frames: int | None = None,
     fps: float | None = None,
 ) -> None:
@@ -38,7 +39,7 @@ def read_video(
     Args:
         state: The conversation; it reads now.
         processor: Cuts frames into tiles, and says how many to take if neither `num_frames` nor `fps` is given.
-        path: The video.
+        path: The video, or its address.
         num_frames: How many frames to take, evenly spaced.
         fps: How many to take in each second; the whole video is read.
 
@@ -48,7 +49,7 @@ def read_video(
     count, stopped = 0, ""
     with VideoReader(path) as video:
         frames, total = _frames(video, processor, num_frames, fps)
-        frames = tqdm(frames, f"reading {path.name}", total, unit=" frames", disable=None, leave=False)
+        frames = tqdm(frames, f"reading {os.path.basename(path)}", total, unit=" frames", disable=None, leave=False)
         try:
             for number, pixels in enumerate(frames, 1):
                 inputs = processor([pixels], return_tensors="pt")

@@ -1,6 +1,7 @@
 """`mmmamba push`: uploads a model folder to the Hugging Face Hub after checking all of it."""
 
 import argparse
+import io
 import json
 import mmap
 import os
@@ -8,9 +9,10 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import BinaryIO
 
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
@@ -188,13 +190,25 @@ def _is_pickle(path: Path) -> bool:
     """Whether a file is a pickle, or an archive with one in it, such as torch.save writes."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            return any(Path(name).suffix in PICKLES for name in archive.namelist())
+            if any(Path(name).suffix.lower() in PICKLES for name in archive.namelist()):
+                return True
+            for name in archive.namelist():
+                with suppress(
+                    RuntimeError, NotImplementedError, zipfile.BadZipFile, OSError
+                ):  # such as an encrypted one
+                    if _starts_pickle(io.BytesIO(archive.read(name))):
+                        return True
+        return False
     with path.open("rb") as file:
-        try:
-            names = [opcode.name for opcode, _, _ in pickletools.genops(file)]
-        except Exception:  # pickletools raises many kinds on bytes that are no pickle, or not a whole one
-            file.seek(0)
-            return re.match(rb"\x80[\x02-\x05]", file.read(2)) is not None  # cut short
+        return _starts_pickle(file)
+
+
+def _starts_pickle(file: BinaryIO) -> bool:
+    try:
+        names = [opcode.name for opcode, _, _ in pickletools.genops(file)]
+    except Exception:  # pickletools raises many kinds on bytes that are no pickle, or not a whole one
+        file.seek(0)
+        return re.match(rb"\x80[\x02-\x05]", file.read(2)) is not None  # cut short
     # Protocols 0 and 1 have no header, so that a short text can be a pickle by chance.
     return names[0] == "PROTO" or not PICKLE_CALLS.isdisjoint(names)
 

@@ -351,3 +351,38 @@ def test_the_published_quick_start_runs_on_a_saved_model(chat_model, tokenizer, 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Assistant: ") == 2
+
+
+def test_counts_may_be_what_an_image_processor_returns(chat_model, tokenizer):
+    expected = chat_model.chat(tokenizer, tiles(3), "<image><image> Why?", OPTIONS, num_patches_list=[2, 1])
+    for counts in (torch.tensor([2, 1]), torch.tensor([2, 1]).numpy(), list(torch.tensor([2, 1]).numpy())):
+        assert (
+            chat_model.chat(tokenizer, tiles(3), "<image><image> Why?", OPTIONS, num_patches_list=counts) == expected
+        )
+    (answer,) = chat_model.batch_chat(
+        tokenizer, tiles(3), ["<image><image> Why?"], OPTIONS, num_patches_list=[torch.tensor([2, 1])]
+    )
+    assert answer == expected
+
+
+def test_every_picture_of_a_first_question_may_go_without_placeholder(chat_model, tokenizer):
+    expected = chat_model.chat(tokenizer, tiles(3), "<image>\n<image>\nWhy?", OPTIONS, num_patches_list=[2, 1])
+    assert chat_model.chat(tokenizer, tiles(3), "Why?", OPTIONS, num_patches_list=[2, 1]) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda m, t: m.chat(t, tiles(1), "Why?", OPTIONS, num_patches_list=1), "num_patches_list=1 is no list"),
+        (lambda m, t: m.batch_chat(t, tiles(1), ["Why?"], OPTIONS, num_patches_list=1), "num_patches_list=1 is no"),
+        (lambda m, t: m.batch_chat(t, None, [], OPTIONS), "questions is empty"),
+        (lambda m, t: m.chat(t, None, "Why?", "greedy"), "generation_config='greedy' is no dict"),
+        (lambda m, t: m.chat(t, None, "Why?", OPTIONS | {"prefill_chunk_size": -3}), "prefill_chunk_size=-3"),
+        (lambda m, t: m.chat(t, None, "Why?", OPTIONS | {"prefill_chunk_size": "a"}), "prefill_chunk_size='a'"),
+        (lambda m, t: m.conversation(t).extend("a b c", prefill_chunk_size=0), "prefill_chunk_size=0"),
+        (lambda m, t: m.chat(t, torch.full((1, 3, 16, 16), torch.nan), "Why?", OPTIONS), "NaN or infinite"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_in_a_sentence(call, reason, chat_model, tokenizer):
+    with pytest.raises(ValueError, match=reason):
+        call(chat_model, tokenizer)

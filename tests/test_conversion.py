@@ -373,7 +373,7 @@ def processors():
         assert backend in bases, (backend, bases)
     video_processor = AutoVideoProcessor.from_pretrained(complete, trust_remote_code=True)
     assert (video_processor.num_frames, video_processor.max_patches, video_processor.size.height) == (8, 1, 56)
-    tokenizer = AutoTokenizer.from_pretrained(complete, trust_remote_code=True, use_fast=False)
+    tokenizer = AutoTokenizer.from_pretrained(complete, trust_remote_code=True, backend="sentencepiece")
     assert tokenizer.convert_tokens_to_ids(["<|im_end|>", "<IMG_CONTEXT>"]) == [1198, 1202]
 
 for part in (models, card, processors):

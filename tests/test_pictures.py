@@ -58,8 +58,8 @@ def test_pictures_are_cut_and_counted():
         ([WIDE, tiles(1)[0]], None, ["mixes pictures and single tiles"]),
         ([tiles(2), tiles(2)[..., :8]], None, ["(3, 16, 16)", "(3, 16, 8)", "one size"]),
         (tiles(1)[0], None, ["(3, 16, 16)", "as a list"]),
-        (np.zeros((16, 48, 3)), None, ["float64", "(16, 48, 3)", "integers a picture's levels"]),
-        (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), None, ["uint8", "several as a list"]),
+        (np.full((16, 48, 3), -1.0), None, ["float64", "(16, 48, 3)", "integers a picture's levels"]),
+        (torch.zeros(1, 2, 3, 16, 16, dtype=torch.uint8), None, ["uint8", "several as a list"]),
         (torch.zeros(3, 16, 16, dtype=torch.bool), None, ["bool"]),
         ("photo.jpg", None, ["str ('photo.jpg')", "PIL.Image.open"]),
         ({"pixel_values": tiles(1)}, None, ["dict", "inputs['pixel_values']"]),
@@ -87,3 +87,9 @@ def test_the_folder_of_the_tokenizer_then_of_the_model_says_how_to_cut(tmp_path)
     (tmp_path / "tokenizer" / "preprocessor_config.json").write_text("{")
     with pytest.raises(OSError, match=r"preprocessor_config\.json"):  # a broken folder is not passed over
         image_processor(config, tokenizer)
+
+
+def test_arrays_of_several_pictures_and_pictures_of_levels_up_to_one_are_cut():
+    frames = np.stack([np.asarray(WIDE), np.asarray(WIDE)[:, ::-1]])
+    assert_tiles(frames, cut(*frames), [4, 4])
+    assert_tiles(np.asarray(WIDE) / 255, cut(WIDE), [4])

@@ -352,6 +352,20 @@ def test_unknown_keywords_are_refused(processor, tokenizer):
         processor(text="Hi", audio="a.wav")
     with pytest.raises(ValueError, match="The processor does not know crop=True"):
         processor(text="Hi", crop=True)
+    with pytest.raises(ValueError, match="images_kwargs has 'max_patch'"):
+        processor(text="<image>", images=picture(16, 16), images_kwargs={"max_patch": 2})
+    with pytest.raises(ValueError, match="The image processor does not know foo=1"):
+        processor.image_processor(picture(16, 16), foo=1)
+    for tokenize in (True, False):
+        with pytest.raises(ValueError, match="does not use bogus=1"):
+            processor.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=tokenize, bogus=1)
+
+
+def test_tool_calls_that_the_template_does_not_use_are_refused(processor, tokenizer):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]
+    for apply in (tokenizer.apply_chat_template, processor.apply_chat_template):
+        with pytest.raises(ValueError, match="does not use tool_calls="):
+            apply(messages)
 
 
 @pytest.mark.parametrize(

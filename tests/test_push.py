@@ -325,6 +325,11 @@ def link_folder(folder):
     (folder / "more").symlink_to(folder.parent / "elsewhere")
 
 
+def archive(file, name, content):
+    with zipfile.ZipFile(file, "w") as opened:
+        opened.writestr(name, content)
+
+
 def nested(folder):
     (folder / "checkpoint-1").mkdir()
     (folder / "checkpoint-1" / "Optimizer.PT").write_bytes(b"")
@@ -385,6 +390,8 @@ REFUSED = {
     "disguised pickle": (lambda x: (x / "a.json").write_bytes(pickle.dumps([1])), ["a.json", "pickle by its content"]),
     "cut pickle": (lambda x: (x / "a").write_bytes(pickle.dumps(["abc"])[:-3]), ["a in", "pickle by its content"]),
     "disguised weights": (lambda x: torch.save([1], x / "notes.md"), ["notes.md", "pickle by its content"]),
+    "pickle in an archive": (lambda x: archive(x / "a.zip", "weights.txt", pickle.dumps([1])), ["a.zip", "pickle by"]),
+    "named pickle in an archive": (lambda x: archive(x / "a.zip", "A.PT", b""), ["a.zip", "pickle by"]),
     "token in a text": (
         lambda x: (x / "run.sh").write_text(f"HF_TOKEN={TOKEN} ./go"),
         ["run.sh", "contains an access token"],

@@ -231,3 +231,15 @@ def test_what_is_no_text_is_refused_in_a_sentence(text, tokenizer):
         tokenizer(text)
     with pytest.raises(ValueError, match=r"lone surrogate|give a string"):
         tokenizer(["fine", text])
+    with pytest.raises(ValueError, match=r"lone surrogate|give a string"):
+        tokenizer("fine", text)
+    for method in (tokenizer.encode, tokenizer.tokenize):
+        with pytest.raises(ValueError, match=r"lone surrogate|give a string"):
+            method(text)
+
+
+def test_a_prompt_with_its_beginning_token_does_not_get_another(tokenizer):
+    once = tokenizer("hi")["input_ids"]
+    assert tokenizer("<s>hi")["input_ids"] == tokenizer.encode("<s>hi") == once
+    assert tokenizer(["<s>hi", "<s>hi"])["input_ids"] == [once, once]
+    assert tokenizer("<s>hi", add_special_tokens=True)["input_ids"] == [1, *once]  # as is said
