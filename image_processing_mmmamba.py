@@ -201,17 +201,6 @@ class _TilingMixin:
             tiles += [self._rescale_and_normalize(tile, *options) for tile in picture_tiles]
         return BatchFeature({"pixel_values": tiles, "num_patches": counts}, tensor_type=return_tensors)
 
-    def to_dict(self) -> dict:
-        """As in Transformers; `auto_map` names both backends, so that AutoImageProcessor can choose."""
-        values = super().to_dict()
-        auto_map = dict(values.get("auto_map") or {})
-        if isinstance(name := auto_map.get("AutoImageProcessor"), str):
-            module = name.rsplit(".", 1)[0]
-            classes = {"pil": "MmMambaImageProcessorPil", "torchvision": "MmMambaImageProcessor"}
-            auto_map["AutoImageProcessor"] = {backend: f"{module}.{name}" for backend, name in classes.items()}
-            values["auto_map"] = auto_map
-        return values
-
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """How many tiles a picture of this size in pixels gives, thumbnail included."""
         names = ("min_patches", "max_patches", "use_thumbnail", "crop_to_patches", "size")
@@ -241,6 +230,15 @@ class MmMambaImageProcessor(_TilingMixin, TorchvisionBackend):
     def process_image(self, image, input_data_format=None, do_rescale=True, device=None, **kwargs) -> torch.Tensor:
         image = _as_rgb(image, input_data_format, do_rescale)
         return image if device is None else image.to(device)
+
+    def to_dict(self) -> dict:
+        """As in Transformers; `auto_map` names both backends, so that AutoImageProcessor can choose."""
+        values = super().to_dict()
+        auto_map = dict(values.get("auto_map") or {})
+        if isinstance(name := auto_map.get("AutoImageProcessor"), str):
+            auto_map["AutoImageProcessor"] = {"torchvision": name, "pil": f"{name}Pil"}
+            values["auto_map"] = auto_map
+        return values
 
     def _rescale_and_normalize(self, tile, do_rescale, rescale_factor, do_normalize, mean, std):
         return self.rescale_and_normalize(tile, do_rescale, rescale_factor, do_normalize, mean, std)

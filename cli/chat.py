@@ -186,7 +186,8 @@ def run_demo(chat: Chat) -> None:
         print(f"{error}\n")
         return
     print(f"Beside it lies a short video: type `/video {clip}` here, or run")
-    print(f'{shlex.quote(sys.argv[0])} chat --video {clip} "Where is the red star?"\n')
+    program = sys.argv[0] if Path(sys.argv[0]).name == "mmmamba" else "mmmamba"  # with its path if it has one
+    print(f'{shlex.quote(program)} chat --video {clip} "Where is the red star?"\n')
 
 
 def read_questions(chat: Chat, new_image_restarts: bool = True) -> None:

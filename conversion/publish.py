@@ -18,13 +18,17 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMix
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.package_code import PACKAGE, name_modules
-from mmmamba.conversion.shards import read_json, write_text
+from mmmamba.conversion.shards import read_json, write_json, write_text
 from mmmamba.modeling_mmmamba import AUTO_CLASSES, MmMambaForConditionalGeneration
 
 
 AUTO_MAP = {"AutoConfig": "configuration_mmmamba.MmMambaConfig"} | dict.fromkeys(
     AUTO_CLASSES, "modeling_mmmamba.MmMambaForConditionalGeneration"
 )
+IMAGE_PROCESSORS = {
+    "torchvision": "image_processing_mmmamba.MmMambaImageProcessor",
+    "pil": "image_processing_mmmamba.MmMambaImageProcessorPil",
+}
 # The end-of-turn tokens of the conversation templates; the first one counts that template and vocabulary have.
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|end|>", "[UNUSED_TOKEN_1]")
 # Files of a model folder that depend on neither the weights nor the layer types.
@@ -335,6 +339,7 @@ def write_model_files(
         processor.save_pretrained(folder)
         # processor_config.json holds the image processor, too, but AutoImageProcessor looks for a file of its own.
         getattr(processor, "image_processor", processor).save_pretrained(folder)
+        _register_both_backends(folder)
     if companions is not None:
         for file in PROCESSOR_FILES:
             if (companions / file).is_file():
@@ -346,6 +351,15 @@ def write_model_files(
     config.save_pretrained(folder)
     for module in sorted(PACKAGE.glob("*_mmmamba.py")):
         shutil.copyfile(module, folder / module.name)
+
+
+def _register_both_backends(folder: Path) -> None:
+    """Lets AutoImageProcessor choose by `backend`. A saved Pillow processor names only itself, so that it is kept."""
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / file).is_file():
+            values = read_json(folder / file)
+            values.get("image_processor", values)["auto_map"]["AutoImageProcessor"] = IMAGE_PROCESSORS
+            write_json(folder / file, values)
 
 
 def _set_token_ids(tokenizer: PreTrainedTokenizerBase, config: MmMambaConfig, generation: GenerationConfig) -> None:
