@@ -115,11 +115,15 @@ def mark_texts(messages, tokenizer):
     return messages
 
 
-def check_conversation(conversation) -> list:
+def check_conversation(conversation, may_lack_content: bool = False) -> list:
     """A conversation as a list of messages, or several as a list of such lists.
 
     Messages may be dicts, dataclasses, or objects with a method `model_dump`, as OpenAI's. Keys that are None are
     left out.
+
+    Args:
+        conversation: The messages.
+        may_lack_content: Whether a message may say nothing, as for a template that shows other keys of it.
 
     Raises:
         ValueError: if these are no messages, or a message has no role, or content of a kind that is not known.
@@ -135,8 +139,8 @@ def check_conversation(conversation) -> list:
             "The conversation has no messages; give a list such as [{'role': 'user', 'content': 'Hello'}]."
         )
     if isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"):
-        return [check_conversation(one) for one in conversation]
-    return [_check_message(message) for message in conversation]
+        return [check_conversation(one, may_lack_content) for one in conversation]
+    return [_check_message(message, may_lack_content) for message in conversation]
 
 
 def _as_dict(message):
@@ -149,11 +153,13 @@ def _as_dict(message):
     return {key: value for key, value in message.items() if value is not None}
 
 
-def _check_message(message) -> dict:
+def _check_message(message, may_lack_content: bool) -> dict:
     message = _as_dict(message)
     if not isinstance(message, dict) or "role" not in message:
         raise ValueError(f"{message!r:.80} is no message; write {{'role': 'user', 'content': 'Hello'}}.")
-    content = message.get("content", "")  # whether it may be missing is the template's to say
+    if "content" not in message and not may_lack_content:
+        raise ValueError(f"A message of role {message['role']!r} has no content; give a string, which may be empty.")
+    content = message.get("content", "")
     if isinstance(content, str):
         check_text(content)
         return message
@@ -264,7 +270,7 @@ class ChatTemplateMixin:
             ValueError: if the messages cannot be rendered, or the template does not use `tools`, `documents` or
                 another keyword that is given.
         """
-        conversation = check_conversation(conversation)
+        conversation = check_conversation(conversation, may_lack_content=chat_template is not None)
         template = chat_template or self.chat_template
         options = {"padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
         options |= {"return_assistant_tokens_mask"}

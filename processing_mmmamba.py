@@ -454,7 +454,7 @@ class MmMambaProcessor(ProcessorMixin):
         Raises:
             ValueError: if the messages cannot be rendered, or the template does not use `tools` or `documents`.
         """
-        conversation = check_conversation(conversation)
+        conversation = check_conversation(conversation, may_lack_content=chat_template is not None)
         for name in ("images", "videos"):
             if kwargs.get(name) is not None:
                 raise ValueError(

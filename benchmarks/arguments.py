@@ -1,8 +1,9 @@
 """The arguments of each benchmark, declared without importing torch so that `--help` answers at once."""
 
 import argparse
+from pathlib import Path
 
-from mmmamba.cli.arguments import positive
+from mmmamba.cli.arguments import HYBRID, positive
 
 
 OURS = ("linear", "hybrid", "teacher")
@@ -12,6 +13,19 @@ SIZES = {  # layers, hidden, MLP, heads, key/value heads, vocabulary
     "small": (8, 512, 2048, 8, 4, 8192),
     "released": (32, 2048, 8192, 16, 8, 92553),
 }
+
+
+TOOLS = (  # of quantisation
+    "none",
+    "bitsandbytes int8",
+    "bitsandbytes nf4",
+    "bitsandbytes nf4, double",
+    "bitsandbytes fp4",
+    "torchao int8",
+    "torchao int4",
+    "torchao intx, 4 bits",
+    "quanto int8",
+)
 
 
 def models(parser: argparse.ArgumentParser) -> None:
@@ -61,3 +75,9 @@ def distillation(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(rounds=3)
     # Set for the subprocesses.
     parser.add_argument("--measure-here", nargs=2, metavar=("STAGE", "IMPLEMENTATION"), help=argparse.SUPPRESS)
+
+
+def quantization(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, default=HYBRID, help="model folder of the picture world")
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS), metavar="TOOL")
+    parser.add_argument("--questions", type=positive, default=500)

@@ -104,12 +104,6 @@ TOOLS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, default=HYBRID, help="model folder of the picture world")
-    parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS), metavar="TOOL")
-    parser.add_argument("--questions", type=int, default=500)
-
-
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Runs `mmmamba bench quantization`. Raises ValueError for a folder that is not a model of the picture world."""
     check_is_shapes_model(args.model)

@@ -5,6 +5,7 @@ import logging
 import os
 
 import pytest
+import setuptools  # noqa: F401  # before anything imports distutils, which setuptools (for quanto) wants to replace
 import torch
 
 

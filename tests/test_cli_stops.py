@@ -140,7 +140,7 @@ def test_options_that_cannot_be_used_are_refused(capsys, tmp_path):
 
 
 def test_a_placeholder_in_a_document_is_read_as_it_is_written():
-    talk = chat.Chat(HYBRID, "cpu", 4)
+    talk = chat.Chat(HYBRID, "cpu", 4, {})
     text = "HTML has <img> and some have <image>. So it is."
     talk.start(texts=[text])
     read = talk.tokenizer.decode(talk.state.ids) + talk.state.pending
