@@ -10,6 +10,7 @@ from model_folders import SHAPES
 from safetensors.torch import load_file
 from torch import nn
 
+from mmmamba.benchmarks import arguments
 from mmmamba.benchmarks.quantization import TOOLS, Tool, load_with_quanto, save_with_quanto
 from mmmamba.cli.load import load_model
 from mmmamba.cli.main import main
@@ -158,6 +159,7 @@ def test_4_bit_layers_run_where_bitsandbytes_would_pack_them(tmp_path, monkeypat
 def test_the_benchmark_counts_answers_before_and_after_loading_and_bytes(tmp_path, monkeypatch, capsys):
     names, plain = ["none", "bitsandbytes nf4", "absent"], SHAPES / "hybrid" / "model.safetensors"
     monkeypatch.setitem(TOOLS, "absent", Tool("no-such-package", None))
+    monkeypatch.setattr(arguments, "TOOLS", names)
     command = ["bench", "quantization", "--device=cpu", "--questions=4", f"--results={tmp_path}", "--tools", *names]
     assert main(command) == 0
     assert "absent is left out: no-such-package is not installed" in capsys.readouterr().out
