@@ -235,7 +235,8 @@ class MmMambaImageProcessor(_TilingMixin, TorchvisionBackend):
         """As in Transformers; `auto_map` names both backends, so that AutoImageProcessor can choose."""
         values = super().to_dict()
         auto_map = dict(values.get("auto_map") or {})
-        if isinstance(name := auto_map.get("AutoImageProcessor"), str):
+        name = auto_map.get("AutoImageProcessor")
+        if isinstance(name, str) and name.endswith(".MmMambaImageProcessor"):  # not one that was loaded from Pillow's
             auto_map["AutoImageProcessor"] = {"torchvision": name, "pil": f"{name}Pil"}
             values["auto_map"] = auto_map
         return values
