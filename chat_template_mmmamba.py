@@ -292,10 +292,4 @@ class ChatTemplateMixin:
             )
 
 
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Ids of a rendered conversation; the beginning token is added if the chat template has not written it."""
-    written = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-    return tokenizer(prompt, add_special_tokens=not written)["input_ids"]
-
-
-__all__ = ["ChatTemplateMixin", "as_text", "encode_prompt"]
+__all__ = ["ChatTemplateMixin", "as_text"]

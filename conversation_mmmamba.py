@@ -29,7 +29,6 @@ from .chat_template_mmmamba import (
     as_text,
     check_call,
     check_text,
-    encode_prompt,
     whole_numbers,
 )
 from .fingerprint_mmmamba import weights_checksum, weights_sample, weights_signature
@@ -248,7 +247,7 @@ class ConversationState:
     def _encode(self, text: str) -> list[int]:
         """Ids of text that follows what was read."""
         if not self.ids:
-            return encode_prompt(self.tokenizer, text)
+            return self.tokenizer(text)["input_ids"]
         texts = (self._last_token, self._last_token + text)
         read, both = (self.tokenizer(x, add_special_tokens=False)["input_ids"] for x in texts)
         return both[len(read) :]

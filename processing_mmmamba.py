@@ -26,7 +26,6 @@ from .chat_template_mmmamba import (
     check_conversation,
     check_template_arguments,
     check_tool_calls,
-    encode_prompt,
     mark_texts,
     template_errors_in_a_sentence,
 )
@@ -174,7 +173,7 @@ def encode_conversation(
     (prompt,) = expand_placeholders([prompt], num_patches_list, tokens_per_tile)
     if not question.replace(PLACEHOLDER, "").strip():
         raise ValueError("The question is empty; ask something.")
-    return encode_prompt(tokenizer, prompt)
+    return tokenizer(prompt)["input_ids"]
 
 
 def check_tiles(num_patches_list: list[int], pixel_values: Tensor | None) -> None:

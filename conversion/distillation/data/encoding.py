@@ -10,7 +10,7 @@ import fsspec
 import torch
 from PIL import Image
 
-from mmmamba.chat_template_mmmamba import PLACEHOLDER, RESERVED_PIECE, as_text, encode_prompt
+from mmmamba.chat_template_mmmamba import PLACEHOLDER, RESERVED_PIECE, as_text
 from mmmamba.image_reading_mmmamba import read_image, to_rgb
 from mmmamba.processing_mmmamba import MmMambaProcessor, expand_placeholders
 
@@ -148,7 +148,7 @@ class ConversationEncoder:
         """Ids of the prompt, and labels: ids of answers and of the tokens that end them, -100 elsewhere."""
         prompt = "".join(pieces)
         tokens = self.tokenizer.tokenize(prompt)
-        ids = encode_prompt(self.tokenizer, prompt)
+        ids = self.tokenizer(prompt)["input_ids"]
         written = prompt.startswith(self.tokenizer.bos_token or prompt)  # by the chat template
         num_prefix_tokens = int(self.tokenizer.add_bos_token and not written)
         # A control token in the prompt is one token, whatever stands around it. So control tokens align offsets in the
