@@ -1,7 +1,7 @@
 """Endless streams of the picture world: frames of one tile, whose scene changes now and then.
 
-    frames = scenes("test", seed=0, index=7, hold=10)
-    next(frames).draw().resize((480, 480)).show()
+frames = scenes("test", seed=0, index=7, hold=10)
+next(frames).draw().resize((480, 480)).show()
 """
 
 from collections.abc import Iterator

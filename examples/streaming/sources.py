@@ -42,18 +42,17 @@ class Clip:
 
     def frames(self) -> Iterator[np.ndarray]:
         """(height, width, 3), uint8, without end. Raises ValueError if the file is damaged."""
-        number, start = 0, time.perf_counter()
+        start = time.perf_counter()  # of this pass
         while True:
             for frame in self.reader.frames(self.fps):
                 if self.fps is not None:
-                    wait = start + number / self.fps - time.perf_counter()
-                    number += 1
+                    wait = start + frame.time - time.perf_counter()
                     if wait < -1 / self.fps:
                         self.dropped += 1
                         continue
-                    if wait > 0:
-                        self.stopping.wait(wait)
+                    self.stopping.wait(max(0, wait))
                 yield frame.pixels
+            start += frame.time + 1 / (self.reader.metadata.fps or 1)
 
 
 class Device:
@@ -63,6 +62,7 @@ class Device:
         path: Its name, such as /dev/video0 or rtsp://….
         format: FFmpeg's name of its kind, such as v4l2 (Linux), avfoundation (macOS), dshow (Windows), rtsp.
         fps: At most so many frames of each second.
+        stopping: Ends the waiting for a frame.
 
     Attributes:
         dropped: Frames that nobody asked for in time.
@@ -71,7 +71,13 @@ class Device:
         ValueError: if it cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike, format: str, fps: float | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        format: str,
+        fps: float | None = None,
+        stopping: threading.Event | None = None,
+    ):
         import av
 
         self.name, self.period, self.dropped = f"{path} ({format})", 1 / fps if fps else 0.0, 0
@@ -80,6 +86,7 @@ class Device:
             self._stream = self._container.streams.video[0]
         except (av.FFmpegError, OSError, ValueError, IndexError) as error:
             raise ValueError(f"{self.name} cannot be opened ({error}); give a device of that format.") from None
+        self.stopping = stopping or threading.Event()
         self._newest: queue.Queue = queue.Queue(maxsize=1)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._decode, daemon=True)
@@ -90,7 +97,7 @@ class Device:
 
     def __exit__(self, *error) -> None:
         self._closed.set()
-        self._thread.join()
+        self._thread.join(timeout=5)  # a camera may hang
         self._container.close()
 
     def _decode(self) -> None:
@@ -117,7 +124,13 @@ class Device:
 
     def frames(self) -> Iterator[np.ndarray]:
         """(height, width, 3), uint8, until the device ends. Raises ValueError if it fails."""
-        while (item := self._newest.get()) is not None:
+        while not self.stopping.is_set():
+            try:
+                item = self._newest.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
             if isinstance(item, Exception):
                 raise item
             yield item

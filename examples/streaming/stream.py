@@ -34,7 +34,13 @@ class Stream:
     """
 
     def __init__(
-        self, model, tokenizer, processor, frame_text: str = FRAME, restart: int | None = None, file: Path | None = None
+        self,
+        model,
+        tokenizer,
+        processor,
+        frame_text: str = FRAME,
+        restart: int | None = None,
+        file: Path | None = None,
     ):
         if frame_text.count(FRAME) != 1:
             raise ValueError(f"frame_text={frame_text!r:.60} does not say {FRAME} once; the frame stands there.")

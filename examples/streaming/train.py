@@ -2,8 +2,8 @@
 
     python -m mmmamba.examples.streaming.train runs/streaming
 
-The shipped models were trained on one to three pictures, and are lost behind the third. This goes on from the linear one
-with streams of 1 to 16 frames.
+The shipped models were trained on one to three pictures, and are lost behind the first few. This goes on from the
+linear one with streams of 1 to 16 frames.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from mmmamba.processing_mmmamba import MmMambaProcessor
 from .scenes import FRAME, scenes
 
 
-STEPS = 500
-BATCH_SIZE = 16
+STEPS = 300
+BATCH_SIZE = 8
 MAX_FRAMES = 16
 
 
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = StreamConversations(processor, args.seed, BATCH_SIZE)
     options = {"learning_rate": 1e-3, "pad_token_id": processor.tokenizer.pad_token_id, "seed": args.seed}
     fit(model, rows, checkpoints, args.steps, bf16=False, **options)
-    origin = f"The linear model of the shapes picture world, trained on for {args.steps:,} steps with streams of frames."
+    origin = f"The linear model of the shapes world, trained on with streams of frames for {args.steps:,} steps."
     save(model, args.folder, "shapes-streaming", origin)
     shutil.rmtree(checkpoints, ignore_errors=True)
 

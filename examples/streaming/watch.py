@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -59,12 +59,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="CLIP",
         help="video, watched again and again (default: a made one); with --format, a device or an address",
     )
-    parser.add_argument("--model", type=Path, default=SHIPPED / "linear", help="model folder (default: the small linear)")
-    parser.add_argument("--format", help="FFmpeg's name of the device that CLIP is, such as v4l2, avfoundation or rtsp")
-    parser.add_argument("--fps", type=float, help="as the clip plays, so many frames of each second (default: all frames)")
+    parser.add_argument("--model", type=Path, default=SHIPPED / "linear", help="default: the small linear")
+    parser.add_argument("--format", help="FFmpeg's name of the device that CLIP is, such as v4l2 or rtsp")
+    parser.add_argument("--fps", type=float, help="in real time, so many frames of each second (default: all frames)")
     parser.add_argument("--frames", type=positive, metavar="N", help="stop after so many frames")
     parser.add_argument(
-        "--ask", type=_question_at, action="append", default=[], metavar="N:QUESTION", help="ask after frame N; may repeat"
+        "--ask",
+        type=_question_at,
+        action="append",
+        default=[],
+        metavar="N:QUESTION",
+        help="ask after frame N; may be repeated",
     )
     parser.add_argument(
         "--restart", type=positive, metavar="N", help="forget everything after every N frames and begin again"
@@ -113,9 +118,14 @@ class Screen:
 
 def read_questions(questions: queue.SimpleQueue) -> None:
     """Puts lines of standard input into a queue, and None when it ends."""
-    for line in sys.stdin:
-        if line.strip():
-            questions.put(line.strip())
+    rest = b""
+    # Not sys.stdin: a thread that waits in its buffer cannot be left behind when the process ends.
+    with suppress(OSError):  # it may be closed
+        while data := os.read(0, 65536):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                questions.put(line.decode(errors="replace").strip())
+    questions.put(rest.decode(errors="replace").strip())
     questions.put(None)
 
 
@@ -151,7 +161,9 @@ def run(args: argparse.Namespace) -> None:
         if path is None:
             path = Path(folder) / "clip.mp4"
             write_clip(path, pictures(count=300, hold=15))
-        with (Device(path, args.format, args.fps) if args.format else Clip(path, args.fps, stopping)) as source:
+        with (
+            Device(path, args.format, args.fps, stopping) if args.format else Clip(path, args.fps, stopping) as source
+        ):
             where = usable_device(args.device)
             model = load_model(args.model, where, torch.float32 if where.type == "cpu" else "auto")
             tokenizer = MmMambaTokenizerFast.from_pretrained(args.model)
@@ -188,6 +200,7 @@ def watch(args: argparse.Namespace, stream: Stream, source, stopping: threading.
         )
 
     def answer(question: str) -> None:
+        screen.clear_prompt()
         print(f"[frame {stream.frames:,}] {question}\n  ", end="", flush=True)
         stream.ask(question, options, streamer)
         screen.prompt()
@@ -204,9 +217,9 @@ def watch(args: argparse.Namespace, stream: Stream, source, stopping: threading.
         while not questions.empty():
             if (question := questions.get()) is None:
                 ended = args.frames is None
-            else:
+            elif question:
                 answer(question)
-        if ended or stream.frames == args.frames:
+        if (ended and not due) or stream.frames == args.frames:
             break
     if stream.frames > last_frames:
         status()
@@ -220,6 +233,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # the second one
+        return 130
     return 0
 
 
