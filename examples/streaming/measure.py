@@ -3,7 +3,7 @@
     python -m mmmamba.examples.streaming.measure run linear 10000     # and so on for hybrid and teacher, 1000
     python -m mmmamba.examples.streaming.measure plot
 
-`run` writes into benchmarks/results/streaming-cpu.json, a row for every 100 frames: bytes kept, resident memory, wall and
+`run` writes into benchmarks/results/streaming-cpu.json a row for every 100 frames: bytes kept, resident memory, wall and
 processor time of reading a frame, and how many of three questions about the frame were answered right. Scenes are held
 out; one stays for 15 frames on average.
 """
