@@ -58,9 +58,9 @@ def clip(tmp_path_factory):
 def test_a_linear_model_keeps_as_much_after_hundreds_of_frames_as_after_one(parts):
     stream = after(Stream(*parts["linear"]), frames(1))
     kept, ids = stream.nbytes, len(stream.state.ids)
-    after(stream, frames(299))
+    after(stream, frames(199))
     assert (stream.nbytes, len(stream.state.ids)) == (kept, ids)
-    assert stream.frames == 300 and stream.tokens > 300 * TOKENS_PER_FRAME
+    assert stream.frames == 200 and stream.tokens > 200 * TOKENS_PER_FRAME
 
 
 def test_a_hybrid_keeps_keys_and_values_of_every_frame(parts):
@@ -103,20 +103,21 @@ def test_ids_that_attention_layers_count_are_not_forgotten(parts):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_in_mid_stream_is_that_of_chat_about_the_same_frames(parts, kind):
     model, tokenizer, processor = parts[kind]
-    stream, shown = Stream(*parts[kind]), frames(17)
-    for count in (1, 5, 17):
+    stream, shown = Stream(*parts[kind]), frames(9)
+    for count in (1, 4, 9):
         after(stream, shown[stream.frames : count])
         tiles = processor(list(shown[:count]), return_tensors="pt")["pixel_values"]
         question = "<image>" * count + "\nWhat is there?"
         expected = model.chat(tokenizer, tiles, question, OPTIONS, num_patches_list=[1] * count)
         assert stream.ask("What is there?", OPTIONS) == expected
-        assert expected != model.chat(tokenizer, tiles.flip(0), question, OPTIONS, [1] * count) or count == 1
+    other = model.chat(tokenizer, tiles.flip(0), question, OPTIONS, num_patches_list=[1] * count)
+    assert other != expected  # the frames matter
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_questions_do_not_change_what_the_stream_goes_on_with(parts, kind):
     asked, silent = Stream(*parts[kind]), Stream(*parts[kind])
-    for pixels in frames(6):
+    for pixels in frames(3):
         asked.read(pixels)
         asked.ask("What is there?", OPTIONS)
         silent.read(pixels)

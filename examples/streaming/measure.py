@@ -1,11 +1,11 @@
 """What watching costs, and what answers are worth, by the number of frames that were seen.
 
-    python -m mmmamba.examples.streaming.measure run linear 10000     # and so on for hybrid and teacher, 1000
+    python -m mmmamba.examples.streaming.measure run linear 10000 --batch 20    # also hybrid and teacher
     python -m mmmamba.examples.streaming.measure plot
 
-`run` writes into benchmarks/results/streaming-cpu.json a row for every 100 frames: bytes kept, resident memory, wall and
-processor time of reading a frame, and how many of three questions about the frame were answered right. Scenes are held
-out; one stays for 15 frames on average.
+`run` writes into benchmarks/results/streaming-cpu.json a row for every 100 frames: bytes kept, resident memory, wall
+and processor time of reading a frame, and how many of three questions about the latest frame were answered right.
+Scenes are held out; one stays for 15 frames on average.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import json
 import os
 import statistics
 import time
-from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -49,14 +48,15 @@ def right_answers(stream: Stream, picture: Picture, rng: np.random.Generator) ->
     return sum(stream.ask(question, OPTIONS) == answer for question, answer in asked), len(asked)
 
 
-def read_many(stream: Stream, frames: Iterator[Picture], total: int) -> Iterator[dict]:
-    """Reads `total` frames; yields a row after every `EVERY`."""
+def read_many(stream: Stream, frames: Iterator[Picture], total: int, batch: int) -> Iterator[dict]:
+    """Reads `total` frames, `batch` at once; yields a row after every `EVERY`."""
     rng, page = np.random.default_rng(0), os.sysconf("SC_PAGE_SIZE")
     while stream.frames < total:
         shown = list(islice(frames, EVERY))
         pixels = [np.asarray(picture.draw()) for picture in shown]
         wall, cpu = time.perf_counter(), time.process_time()
-        deque(map(stream.read, pixels), maxlen=0)
+        for start in range(0, EVERY, batch):
+            stream.read(*pixels[start : start + batch])
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         right, asked = right_answers(stream, shown[-1], rng)
         gc.collect()
@@ -73,33 +73,41 @@ def read_many(stream: Stream, frames: Iterator[Picture], total: int) -> Iterator
         }
 
 
-def run(name: str, total: int, streams: int) -> None:
+def run(name: str, total: int, batch: int, streams: int) -> None:
     """Measures one of the shipped models."""
     torch.set_num_threads(1)
     folder = SHIPPED / name
     model = load_model(folder, "cpu", torch.float32)
     parts = (model, MmMambaTokenizerFast.from_pretrained(folder), MmMambaVideoProcessor.from_pretrained(folder))
-    short = {count: [0, 0] for count in SHORT}
+    if streams:
+        write(short={name: answers_in_short_streams(parts, streams)})
+    rows = []
+    for row in read_many(Stream(*parts), scenes("test", 2, 0, HOLD), total, batch):
+        rows.append(row)
+        if row["frames"] % 1000 == 0 or row["frames"] >= total:
+            print(name, row, flush=True)
+            machine = machine_info(torch.device("cpu"))
+            write(runs={f"{name}, {batch} at once": {"model": name, "batch": batch, "machine": machine, "rows": rows}})
+
+
+def answers_in_short_streams(parts: tuple, streams: int) -> dict[int, list[int]]:
+    """Right answers and questions by the number of frames that were seen."""
+    found = {count: [0, 0] for count in SHORT}
     for index in range(streams):
         stream, rng = Stream(*parts), np.random.default_rng(index)
         for picture in islice(scenes("test", 1, index, HOLD), SHORT[-1]):
             stream.read(np.asarray(picture.draw()))
-            if stream.frames in short:
+            if stream.frames in found:
                 for place, number in enumerate(right_answers(stream, picture, rng)):
-                    short[stream.frames][place] += number
-    print(name, short, flush=True)
-    rows = []
-    for row in read_many(Stream(*parts), scenes("test", 2, 0, HOLD), total):
-        rows.append(row)
-        if row["frames"] % 1000 == 0 or row["frames"] >= total:
-            print(name, row, flush=True)
-            write(name, {"short": short, "rows": rows})
+                    found[stream.frames][place] += number
+    return found
 
 
-def write(name: str, measured: dict) -> None:
-    """Puts a model's measurements into the file, beside those of the others."""
-    result = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"models": {}}
-    result["models"][name] = {"machine": machine_info(torch.device("cpu"))} | measured
+def write(**measured: dict) -> None:
+    """Puts measurements into the file, beside others."""
+    result = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"short": {}, "runs": {}}
+    for name, values in measured.items():
+        result[name] |= values
     RESULTS.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
@@ -107,19 +115,23 @@ def plot() -> None:
     """Draws what is kept and what a frame costs, and prints a table."""
     from matplotlib.figure import Figure
 
-    models = json.loads(RESULTS.read_text(encoding="utf-8"))["models"]
+    result = json.loads(RESULTS.read_text(encoding="utf-8"))
     figure = Figure(figsize=(10, 4), layout="constrained")
     kept, cost = figure.subplots(1, 2)
-    for name, measured in models.items():
-        rows = measured["rows"]
+    colors = {"linear": "C0", "hybrid": "C1", "teacher": "C2"}
+    for name, measured in result["runs"].items():
+        rows, color = measured["rows"], colors[measured["model"]]
         frames = [row["frames"] for row in rows]
-        kept.plot(frames, [row["bytes"] / 2**20 for row in rows], marker=".", markersize=3, label=name)
-        cost.plot(frames, [row["cpu_ms"] for row in rows], marker=".", markersize=3, label=name)
+        if measured["batch"] > 1:
+            kept.plot(frames, [row["bytes"] / 2**20 for row in rows], color=color, label=measured["model"])
+        style = "-" if measured["batch"] > 1 else ":"
+        cost.plot(frames, [row["cpu_ms"] for row in rows], style, color=color, label=name)
         for least, most in ((1, 1000), (1001, 10**9)):
             part = [row for row in rows if least <= row["frames"] <= most]
             if part:
                 print(f"{name}, frames {least:,} to {part[-1]['frames']:,}: {summary(part)}")
-        print(f"{name}, short streams: {measured['short']}")
+    for name, counts in result["short"].items():
+        print(f"{name}, right answers by frames seen: {counts}")
     kept.set(xscale="log", yscale="log", xlabel="frames read", ylabel="kept (MiB)")
     cost.set(xscale="log", yscale="log", xlabel="frames read", ylabel="processor time per frame (ms)")
     for axes in (kept, cost):
@@ -146,11 +158,12 @@ def main() -> None:
     one = commands.add_parser("run", help="measure a model")
     one.add_argument("model", choices=("linear", "hybrid", "teacher"))
     one.add_argument("frames", type=positive)
-    one.add_argument("--streams", type=positive, default=32, help="short streams (default: 32)")
+    one.add_argument("--batch", type=int, choices=(1, 10, 20), default=1, help="frames that are read at once")
+    one.add_argument("--streams", type=int, default=32, help="short streams, 0 for none (default: 32)")
     commands.add_parser("plot", help="draw docs/streaming.png and print the figures")
     args = parser.parse_args()
     if args.command == "run":
-        run(args.model, args.frames, args.streams)
+        run(args.model, args.frames, args.batch, args.streams)
     else:
         plot()
 

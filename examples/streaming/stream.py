@@ -52,25 +52,27 @@ class Stream:
             self.state = model.conversation(tokenizer)
         self._beginning = self.state.fork()
         self._grows = bool(self.state.cache.attention_layers)
-        self.frames = self.tokens = 0
+        self.frames = self.tokens = self._since_restart = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept: the state, and keys and values if layers attend."""
         return self.state.nbytes
 
-    def read(self, pixels: np.ndarray) -> None:
-        """Reads the next frame.
+    def read(self, *frames: np.ndarray) -> None:
+        """Reads the next frame, or several at once, which costs little more than one.
 
         Args:
-            pixels: (height, width, 3), uint8.
+            frames: (height, width, 3) each, uint8.
         """
-        if self.restart and self.frames and self.frames % self.restart == 0:
-            self.state = self._beginning.fork()
-        self.frames += 1
-        before, inputs = len(self.state), self.processor([pixels], return_tensors="pt")
-        text = self.frame_text.replace("{number}", str(self.frames))
+        if self.restart and self._since_restart + len(frames) > self.restart and self._since_restart:
+            self.state, self._since_restart = self._beginning.fork(), 0
+        numbers = range(self.frames + 1, self.frames + len(frames) + 1)
+        text = "".join(self.frame_text.replace("{number}", str(number)) for number in numbers)
+        before, inputs = len(self.state), self.processor(list(frames), return_tensors="pt")
         self.state.extend(text, inputs["pixel_values"], inputs["num_patches"].tolist())
+        self.frames += len(frames)
+        self._since_restart += len(frames)
         self.tokens += len(self.state) - before
         if not self._grows:
             self.state.forget_ids()

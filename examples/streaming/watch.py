@@ -75,6 +75,9 @@ def parser() -> argparse.ArgumentParser:
         "--restart", type=positive, metavar="N", help="forget everything after every N frames and begin again"
     )
     parser.add_argument(
+        "--batch", type=positive, default=1, metavar="N", help="frames to read at once: more in a second, but later"
+    )
+    parser.add_argument(
         "--frame-text", default=FRAME, help=f"what stands for a frame, {{number}} being its number (default: {FRAME})"
     )
     parser.add_argument("--state", type=Path, metavar="FILE", help="continued if it exists, saved at the end")
@@ -155,6 +158,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--state {args.state} is in a folder that does not exist; make the folder.")
     if args.clip is None and args.format is not None:
         raise ValueError(f"--format {args.format} says how to open CLIP; give one, such as /dev/video0.")
+    if args.restart is not None and args.batch > args.restart:
+        raise ValueError(f"--batch {args.batch} is more than --restart {args.restart}; give at most as many.")
     stopping, screen = threading.Event(), Screen()
     with tempfile.TemporaryDirectory(prefix="mmmamba-") as folder, _stopped_by_signals(stopping):
         path = args.clip
@@ -206,11 +211,16 @@ def watch(args: argparse.Namespace, stream: Stream, source, stopping: threading.
         screen.prompt()
 
     screen.prompt()
+    waiting = []
     for pixels in source.frames():
         if stopping.is_set():
             break
-        stream.read(pixels)
-        if stream.frames % args.status_every == 0:
+        waiting.append(pixels)
+        if len(waiting) < args.batch and stream.frames + len(waiting) != args.frames:
+            continue
+        stream.read(*waiting)
+        waiting.clear()
+        if stream.frames - last_frames >= args.status_every:
             status()
         while due and due[0][0] <= stream.frames:
             answer(due.popleft()[1])
