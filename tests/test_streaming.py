@@ -126,6 +126,16 @@ def test_questions_do_not_change_what_the_stream_goes_on_with(parts, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_frames_that_are_read_at_once_leave_what_frames_one_by_one_do(parts, kind):
+    shown = frames(7)
+    together, alone = Stream(*parts[kind]), after(Stream(*parts[kind]), shown)
+    together.read(*shown[:5])
+    together.read(*shown[5:])
+    assert (together.frames, together.tokens) == (alone.frames, alone.tokens)
+    torch.testing.assert_close(together.state.cache.tensors(), alone.state.cache.tensors(), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_restart_forgets_all_frames_before_it(parts, kind):
     shown = frames(8)
     restarted = after(Stream(*parts[kind], restart=3), shown)  # anew at the 4th and the 7th
@@ -250,6 +260,7 @@ def test_sigterm_ends_it_in_order(tmp_path):
         (["--state=nowhere/state"], "make the folder"),
         (["--frame-text=frame"], "does not say <image> once"),
         (["--model=nowhere"], "nowhere"),
+        (["--batch=4", "--restart=3"], "--batch 4 is more than --restart 3"),
     ],
 )
 def test_what_cannot_be_watched_is_said_in_one_sentence(arguments, said, capsys):

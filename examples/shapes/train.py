@@ -56,7 +56,6 @@ def fit(
     learning_rate: float = 2e-3,
     pad_token_id: int = 2,
     seed: int = 0,
-    bf16: bool = True,
 ) -> None:
     """Trains a model on answers: warm up, keep the learning rate, let it fall for the last fifth of the steps.
 
@@ -68,7 +67,6 @@ def fit(
         learning_rate: At the top.
         pad_token_id: Fills short rows.
         seed: Of all but the rows.
-        bf16: Whether matrix products are done in bf16, which is slow on CPUs without instructions for it.
     """
     options = TrainingArguments(
         output_dir=checkpoints,
@@ -84,7 +82,7 @@ def fit(
         train_sampling_strategy="sequential",
         dataloader_num_workers=1,
         dataloader_prefetch_factor=8,
-        bf16=bf16,
+        bf16=True,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=50,
         save_steps=500,
