@@ -242,7 +242,7 @@ def test_sigterm_ends_it_in_order(tmp_path):
         while not (line := process.stdout.readline()).startswith("[frame"):
             assert line, process.stderr.read()
         process.send_signal(signal.SIGTERM)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 0 and "Traceback" not in errors and "Fatal" not in errors

@@ -4,8 +4,9 @@
     python -m mmmamba.examples.streaming.measure plot
 
 `run` writes into benchmarks/results/streaming-cpu.json a row for every 100 frames: bytes kept, resident memory, wall
-and processor time of reading a frame; and for every 500 how many of three questions about the latest frame were answered
-right. Short streams are asked after 1, 3, 10 and 30 frames. Scenes are held out; one stays for 15 frames on average.
+and processor time of reading a frame; for every 500 frames how many of three questions about the latest one were
+answered right. Short streams are asked after 1, 3, 10 and 30 frames. Scenes are held out; one stays for 15 frames on
+average.
 """
 
 import argparse

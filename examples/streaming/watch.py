@@ -11,6 +11,7 @@ Ctrl-C, SIGTERM and the end of input (Ctrl-D) end it; `--state FILE` then keeps 
 import argparse
 import os
 import queue
+import shutil
 import signal
 import sys
 import tempfile
@@ -109,7 +110,7 @@ class Screen:
 
     def status(self, text: str) -> None:
         if self.is_terminal:  # save the cursor, go up, write over that line, go back
-            width = os.get_terminal_size().columns - 1
+            width = shutil.get_terminal_size().columns - 1
             print(f"\x1b7\x1b[A\r\x1b[K{text[:width]}\x1b8", end="", flush=True)
         else:
             print(text, flush=True)
