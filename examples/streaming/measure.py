@@ -124,10 +124,14 @@ def plot() -> None:
     for name, measured in result["runs"].items():
         rows, color = measured["rows"], colors[measured["model"]]
         frames = [row["frames"] for row in rows]
-        if measured["batch"] > 1:
-            kept.plot(frames, [row["bytes"] / 2**20 for row in rows], color=color, label=measured["model"])
-        style = "-" if measured["batch"] > 1 else ":"
-        cost.plot(frames, [row["cpu_ms"] for row in rows], style, color=color, label=name)
+        by_hand = "cpu_ms" not in rows[0]  # see the README
+        if by_hand or measured["batch"] > 1:
+            style = ":" if by_hand else "-"
+            kept.plot(frames, [row["bytes"] / 2**20 for row in rows], style, marker=".", color=color, label=name)
+        style, column = (":", "wall_ms") if by_hand else ("-", "cpu_ms")
+        cost.plot(frames, [row[column] for row in rows], style, marker=".", markersize=3, color=color, label=name)
+        if by_hand:
+            continue
         for least, most in ((1, 1000), (1001, 10**9)):
             part = [row for row in rows if least <= row["frames"] <= most]
             if part:
@@ -135,7 +139,7 @@ def plot() -> None:
     for name, counts in result["short"].items():
         print(f"{name}, right answers by frames seen: {counts}")
     kept.set(xscale="log", yscale="log", xlabel="frames read", ylabel="kept (MiB)")
-    cost.set(xscale="log", yscale="log", xlabel="frames read", ylabel="processor time per frame (ms)")
+    cost.set(xscale="log", yscale="log", xlabel="frames read", ylabel="processor time per frame (ms)", ylim=(1, 100))
     for axes in (kept, cost):
         axes.grid(which="both", alpha=0.25)
         axes.legend(fontsize=8)
