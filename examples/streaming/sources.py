@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -112,15 +113,16 @@ class Device:
                     self._put(frame.to_ndarray(format="rgb24"))
         except Exception as error:  # decoders raise nearly anything
             end = ValueError(f"{self.name} gives no more frames ({error}); look whether it is still there.")
-        self._put(end)
+        while not self._closed.is_set():  # behind the last frame, not in its place
+            with suppress(queue.Full):
+                self._newest.put(end, timeout=0.2)
+                break
 
-    def _put(self, item) -> None:
-        try:
+    def _put(self, pixels: np.ndarray) -> None:
+        with suppress(queue.Empty):
             self._newest.get_nowait()
             self.dropped += 1
-        except queue.Empty:
-            pass
-        self._newest.put(item)
+        self._newest.put(pixels)
 
     def frames(self) -> Iterator[np.ndarray]:
         """(height, width, 3), uint8, until the device ends. Raises ValueError if it fails."""
