@@ -171,6 +171,19 @@ class MmMambaCache(DynamicCache):
         if image_places is not None and any(i < self.num_embedding_layers for i in self.attention_layers):
             self.image_places = image_places
 
+    def forget_length(self, tokens: int) -> None:
+        """Counts on as if only so many tokens had been read, which is all the same to states.
+
+        Raises:
+            ValueError: if layers attend: positions of their keys count from the first token.
+        """
+        if self.attention_layers:
+            raise ValueError(
+                "Attention layers keep keys and values of every token that was read; only a model whose layers are "
+                "all linear_attention can forget how many there were."
+            )
+        self._read = tokens
+
     def _columns_removed(self, layer_idx: int, length: int) -> int:
         """Minus the keys of a layer that do not belong to the first `length` tokens."""
         if self.image_places is not None and layer_idx < self.num_embedding_layers:

@@ -209,6 +209,25 @@ class ConversationState:
             other.ids, other.cache, other._lock = list(self.ids), self.cache.clone(), threading.RLock()
         return other
 
+    def forget_ids(self, keep: int = 1) -> None:
+        """Forgets which tokens were read, except the last ones; what the model knows of them stays.
+
+        For streams without end: without attention layers, `ids` are all that grows. Lengths, saved files and what a
+        repetition penalty looks at begin with the ids that are kept.
+
+        Args:
+            keep: Ids to keep, at least 1.
+
+        Raises:
+            ValueError: if layers attend, since they keep keys and values of every token; or for such a `keep`.
+        """
+        if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
+            raise ValueError(f"keep={keep!r:.60} is no number of ids; give a whole number from 1.")
+        with self._lock:
+            if len(self.ids) > keep:
+                self.cache.forget_length(keep)
+                del self.ids[:-keep]
+
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def _add_to_turn(

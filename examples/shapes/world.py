@@ -452,16 +452,23 @@ def conversation(
     """
     rng = _generator(split, seed, index)
     several = _chance(rng, several_pictures)
-    kinds = SEVERAL_PICTURES if several else ONE_PICTURE
     while True:
         pictures = _pictures(rng, split, several)
-        order = [kind for kind in kinds for _ in range(repeats.get(kind, 1))]
-        asked: dict[str, str] = {}
-        for i in rng.permutation(len(order)):
-            if len(asked) < turns and (pair := kinds[order[i]](rng, pictures)):
-                asked[pair[0]] = pair[1]
-        if asked:  # there may be no question that tells the pictures apart
-            return pictures, list(asked.items())
+        if asked := questions(rng, pictures, turns, repeats):  # there may be none that tells the pictures apart
+            return pictures, asked
+
+
+def questions(
+    rng: np.random.Generator, pictures: tuple[Picture, ...], turns: int, repeats: Mapping[str, int]
+) -> list[tuple[str, str]]:
+    """Up to `turns` different questions about one or several pictures, with their answers; see `conversation`."""
+    kinds = SEVERAL_PICTURES if len(pictures) > 1 else ONE_PICTURE
+    order = [kind for kind in kinds for _ in range(repeats.get(kind, 1))]
+    asked: dict[str, str] = {}
+    for i in rng.permutation(len(order)):
+        if len(asked) < turns and (pair := kinds[order[i]](rng, pictures)):
+            asked[pair[0]] = pair[1]
+    return list(asked.items())
 
 
 def sheet(seed: int = 0, count: int = 24, zoom: int = 4) -> Image.Image:
