@@ -27,6 +27,7 @@ from mmmamba.examples.shapes.world import example
 
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
+LINEAR_LAYERS = "q_proj k_proj v_proj o_proj in_proj out_proj gate_proj up_proj down_proj".split()
 GREEDY = SamplingParams(temperature=0, max_tokens=24, logprobs=3)
 
 
@@ -129,12 +130,11 @@ def start(folder, **options):
 def adapter_of(folder, target, seed=0):
     """A LoRA adapter of every linear layer of the decoder in PEFT's format, and a model that has it merged."""
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none"}
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj", "gate_proj", "up_proj", "down_proj"]
     weights, lora = load_file(folder / "model.safetensors"), {}
     generator = torch.Generator().manual_seed(seed)
     for name, weight in list(weights.items()):
         module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module.rsplit(".")[-1] in names:
+        if name.endswith(".weight") and module.rsplit(".")[-1] in LINEAR_LAYERS:
             a, b = (torch.randn(*shape, generator=generator) for shape in ((4, weight.shape[1]), (weight.shape[0], 4)))
             lora[f"base_model.model.{module}.lora_A.weight"] = a / weight.shape[1] ** 0.5
             lora[f"base_model.model.{module}.lora_B.weight"] = b * 0.5
@@ -142,7 +142,7 @@ def adapter_of(folder, target, seed=0):
     adapter, merged = target / "adapter", target / "merged"
     adapter.mkdir()
     save_file(lora, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": names}))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": LINEAR_LAYERS}))
     shutil.copytree(folder, merged)
     save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
     return adapter, merged
@@ -203,6 +203,45 @@ def test_heads_may_be_spread_over_more_processes_than_there_are_key_value_heads(
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1|0|1")
     llm = start(SHAPES / "linear", tensor_parallel_size=4, distributed_executor_backend="mp")
     check_same_answers(llm, Reference(SHAPES / "linear"), shapes_questions(20) + odd_questions())
+
+
+def in_eight_bits(folder, target):
+    """The folder with int8 weights, a scale per row, as llm-compressor writes them (compressed-tensors, W8A8)."""
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in list(weights.items()):
+        if name.endswith(".weight") and name.split(".")[-2] in LINEAR_LAYERS:
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            weights[name] = (weight / scale).round().to(torch.int8)
+            weights[f"{name}_scale"] = scale
+    shutil.copytree(folder, target)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": eight_bits | {"strategy": "channel", "dynamic": False},
+                "input_activations": eight_bits | {"strategy": "token", "dynamic": True},
+            }
+        },
+        "ignore": ["lm_head", "re:.*vision_embeddings.*"],
+    }
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_quantised_weights(tmp_path):
+    questions, reference = shapes_questions(40), Reference(SHAPES / "linear")
+    outputs = start(in_eight_bits(SHAPES / "linear", tmp_path / "int8")).chat(
+        [for_vllm(one) for one in questions], GREEDY, use_tqdm=False
+    )
+    same = [
+        list(o.outputs[0].token_ids) == reference.answer(one)[1] for o, one in zip(outputs, questions, strict=True)
+    ]
+    assert sum(same) >= 36  # of 40: eight bits are not all
 
 
 def test_a_teacher_needs_no_states():
