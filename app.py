@@ -6,6 +6,7 @@
 In a Space this file stands alone: the model's code comes with the model.
 """
 
+import base64
 import html
 import importlib
 import logging
@@ -15,6 +16,7 @@ import re
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -300,8 +302,12 @@ class Session:
             raise ValueError("There is no question; type one, or add a file.")
         with self._lock:
             self.check_idle()
-            content = [{"path": self._saved(x.thumbnail)} if x.thumbnail else f"📄 {x.name}" for x in uploads]
-            content = [{"type": "text", "text": html.escape(x)} if isinstance(x, str) else x for x in content]
+            content = [
+                {"path": self._saved(x.thumbnail), "alt_text": x.name}
+                if x.thumbnail
+                else {"type": "text", "text": f"📄 {html.escape(x.name)}"}
+                for x in uploads
+            ]
             if question:
                 content.append({"type": "text", "text": html.escape(question, quote=False)})
             self.turn = Turn(self.branch, uploads, question, options, reader, self.processor)
@@ -392,6 +398,7 @@ class Sessions:
     def __init__(self, make, idle: float = KEEP_IDLE, closed: float = KEEP_CLOSED):
         self._make, self._idle, self._closed = make, idle, closed
         self._sessions: dict[str, Session] = {}
+        self._forgotten: deque[str] = deque(maxlen=10_000)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -409,7 +416,7 @@ class Sessions:
 
     def get(self, name: str) -> Session:
         """The same; the page says so if the conversation that it shows is forgotten."""
-        if name not in self._sessions:
+        if name not in self._sessions and name in self._forgotten:
             gr.Warning("The conversation was not used for long and is forgotten; this is a new one.")
         return self.start(name)
 
@@ -428,6 +435,7 @@ class Sessions:
             now = time.monotonic()
             expired = [name for name, x in self._sessions.items() if x.expires <= now and (x.is_closed or not x.busy)]
             sessions = [self._sessions.pop(name) for name in expired]
+            self._forgotten += expired
         for session in sessions:
             session.close()
 
@@ -452,16 +460,21 @@ def format_bytes(count: int) -> str:
 def panel(branch: Branch, kinds: list[str]) -> str:
     """What the model keeps of a conversation, as HTML."""
     tokens, fixed, growing = branch.size
-    rows = [("Tokens read", f"{tokens:,}"), ("Kept of them", format_bytes(fixed + growing))]
+    rows = []
     if "linear_attention" in kinds:
-        rows.append(("Mamba-2 states", f"{format_bytes(fixed)} · constant"))
+        rows.append(("States, constant", fixed))
     if "full_attention" in kinds:
-        rows.append(("Keys and values", f"{format_bytes(growing)} · growing"))
-        note = "Keys and values of attention layers grow with each token; states of Mamba-2 layers do not."
+        rows.append(("Keys and values, growing", growing))
     else:
-        note = "Every layer is Mamba-2: it stays so small however long the conversation gets."
-    cells = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
-    return f"<dl>{cells}</dl><p>{note}</p>"
+        rows.append(("Keys and values: none, so it stays so small", None))
+    cells = "".join(
+        f"<li><span>{text}</span>" + ("" if count is None else f"<b>{format_bytes(count)}</b>") + "</li>"
+        for text, count in rows
+    )
+    return (
+        f"<div class='totals'><p><b>{tokens:,}</b> tokens read</p><p><b>{format_bytes(fixed + growing)}</b> kept of them"
+        f"</p></div><ul>{cells}</ul>"
+    )
 
 
 def progress(turn: Turn | None) -> str:
@@ -470,8 +483,9 @@ def progress(turn: Turn | None) -> str:
         return ""
     text = html.escape(turn.activity)
     if not turn.activity.startswith("reading"):
-        return f"<span>{text} …</span>"
-    return f'<span>{text}</span><progress max="1" value="{turn.share:.3f}"></progress><span>{turn.share:.0%}</span>'
+        return f"<div class='activity'><span>{text} …</span></div>"
+    bar = f"<progress max='1' value='{turn.share:.3f}'></progress><span>{turn.share:.0%}</span>"
+    return f"<div class='activity'><span class='what'>{text}</span>{bar}</div>"
 
 
 def build(model, processor, name: str, idle: float = KEEP_IDLE, closed: float = KEEP_CLOSED) -> gr.Blocks:
@@ -490,11 +504,15 @@ def build(model, processor, name: str, idle: float = KEEP_IDLE, closed: float = 
     kinds = model.config.text_config.layer_types
     is_toy = len(processor.tokenizer) <= LARGEST_TOY_VOCABULARY
     questions = (TOY_QUESTIONS if is_toy else QUESTIONS) if PICTURE else ()
-    about = (
-        "This small model knows eleven kinds of questions about shapes and cards such as these, and nothing else."
-        if is_toy
-        else "The picture is a drawing to try the page with; this model was not trained on its like."
-    )
+    example = ""
+    if PICTURE:
+        about = (
+            "This small model knows eleven kinds of questions about shapes and cards like these, and nothing else."
+            if is_toy
+            else "A drawing to try the page with; the model was not trained on its like."
+        )
+        data = base64.b64encode(PICTURE.read_bytes()).decode()
+        example = f'<img src="data:image/png;base64,{data}" alt="shapes and numbered cards"><p>{about}</p>'
 
     def view(session: Session) -> list:
         """Values of `shown`."""
@@ -573,7 +591,8 @@ def build(model, processor, name: str, idle: float = KEEP_IDLE, closed: float = 
         return {"text": message["text"], "files": [*message["files"], photo]}, None
 
     with gr.Blocks(title=f"mmMamba · {name}", analytics_enabled=False, delete_cache=(600, 7200)) as page:
-        gr.HTML(f"<h1>{html.escape(name)}</h1><p>{describe_layers(model.config)} on {model.device.type}</p>", elem_id="head")
+        layers = describe_layers(model.config)
+        gr.HTML(f"<h1>{html.escape(name)}</h1><p>mmMamba · {layers} · {model.device}</p>", elem_id="head")
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=3, min_width=320):
                 chat = gr.Chatbot(
@@ -582,8 +601,10 @@ def build(model, processor, name: str, idle: float = KEEP_IDLE, closed: float = 
                     buttons=["copy"],
                     layout="bubble",
                     allow_tags=False,
-                    placeholder=f"## Show it something, then ask\n{about}",
-                    examples=[{"text": x, "icon": str(PICTURE)} for x in questions],
+                    height="var(--chat-height)",
+                    allow_file_downloads=False,
+                    placeholder=f"<h2>Show it something, then ask</h2>{example}",
+                    examples=[{"text": x} for x in questions],
                 )
                 activity = gr.HTML(elem_id="activity")
                 composer = gr.MultimodalTextbox(
@@ -594,15 +615,17 @@ def build(model, processor, name: str, idle: float = KEEP_IDLE, closed: float = 
                     max_plain_text_length=100_000,
                     autofocus=True,
                 )
-            with gr.Column(scale=1, min_width=260):
+            with gr.Column(scale=1, min_width=260, elem_id="side"):
                 state = gr.HTML(elem_id="state")
                 branches = gr.Radio([], label="Branches", elem_id="branches")
-                with gr.Row():
-                    fork_button = gr.Button("Fork", size="sm", elem_id="fork")
-                    new_button = gr.Button("New", size="sm", elem_id="new")
-                with gr.Row():
-                    save_button = gr.Button("Save", size="sm", elem_id="save")
-                    load_button = gr.UploadButton("Load", size="sm", file_types=[".safetensors"], elem_id="load")
+                with gr.Row(elem_classes="pair"):
+                    fork_button = gr.Button("Fork", size="sm", min_width=80, elem_id="fork")
+                    new_button = gr.Button("New", size="sm", min_width=80, elem_id="new")
+                with gr.Row(elem_classes="pair"):
+                    save_button = gr.Button("Save", size="sm", min_width=80, elem_id="save")
+                    load_button = gr.UploadButton(
+                        "Load", size="sm", min_width=80, file_types=[".safetensors"], elem_id="load"
+                    )
                 download = gr.DownloadButton("Download", visible="hidden", elem_id="download")
                 with gr.Accordion("Camera", open=False, elem_id="camera"):
                     photo = gr.Image(sources=["webcam"], type="filepath", show_label=False)
@@ -620,6 +643,7 @@ def build(model, processor, name: str, idle: float = KEEP_IDLE, closed: float = 
         chat.example_select(try_example, None, [*shown, composer], **events)
         fork_button.click(fork, None, shown, **events)
         new_button.click(new, None, shown, **events)
+        chat.clear(new, None, shown, **events)
         branches.input(choose, branches, shown, **events)
         load_button.upload(load_state, load_button, shown, **events)
         saved = save_button.click(save, None, download, **events)
@@ -629,8 +653,35 @@ def build(model, processor, name: str, idle: float = KEEP_IDLE, closed: float = 
     return page.queue(max_size=200)
 
 
-FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 CSS = """
+.gradio-container { --chat-height: max(320px, calc(100dvh - 250px)); }
+#head h1 { font-size: 1.35rem; margin: 0; overflow-wrap: anywhere; }
+#head p { color: var(--body-text-color-subdued); margin: 0; }
+#columns { gap: 20px; }
+#chat .placeholder { align-items: center; text-align: center; }
+#chat .placeholder img { margin: 14px auto 10px; border-radius: 10px; width: min(340px, 90%); }
+#chat .placeholder p { color: var(--body-text-color-subdued); font-size: .9rem; }
+#chat .example { min-height: 0; }
+#chat .message-buttons-right { display: none; } /* of pictures: Gradio would share them with others */
+#chat .user img { max-height: 300px; width: auto; border-radius: 8px; }
+#activity { min-height: 22px; margin: -8px 0; }
+.activity { display: flex; gap: 10px; align-items: center; color: var(--body-text-color-subdued); font-size: .85rem; }
+.activity .what { max-width: 60%; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.activity progress { flex: 1; min-width: 40px; height: 8px; accent-color: var(--primary-500); }
+#composer .submit-button, #composer .stop-button { background: var(--primary-600); color: white; border-radius: 50%; }
+#state { background: var(--background-fill-secondary); border-radius: var(--block-radius); padding: 6px 8px; }
+#state p, #state li { margin: 0; color: var(--body-text-color-subdued); font-size: .85rem; }
+#state .totals { display: flex; flex-wrap: wrap; gap: 4px 32px; }
+#state .totals b { display: block; color: var(--body-text-color); font-size: 1.35rem; line-height: 1.3; }
+#state ul { list-style: none; margin: 10px 0 0; padding: 0; }
+#state li { display: flex; justify-content: space-between; gap: 8px; }
+#state li b { font-weight: 500; white-space: nowrap; }
+.pair { flex-wrap: nowrap !important; gap: 8px !important; }
+@media (max-width: 700px) {
+    .gradio-container { --chat-height: max(300px, calc(100dvh - 240px)); }
+    .gradio-container .fillable.fillable { padding: 10px !important; }
+    #columns { gap: 12px; }
+}
 """
 
 
@@ -641,7 +692,13 @@ def launch(page: gr.Blocks, **options) -> None:
         options: More arguments of Gradio's `launch`.
     """
     page.launch(
-        theme=gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"]),
+        theme=gr.themes.Default(
+            primary_hue="teal",
+            neutral_hue="slate",
+            radius_size="lg",
+            font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
+            font_mono=["ui-monospace", "monospace"],
+        ),
         css=CSS,
         max_file_size=MAX_FILE_SIZE,
         footer_links=[],
