@@ -36,11 +36,17 @@ QUESTIONS = ("What is in this picture?", "Which numbers are on the cards?", "Wha
 
 
 def load(path: str, device: str | None = None):
-    """A model and its processor, from a folder or the Hub: in fp32 on a CPU, else in the dtype of its weights."""
+    """A model, in fp32 on a CPU and else in the dtype of its weights, its tokenizer and its video processor.
+
+    Args:
+        path: A folder, or a name on the Hub.
+        device: The GPU if there is one, or else the CPU, if not given.
+    """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float32 if device.type == "cpu" else "auto"
     model = AutoModel.from_pretrained(path, dtype=dtype, trust_remote_code=True).to(device).eval()
-    return model, AutoProcessor.from_pretrained(path, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+    return model, processor.tokenizer, processor.video_processor
 
 
 def format_bytes(count: int) -> str:
@@ -77,20 +83,22 @@ def shown_errors() -> Iterator[None]:
         gr.Warning(html.escape(str(error)))
 
 
-def build(model, processor, name: str, idle: float = KEEP_IDLE, closed: float = KEEP_CLOSED) -> gr.Blocks:
+def build(
+    model, tokenizer, video_processor, name: str, idle: float = KEEP_IDLE, closed: float = KEEP_CLOSED
+) -> gr.Blocks:
     """The page of a model.
 
     Args:
-        model, processor: As `load` returns them.
+        model, tokenizer, video_processor: As `load` returns them.
         name: What the page calls the model.
         idle, closed: See `Sessions`.
 
     Returns:
         The page; its attribute `sessions` holds what is open.
     """
-    reader, thread = Reader(model, processor), ModelThread()
+    reader, thread = Reader(tokenizer, video_processor), ModelThread()
     sessions = Sessions(partial(Session, model, reader), idle, closed)
-    is_toy = len(processor.tokenizer) <= LARGEST_TOY_VOCABULARY
+    is_toy = len(tokenizer) <= LARGEST_TOY_VOCABULARY
     questions = (TOY_QUESTIONS if is_toy else QUESTIONS) if PICTURE else ()
     example = ""
     if PICTURE:

@@ -54,19 +54,19 @@ class Reader:
     """Opens uploads as a model reads them.
 
     Args:
-        model, processor: As `load` returns them.
+        tokenizer, video_processor: Of the model's processor.
     """
 
-    def __init__(self, model, processor):
-        package = type(processor.video_processor).__module__.rpartition(".")[0]
+    def __init__(self, tokenizer, video_processor):
+        package = type(video_processor).__module__.rpartition(".")[0]
         chat_template, images, videos = (
             importlib.import_module(f"{package}.{name}_mmmamba")
             for name in ("chat_template", "image_reading", "video_reading")
         )
-        self.tokenizer = processor.tokenizer
-        self.as_text = partial(chat_template.as_text, tokenizer=processor.tokenizer)
+        self.tokenizer = tokenizer
+        self.as_text = partial(chat_template.as_text, tokenizer=tokenizer)
         self._read_image, self._open_video = images.read_image, videos.VideoReader
-        self._frames = processor.video_processor
+        self._frames = video_processor
 
     def open(self, path: str | Path, num_frames: int) -> Upload:
         """A picture, a video (evenly spaced frames of it) or a text in UTF-8.
@@ -359,8 +359,8 @@ def transcript(state, tokenizer, longest: int = 4000) -> str:
     """The end of what a state has read, as text in which each picture is one word."""
     pending = tokenizer(state.pending, add_special_tokens=False)["input_ids"] if state.pending else []
     text = tokenizer.decode([*state.ids[-4 * longest :], *pending])
-    text = re.sub(r"(<img>)?(<IMG_CONTEXT>)+(</img>)?", "[picture]", text)
-    text = re.sub(r"<\|im_start\|>(\w+)\n?", r"\n\n\1: ", text)
+    text = re.sub(r"(<img>)?(<IMG_CONTEXT>)+(</img>)? ?", "[picture]", text)
+    text = re.sub(r"<\|im_start\|>\s*(\w+)\n?", r"\n\n\1: ", text)
     text = re.sub(r"<\|im_end\|>|</?s>", "", text).strip()
     return text if len(text) <= longest else f"… {text[-longest:]}"
 
