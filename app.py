@@ -96,7 +96,7 @@ def build(
     Returns:
         The page; its attribute `sessions` holds what is open.
     """
-    reader, thread = Reader(tokenizer, video_processor), ModelThread()
+    reader, thread = Reader(model, tokenizer, video_processor), ModelThread()
     sessions = Sessions(partial(Session, model, reader), idle, closed)
     is_toy = len(tokenizer) <= LARGEST_TOY_VOCABULARY
     questions = (TOY_QUESTIONS if is_toy else QUESTIONS) if PICTURE else ()

@@ -54,14 +54,15 @@ class Reader:
     """Opens uploads as a model reads them.
 
     Args:
-        tokenizer, video_processor: Of the model's processor.
+        model, tokenizer, video_processor: As `app.load` returns them.
     """
 
-    def __init__(self, tokenizer, video_processor):
-        package = type(video_processor).__module__.rpartition(".")[0]
+    def __init__(self, model, tokenizer, video_processor):
+        # Transformers gives the code of each class a package of its own, with those modules that it imports.
+        modules = {"chat_template": model, "image_reading": model, "video_reading": video_processor}
         chat_template, images, videos = (
-            importlib.import_module(f"{package}.{name}_mmmamba")
-            for name in ("chat_template", "image_reading", "video_reading")
+            importlib.import_module(f"{type(owner).__module__.rpartition('.')[0]}.{name}_mmmamba")
+            for name, owner in modules.items()
         )
         self.tokenizer = tokenizer
         self.as_text = partial(chat_template.as_text, tokenizer=tokenizer)

@@ -41,8 +41,8 @@ def video_processor():
 
 
 @pytest.fixture(scope="module")
-def reader(tokenizer, video_processor):
-    return Reader(tokenizer, video_processor)
+def reader(model, tokenizer, video_processor):
+    return Reader(model, tokenizer, video_processor)
 
 
 @pytest.fixture
