@@ -58,7 +58,7 @@ def panel(branch: Branch) -> str:
     """What the model keeps of a conversation, as HTML."""
     tokens, states, keys = branch.size
     totals = f"<p><b>{tokens:,}</b> tokens read</p><p><b>{format_bytes(states + keys)}</b> kept of them</p>"
-    rows = {"Mamba-2 states, constant": states, "Keys and values, growing": keys}
+    rows = {"States, constant": states, "Keys and values, growing": keys}
     rows = "".join(f"<li>{name}<b>{format_bytes(count)}</b></li>" for name, count in rows.items())
     return f"<div class='totals'>{totals}</div><ul>{rows}</ul>"
 
@@ -257,7 +257,7 @@ CSS = """
 #chat .placeholder p { color: var(--body-text-color-subdued); font-size: .9rem; }
 #chat .example { min-height: 0; }
 #chat .message-buttons-right { display: none; }
-#chat .user img { max-height: 300px; width: auto; border-radius: 8px; }
+#chat .user img { max-height: 220px; width: auto; border-radius: 8px; }
 #activity { min-height: 38px; margin: -8px 0; }
 .activity { display: flex; gap: 10px; align-items: center; color: var(--body-text-color-subdued); font-size: .85rem; }
 .activity .what { max-width: 60%; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }

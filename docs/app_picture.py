@@ -18,7 +18,7 @@ def main() -> None:
     launch(page, quiet=True, prevent_thread_lock=True)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        for name, width, height in (("app.png", 1120, 720), ("app_phone.png", 360, 740)):
+        for name, width, height in (("app.png", 1200, 760), ("app_phone.png", 360, 740)):
             tab = browser.new_page(viewport={"width": width, "height": height})
             tab.goto(page.local_url)
             tab.wait_for_selector("#branches input")
