@@ -249,9 +249,10 @@ def build(
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 CSS = """
 .gradio-container { --chat-height: max(320px, calc(100dvh - 265px)); }
+.gradio-container .fillable { padding: 16px clamp(10px, 3vw, 32px) !important; }
 #head h1 { font-size: 1.35rem; margin: 0; overflow-wrap: anywhere; }
 #head p { color: var(--body-text-color-subdued); margin: 0; }
-#columns { gap: 20px; }
+#columns { gap: 16px; }
 #chat .placeholder { align-items: center; text-align: center; }
 #chat .placeholder img { margin: 14px auto 10px; border-radius: 10px; width: min(340px, 90%); }
 #chat .placeholder p { color: var(--body-text-color-subdued); font-size: .9rem; }
@@ -275,11 +276,6 @@ CSS = """
 #state li { display: flex; justify-content: space-between; gap: 8px; }
 #state li b { font-weight: 500; white-space: nowrap; }
 .pair { flex-wrap: nowrap !important; gap: 8px !important; }
-@media (max-width: 700px) {
-    .gradio-container { --chat-height: max(300px, calc(100dvh - 250px)); }
-    .gradio-container .fillable.fillable { padding: 10px !important; }
-    #columns { gap: 12px; }
-}
 """
 
 
