@@ -50,6 +50,15 @@ def device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if available)")
 
 
+def app(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="DIR", nargs="?", type=Path, default=HYBRID, help="model folder (default: the small hybrid)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    parser.add_argument("--port", type=positive, default=7860, help="port to listen on (default: 7860)")
+    device(parser)
+
+
 def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=HYBRID, help="model folder (default: the small hybrid)")
     parser.add_argument("--questions", type=positive, default=2000, help="how many (default: 2000)")
@@ -101,6 +110,9 @@ def push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to upload to; made if it is not there")
     parser.add_argument("--message", metavar="TEXT", help="message of the commit")
+    parser.add_argument(
+        "--space", metavar="REPO", help="after it, make a Space of this name, user/name: a page that shows the model"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check the folder, list what would go, send nothing")
 
 

@@ -16,6 +16,7 @@ from . import arguments
 # Name to help, declaration of the arguments, and the module whose run(args) runs the command.
 COMMANDS = {
     "chat": ("talk to a model about pictures, videos and texts", arguments.chat, "mmmamba.cli.chat"),
+    "app": ("open a page to talk to a model in the browser", arguments.app, "mmmamba.cli.app"),
     "evaluate": ("score a model on the picture world", arguments.evaluate, "mmmamba.examples.shapes.evaluate"),
     "convert": (
         "convert a HoVLE or released mmMamba checkpoint into a model folder",

@@ -1,4 +1,4 @@
-"""`mmmamba push`: uploads a model folder to the Hugging Face Hub after checking all of it."""
+"""`mmmamba push`: uploads a checked model folder to the Hugging Face Hub, and a Space that shows the model."""
 
 import argparse
 import io
@@ -26,6 +26,7 @@ from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.package_code import self_contained
 from mmmamba.conversion.publish import check_model_folder, expected_specs
 from mmmamba.conversion.shards import PICKLES, listed, printable, read_index, read_json
+from mmmamba.conversion.space import space_files
 
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -40,20 +41,36 @@ LOGIN = "run `hf auth login` or set HF_TOKEN"
 
 def run(args: argparse.Namespace) -> None:
     """Runs `mmmamba push`. Raises ValueError for what cannot be uploaded and OSError if the Hub does not take it."""
+    if args.space is not None:
+        check_repo_name(args.space)
+        if args.revision is not None:
+            raise ValueError(f"--space shows the main branch; leave out --revision {args.revision}, or --space.")
     if not args.dry_run:
         print(push(args.folder, args.repo, args.public, args.revision, args.message))
+        if args.space is not None:
+            print(push_space(args.folder, args.repo, args.space, args.public))
         return
     check_repo_name(args.repo)
     files = files_to_upload(args.folder)
+    _list_files(files)
+    print(f"metadata of README.md:\n{_model_card(files['README.md']).data.to_yaml().strip()}\n")
+    branch = f", branch {args.revision}" if args.revision else ""
+    new = f"{'public' if args.public else 'private'} if it is new"
+    if args.space is not None:
+        print(f"to {args.repo}{branch}, {new}\n")
+        files = space_files(args.repo, _license(args.folder))
+        _list_files(files)
+        print(files["requirements.txt"].decode())
+    print(f"to {args.space or args.repo + branch}, {new}; nothing was sent")
+
+
+def _list_files(files: dict[str, Path | bytes]) -> None:
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
     for name, file in sorted(files.items()):
         is_link = isinstance(file, Path) and file.is_symlink()
         note = " (a link; its content is uploaded)" if is_link else ""
         print(f"{_format_size(sizes[name]):>9}  {printable(name)}{note}")
     print(f"{_format_size(sum(sizes.values())):>9}  in {len(files)} files\n")
-    print(f"metadata of README.md:\n{_model_card(files['README.md']).data.to_yaml().strip()}\n")
-    branch = f", branch {args.revision}" if args.revision else ""
-    print(f"to {args.repo}{branch}, {'public' if args.public else 'private'} if it is new; nothing was sent")
 
 
 def push(
@@ -95,6 +112,43 @@ def push(
             commit_message=message or f"Upload {repo.split('/')[1]} with mmmamba",
         )
     return f"{url}/tree/{revision}" if revision else url
+
+
+def push_space(folder: str | Path, model: str, space: str, public: bool = False) -> str:
+    """Uploads a Space: a page that shows a model which is on the Hub.
+
+    Args:
+        folder: The model's folder, whose card names its licence.
+        model: Name of the model on the Hub.
+        space: Name of the Space, `user/name`; created if it does not exist.
+        public: Whether a new Space is public.
+
+    Returns:
+        The address of the Space.
+
+    Raises:
+        ValueError: if the name cannot be the Hub's; then nothing was sent.
+        OSError: as `push`.
+    """
+    check_repo_name(space)
+    files = space_files(model, _license(folder))
+    with _hub(space) as api:
+        url = str(api.create_repo(space, repo_type="space", space_sdk="gradio", private=not public, exist_ok=True))
+        if api.model_info(model).private:
+            print(
+                f"note: {model} is private, so the Space needs a secret HF_TOKEN that may read it; see its settings."
+            )
+        api.create_commit(
+            space,
+            [CommitOperationAdd(name, file) for name, file in files.items()],
+            repo_type="space",
+            commit_message=f"Show {model} with mmmamba",
+        )
+    return url
+
+
+def _license(folder: str | Path) -> str | None:
+    return _model_card(Path(folder) / "README.md").data.license
 
 
 def check_repo_name(repo: str) -> None:

@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from socket import socket
 from threading import Thread
@@ -19,12 +21,16 @@ from urllib.parse import unquote
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import close_session, constants
 from model_folders import self_contained_copy
+from packaging.requirements import Requirement
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 import mmmamba
 from mmmamba.cli.main import main
+from mmmamba.conversion.space import space_files
 
 
 HYBRID = Path(mmmamba.__file__).parent / "examples" / "shapes" / "hybrid"
@@ -98,9 +104,9 @@ class Answers(BaseHTTPRequestHandler):
             return self.answer(400 if bad else 200, {"errors": errors, "warnings": []})
         if path.endswith(".git/info/lfs/objects/batch"):
             return self.batch(json.loads(body))
-        _, api, models, user, name, *rest = path.split("/")
+        _, api, kind, user, name, *rest = path.split("/")
         repo = hub.repos.get(f"{user}/{name}")
-        if (api, models) != ("api", "models") or repo is None:
+        if api != "api" or repo is None or kind != ("spaces" if "sdk" in repo else "models"):
             return self.answer(404, {"error": "Repository not found"}, **{"X-Error-Code": "RepoNotFound"})
         action, revision = (*rest, None, None)[:2]
         revision = unquote(revision or "")
@@ -129,12 +135,14 @@ class Answers(BaseHTTPRequestHandler):
 
     def create(self, values):
         hub, name = self.server, f"{values['organization']}/{values['name']}"
-        url = {"url": f"{hub.address}/{name}"}
+        url = {"url": f"{hub.address}/{'spaces/' if values.get('type') == 'space' else ''}{name}"}
         if name in hub.repos:
             return self.answer(409, {"error": "You already created this model repo", **url})
         # Older clients say `private`, newer ones `visibility`; the Hub takes both.
         private = values["private"] if "private" in values else values["visibility"] == "private"
         hub.repos[name] = {"private": private, "branches": {"main": {".gitattributes": b""}}, "messages": []}
+        if values.get("type") == "space":
+            hub.repos[name]["sdk"] = values["sdk"]
         return self.answer(200, url)
 
     def batch(self, values):
@@ -296,6 +304,68 @@ def test_the_visibility_of_what_exists_stays(hub, push):
     assert "note" not in results[2][1]
     assert (hub.repos["me/open"]["private"], hub.repos["me/closed"]["private"]) == (False, True)
     assert "model.safetensors" in hub.repos["me/open"]["branches"]["main"]
+
+
+def test_a_space_that_shows_the_model_follows_it(hub, push):
+    results = push(
+        [HYBRID, "me/model", "--space", "me/page"],
+        [HYBRID, "me/model", "--space", "me/page", "--public"],
+    )
+    for code, out, error in results:
+        assert code == 0, error
+        assert out.splitlines()[-1] == f"{hub.address}/spaces/me/page"
+        assert "me/model is private, so the Space needs a secret HF_TOKEN" in out
+    repo, main = hub.repos["me/page"], hub.repos["me/page"]["branches"]["main"]
+    assert (
+        repo["private"] is True and repo["sdk"] == "gradio" and repo["messages"] == ["Show me/model with mmmamba"] * 2
+    )
+    names = {"README.md", "app.py", "app_sessions.py", "picture.png", "requirements.txt"}
+    assert set(main) == names | {".gitattributes"}
+    assert "model.safetensors" in hub.repos["me/model"]["branches"]["main"]
+    page = main["app.py"].decode()
+    assert '"MMMAMBA_MODEL", "me/model"' in page and "from app_sessions import" in page
+    assert not re.search(r"^\s*(from|import) (\.|mmmamba)", page + main["app_sessions.py"].decode(), re.MULTILINE)
+    card = yaml.safe_load(main["README.md"].decode().split("---")[1])
+    assert card["sdk"] == "gradio" and card["app_file"] == "app.py" and card["models"] == ["me/model"]
+    assert card["license"] == "mit" and re.fullmatch(r"6\.\d+\.\d+", card["sdk_version"])
+    assert len(card["short_description"]) <= 60  # the Hub refuses a longer one
+
+
+def test_a_space_asks_for_what_the_package_asks_for():
+    """All but what only commands need, in the same versions or the one that is installed here."""
+    wanted = space_files("me/model")["requirements.txt"].decode().split()
+    wanted = {requirement.name: requirement for requirement in map(Requirement, wanted)}
+    project = (Path(mmmamba.__file__).parent / "pyproject.toml").read_text()
+    asked = re.search(r"^dependencies = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)[1]
+    asked = {requirement.name: requirement for requirement in map(Requirement, re.findall(r'"([^"]+)"', asked))}
+    assert set(asked) - set(wanted) == {"huggingface_hub", "pyyaml", "tqdm"}  # Transformers brings them
+    assert set(wanted) <= set(asked)
+    for name, requirement in wanted.items():
+        if name in ("torch", "torchvision", "transformers"):
+            assert str(requirement.specifier) == f"=={Version(version(name)).public}"
+            assert Version(version(name)).public in asked[name].specifier
+        else:
+            assert requirement.specifier == asked[name].specifier
+
+
+def test_a_dry_run_lists_the_space_and_sends_nothing(hub, push):
+    ((code, out, _),) = push([HYBRID, "me/model", "--space", "me/page", "--dry-run"])
+    assert code == 0 and hub.requests == []
+    model, space = out.split("to me/model, private if it is new")
+    assert "app.py" not in model and "app_sessions.py" in space and "requirements.txt" in space
+    assert "transformers==" in space and space.rstrip().endswith("to me/page, private if it is new; nothing was sent")
+
+
+def test_a_space_that_cannot_be_made_is_refused_before_any_request(hub, push):
+    sentences = errors(
+        push(
+            [HYBRID, "me/model", "--space", "page"],
+            [HYBRID, "me/model", "--space", "me/page", "--revision", "try"],
+        )
+    )
+    assert "'page'" in sentences[0] and "give user/name" in sentences[0]
+    assert "leave out --revision try" in sentences[1]
+    assert hub.requests == []
 
 
 def replace(file, old, new):
