@@ -140,7 +140,7 @@ def _start_vllm(args: argparse.Namespace, names: list[str], port: int) -> None:
     if not _samples(args.model):
         options["--override-generation-config"] = [json.dumps({"temperature": 0.0})]
     if not torch.cuda.is_available():
-        memory = os.environ.setdefault(CPU_CACHE_VARIABLE, str(_quarter_of_memory()))
+        memory = os.environ.setdefault(CPU_CACHE_VARIABLE, str(_quarter_of_free_memory()))
         options["--enforce-eager"] = []
         print(
             f"On a CPU: {memory} GiB for keys, values and states ({CPU_CACHE_VARIABLE}; vLLM would take 92 % of the "
@@ -156,9 +156,11 @@ def _start_vllm(args: argparse.Namespace, names: list[str], port: int) -> None:
     os.execv(sys.executable, [sys.executable, "-m", *start, *words, *args.engine_arguments])
 
 
-def _quarter_of_memory() -> int:
+def _quarter_of_free_memory() -> int:
     """In GiB, at least 1."""
-    return max(1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**32)
+    import psutil  # of vLLM's own requirements
+
+    return max(1, psutil.virtual_memory().available // 2**32)
 
 
 def _samples(folder: Path) -> bool:

@@ -22,7 +22,7 @@ from mmmamba.examples.shapes.world import example
 
 
 FOLDER = "examples/shapes/hybrid"
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[1]
 KEY = "a key for tests"
 START = 600  # seconds, on a busy machine
 LIMITS = {
