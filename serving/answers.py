@@ -322,7 +322,7 @@ class _Grammar:
         if not isinstance(schema, dict):
             raise RefusedError('response_format needs {"type": "json_schema", "json_schema": {"schema": {…}}}.')
         try:
-            return cls(compiler.compile_json_schema(schema))
+            return cls(compiler.compile_json_schema(schema, any_whitespace=False))  # small models never end it
         except RuntimeError as error:
             raise RefusedError(f"The schema of response_format cannot be compiled ({error}).") from None
 

@@ -33,7 +33,10 @@ LIMITS = {
 }
 # A prompt of more tokens than this is read in several steps.
 BATCHED_TOKENS = 256
-VLLM_OPTIONS = ["--max-num-seqs", "16", "--max-num-batched-tokens", str(BATCHED_TOKENS)]
+VLLM_OPTIONS = [
+    *("--max-num-seqs", "16", "--max-num-batched-tokens", str(BATCHED_TOKENS)),
+    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+]
 
 
 @dataclass

@@ -287,7 +287,7 @@ def test_a_missing_engine_is_named_with_its_remedy(capsys, monkeypatch):
     assert "transformers[serving]" in failed(capsys, "serve", folder)[1]
 
 
-def started(monkeypatch, *words, argv=None) -> list[str]:
+def started(monkeypatch, *words) -> list[str]:
     """The command that the process is replaced by."""
 
     class ReplacedError(Exception):
@@ -298,7 +298,7 @@ def started(monkeypatch, *words, argv=None) -> list[str]:
 
     monkeypatch.setattr(serve.os, "execv", replace)
     monkeypatch.setattr(serve, "_engine", lambda wanted: "vllm")
-    monkeypatch.setattr(serve.sys, "argv", ["mmmamba", *(argv or words)])
+    monkeypatch.setattr(serve.sys, "argv", ["mmmamba", *map(str, words)])
     for name in ("MMMAMBA_API_KEY", "MMMAMBA_SERVE_LIMITS", "VLLM_CPU_KVCACHE_SPACE", "VLLM_MAX_IMAGE_PIXELS"):
         monkeypatch.setenv(name, "1")  # so that what is set is taken back
     from mmmamba.cli.main import main
@@ -320,5 +320,5 @@ def test_vllm_is_started_behind_the_gate(monkeypatch, capsys):
 @pytest.mark.parametrize("words", [["--api-key", "s3cret"], ["--api-key=s3cret"], ["--api", "s3cret"]])
 def test_the_key_does_not_stay_on_the_command_line(monkeypatch, words):
     command = started(monkeypatch, "serve", arguments.HYBRID, *words, "--port", "0")
-    assert command[1:] == ["-m", "mmmamba", "serve", arguments.HYBRID, "--port", "0"]
+    assert command[1:] == ["-m", "mmmamba", "serve", str(arguments.HYBRID), "--port", "0"]
     assert serve.os.environ["MMMAMBA_API_KEY"] == "s3cret"
