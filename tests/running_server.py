@@ -50,7 +50,7 @@ class Server:
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key=KEY, max_retries=0, timeout=120)
+        return openai.OpenAI(base_url=self.url, api_key=KEY, max_retries=0, timeout=600)
 
     def chat(self, content, **options):
         """Asks one question, greedily unless told otherwise."""
