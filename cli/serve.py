@@ -63,7 +63,7 @@ def _engine(wanted: str) -> str:
     if missing:
         raise ValueError(
             f"The server needs vLLM, or Transformers' server, for which {', '.join(missing)} is missing; install one "
-            "with `pip install 'mmmamba[vllm]'` or `pip install 'transformers[serving]'`."
+            "with `pip install 'mmmamba[vllm]'` or `pip install 'mmmamba[serving]'`."
         )
     return "transformers"
 
@@ -174,7 +174,7 @@ def _serve_with_transformers(args: argparse.Namespace, names: list[str], listene
         from mmmamba.serving.transformers_server import serve
     except ImportError as error:
         raise ImportError(
-            f"Transformers' server cannot be used here ({error}); run `pip install 'transformers[serving]'`."
+            f"Transformers' server cannot be used here ({error}); run `pip install 'mmmamba[serving]'`."
         ) from None
 
     from .env import usable_device

@@ -300,7 +300,11 @@ def test_pictures_over_a_limit_are_refused(server, media):
         server.chat(shown(*[allowed] * 4, question=HOW_MANY))
     noise = Image.effect_noise((990, 1000), 100).convert("RGB")
     noise.save(media.folder / "noise.bmp")  # 3 MB
-    for address in (as_data(noise, "BMP")[: 22 + 1_400_000], f"{media.url}/noise.bmp", f"file://{media.folder}/noise.bmp"):
+    for address in (
+        as_data(noise, "BMP")[: 22 + 1_400_000],
+        f"{media.url}/noise.bmp",
+        f"file://{media.folder}/noise.bmp",
+    ):
         with pytest.raises(openai.BadRequestError, match=str(LIMITS["--max-image-bytes"])):
             server.chat(shown(address, question=HOW_MANY))
 
