@@ -14,6 +14,7 @@ import torch
 from mmmamba.conversion.publish import check_model_folder
 from mmmamba.serving.limits import Limits
 from mmmamba.serving.middleware import KEY_VARIABLE, LIMITS_VARIABLE, to_environment
+from mmmamba.video_processing_mmmamba import MmMambaVideoProcessor
 
 
 CPU_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
@@ -133,8 +134,8 @@ def _start_vllm(args: argparse.Namespace, names: list[str], port: int) -> None:
         # The middleware has put pictures and videos into the request; vLLM itself is to fetch nothing.
         "--allowed-media-domains": ["nothing.invalid"],
         "--shutdown-timeout": [str(args.shutdown_timeout)],
-        # As they are, so that transparent pixels are read as everywhere else in the package.
-        "--media-io-kwargs": [json.dumps({"image": {"image_mode": None}})],
+        # Pixels as they are stored, transparent ones too, and of videos as many frames as the processor takes.
+        "--media-io-kwargs": [json.dumps({"image": {"image_mode": None}, "video": _frames(args.model)})],
         "--dtype": [args.dtype],
     }
     if not _samples(args.model):
@@ -161,6 +162,12 @@ def _quarter_of_free_memory() -> int:
     import psutil  # of vLLM's own requirements
 
     return max(1, psutil.virtual_memory().available // 2**32)
+
+
+def _frames(folder: Path) -> dict[str, float]:
+    """How the folder's processor samples videos; vLLM would take 32 frames of each."""
+    processor = MmMambaVideoProcessor.from_pretrained(folder)
+    return {"num_frames": processor.num_frames} if processor.fps is None else {"fps": processor.fps}
 
 
 def _samples(folder: Path) -> bool:

@@ -314,6 +314,8 @@ def test_vllm_is_started_behind_the_gate(monkeypatch, capsys):
     assert command[command.index("--middleware") + 1] == "mmmamba.serving.middleware.Gate"
     assert command[command.index("--host") + 1] == "127.0.0.1" and int(command[command.index("--port") + 1]) > 0
     assert command[command.index("--override-generation-config") + 1] == '{"temperature": 0.0}'
+    media_options = json.loads(command[command.index("--media-io-kwargs") + 1])
+    assert media_options == {"image": {"image_mode": None}, "video": {"num_frames": 8}}
     assert "vLLM" in capsys.readouterr().out
 
 
