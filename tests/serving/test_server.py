@@ -140,7 +140,7 @@ def test_several_answers_of_which_each_is_drawn_anew(server, reference):
         assert [choice.message.content for choice in server.chat(content, n=2).choices] == [expected] * 2
     options = {"n": 6, "temperature": 2.0, "max_tokens": 6}
     drawn = [
-        [choice.message.content for choice in sorted(server.chat(content, seed=seed, **options).choices, key=_index)]
+        [choice.message.content for choice in sorted(server.chat("Colors!", seed=seed, **options).choices, key=_index)]
         for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) > 1
