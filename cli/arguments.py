@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from mmmamba.serving.limits import Limits
+
 
 SHAPES = Path(__file__).parent.parent / "examples" / "shapes"
 HYBRID = SHAPES / "hybrid"
@@ -114,6 +116,67 @@ def push(parser: argparse.ArgumentParser) -> None:
         "--space", metavar="REPO", help="after it, make a Space of this name, user/name: a page that shows the model"
     )
     parser.add_argument("--dry-run", action="store_true", help="check the folder, list what would go, send nothing")
+
+
+def serve(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "mmmamba serve [DIR] [options] [-- options of vLLM]"
+    parser.add_argument(
+        "model", metavar="DIR", type=Path, nargs="?", default=HYBRID, help="model folder (default: the small hybrid)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    parser.add_argument("--port", type=port, default=8000, help="8000 if not given; 0 takes a free one")
+    parser.add_argument(
+        "--engine", choices=("auto", "vllm", "transformers"), default="auto", help="vLLM if it is installed (default)"
+    )
+    parser.add_argument(
+        "--api-key", metavar="KEY", type=nonempty, help="that requests must have (default: $MMMAMBA_API_KEY, if set)"
+    )
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", nargs="+", help="for requests (default: the folder's name and its path)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights"
+    )
+    parser.add_argument("--device", help="of the engine transformers: cpu, cuda:1, … (default: cuda if available)")
+    parser.add_argument(
+        "--shutdown-timeout",
+        metavar="SECONDS",
+        type=positive,
+        default=60,
+        help="for answers after SIGTERM (default: 60)",
+    )
+    limits = parser.add_argument_group("limits of one request")
+    for name, what in (
+        ("max_request_bytes", "its body, and all that its addresses bring"),
+        ("max_image_bytes", "a picture's file"),
+        ("max_image_pixels", "width x height of a picture, or of a video's frames"),
+        ("max_request_pixels", "all pictures together"),
+    ):
+        option, default = "--" + name.replace("_", "-"), getattr(Limits, name)
+        limits.add_argument(option, metavar="N", type=positive, default=default, help=f"{what} (default: {default:,})")
+    limits.add_argument(
+        "--allowed-media-domains",
+        metavar="HOST",
+        nargs="*",
+        help="fetch from these hosts only; from none if no name follows (default: hosts on the public internet)",
+    )
+    limits.add_argument(
+        "--allowed-local-media-path", metavar="DIR", type=Path, help="read file://… in this folder (default: no files)"
+    )
+
+
+def port(text: str) -> int:
+    """A TCP port, from the command line."""
+    if text.isdecimal() and int(text) < 2**16:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no port, which is a number from 0 to 65535")
+
+
+def nonempty(text: str) -> str:
+    """A text that is not empty, from the command line."""
+    if text:
+        return text
+    raise argparse.ArgumentTypeError("it is empty")
 
 
 def env(parser: argparse.ArgumentParser) -> None:

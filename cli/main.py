@@ -31,6 +31,7 @@ COMMANDS = {
     ),
     "env": ("show packages and devices, which implementations are used and why", arguments.env, "mmmamba.cli.env"),
     "bench": ("measure speed and memory beside peers", bench.add_arguments, "mmmamba.benchmarks.bench"),
+    "serve": ("serve a model behind OpenAI's API", arguments.serve, "mmmamba.cli.serve"),
     "push": ("upload a model folder to the Hugging Face Hub", arguments.push, "mmmamba.conversion.push"),
 }
 
@@ -101,7 +102,11 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         parser = _parser()
-        args, more = parser.parse_known_args(argv)
+        argv = sys.argv[1:] if argv is None else argv
+        # What follows -- is for the engine of `serve`, and may look like our own options.
+        end = argv.index("--") if argv[:1] == ["serve"] and "--" in argv else len(argv)
+        args, more = parser.parse_known_args(argv[:end])
+        args.engine_arguments = argv[end + 1 :]
         # argparse takes KEY=VALUE before options only.
         if more and hasattr(args, "overrides") and all("=" in text and text[0] != "-" for text in more):
             args.overrides += more
