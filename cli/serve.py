@@ -136,6 +136,9 @@ def _start_vllm(args: argparse.Namespace, names: list[str], port: int) -> None:
         "--shutdown-timeout": [str(args.shutdown_timeout)],
         # Pixels as they are stored, transparent ones too, and of videos as many frames as the processor takes.
         "--media-io-kwargs": [json.dumps({"image": {"image_mode": None}, "video": _frames(args.model)})],
+        # vLLM 0.32 answers 500 when several answers (n) are asked about a picture that it has not kept yet, and takes
+        # pictures with and without transparent pixels for one.
+        "--mm-processor-cache-gb": ["0"],
         "--dtype": [args.dtype],
     }
     if not _samples(args.model):

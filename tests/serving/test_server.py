@@ -73,9 +73,7 @@ def test_several_pictures_keep_their_order(server, media, reference):
     assert server.answer(shown(*addresses, question=question)) == expected
 
 
-def test_transparent_pixels_are_read_as_by_the_processor(server, reference, request):
-    if server.engine == "vllm":  # in spite of --media-io-kwargs; where they are changed is not known yet
-        request.applymarker(pytest.mark.xfail(strict=True, reason="vLLM reads transparent pixels otherwise"))
+def test_transparent_pixels_are_read_as_by_the_processor(server, reference):
     image = picture(2).convert("RGBA")
     image.putalpha(Image.linear_gradient("L").resize(image.size))
     expected = reference.answer_about(image, question=HOW_MANY)
