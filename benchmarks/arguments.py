@@ -93,10 +93,10 @@ def serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="fp32")
     parser.add_argument("--clients", type=positive, nargs="+", default=[1, 8, 64], help="requests in flight")
     parser.add_argument("--lengths", type=positive, nargs="+", default=[1024, 16384], help="tokens of a prompt")
-    parser.add_argument("--output-tokens", type=positive, default=64, help="tokens of every answer")
-    parser.add_argument("--requests", type=positive, default=4, help="requests of a point, at least one per client")
+    parser.add_argument("--output-tokens", type=positive, default=32, help="tokens of every answer")
+    parser.add_argument("--requests", type=positive, default=2, help="requests of a point, at least one per client")
     parser.add_argument("--batched-tokens", type=positive, default=2048, help="most tokens of one step of the engine")
-    parser.add_argument("--cache-gib", type=float, default=5.0, help="memory for keys, values and states, per server")
+    parser.add_argument("--cache-gib", type=float, help="memory for keys, values and states (default: enough for all)")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the models that support it")
     parser.add_argument(
         "--logs", type=Path, help="folder for model folders and the servers' logs (default: temporary)"

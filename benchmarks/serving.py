@@ -4,8 +4,9 @@ mmmamba bench serving --results out
 mmmamba bench serving --results out --lengths 1024 --rounds 7     # more rounds of some points; those that exist stay
 
 One server per model, all started at once; vLLM's own `bench serve` sends them prompts of random tokens, to one server
-at a time, in turns. Weights are random, answers have a fixed number of tokens, prefixes are not cached, and every
-server has the same memory for keys, values and states. With --results a point that the JSON has is not measured again.
+at a time, in turns. Weights are random, answers have a fixed number of tokens, prefixes are not cached. Every server has
+memory for the keys, values and states of all clients, or what --cache-gib says; then requests that do not fit wait.
+With --results a point that the JSON has is not measured again.
 """
 
 import argparse
@@ -212,17 +213,17 @@ def bench_serve(server: Server, clients: int, requests: int, length: int, output
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
     options = {
-        "backend": "openai", "host": "127.0.0.1", "port": server.port, "model": server.folder, "dataset-name": "random",
-        "random-input-len": length, "random-output-len": output_tokens, "num-prompts": requests,
+        "backend": "openai", "host": "127.0.0.1", "port": server.port, "model": server.folder,
+        "dataset-name": "random", "random-input-len": length, "random-output-len": output_tokens, "num-prompts": requests,
         "max-concurrency": clients, "seed": seed, "temperature": 0, "ready-check-timeout-sec": 0,
     }  # fmt: skip
-    arguments = [f"--{name}={value}" for name, value in options.items()]
+    arguments = ["--disable-tqdm", *(f"--{name}={value}" for name, value in options.items())]
     with server.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        result = asyncio.run(main_async(parser.parse_args([*arguments, "--disable-tqdm"])))
+        result = asyncio.run(main_async(parser.parse_args(arguments)))
     tokens = (result["completed"], result["total_input_tokens"], result["total_output_tokens"])
     if tokens != (requests, requests * length, requests * output_tokens):
         raise RuntimeError(
-            f"{server.name} answered {tokens[0]} of {requests} requests ({tokens[1]} tokens read, {tokens[2]} written);"
-            f" see {server.log}."
+            f"{server.name} answered {tokens[0]} of {requests} requests, {tokens[1]} tokens read and {tokens[2]} "
+            f"written; see {server.log}."
         )
     return result
