@@ -101,15 +101,21 @@ def as_text(text: str, tokenizer) -> str:
     return text + PLAIN_TEXT_MARK if starts else text
 
 
-def mark_texts(messages, tokenizer):
-    """A copy of (lists of) messages with `as_text` applied to what is said; pictures are shared, not copied."""
+def mark_texts(messages, tokenizer, parts_only: bool = False):
+    """A copy of (lists of) messages with `as_text` applied to what is said; pictures are shared, not copied.
+
+    Args:
+        messages: One message, a list of them, or a list of such lists.
+        tokenizer: Has the control tokens.
+        parts_only: Leave contents that are strings as they are: they may hold placeholders such as `<image>`.
+    """
     if isinstance(messages, str):
-        return as_text(messages, tokenizer)
+        return messages if parts_only else as_text(messages, tokenizer)
     if isinstance(messages, (list, tuple)):
-        return [mark_texts(message, tokenizer) for message in messages]
+        return [mark_texts(message, tokenizer, parts_only) for message in messages]
     if isinstance(messages, dict):
         return {
-            key: mark_texts(value, tokenizer) if key in ("content", "text") else value
+            key: mark_texts(value, tokenizer, parts_only and key != "text") if key in ("content", "text") else value
             for key, value in messages.items()
         }
     return messages
@@ -264,7 +270,8 @@ class ChatTemplateMixin:
 
         Args:
             sanitize_control_tokens: Whether control tokens and placeholders that are typed in messages are encoded as
-                plain text; without effect if the text is not encoded.
+                plain text. With `tokenize=False` the text is marked so that it will be (servers encode it later), but
+                for contents that are one string: they may hold placeholders, which the processor replaces.
 
         Raises:
             ValueError: if the messages cannot be rendered, or the template does not use `tools`, `documents` or
@@ -277,8 +284,8 @@ class ChatTemplateMixin:
         for_template = {name: value for name, value in kwargs.items() if name not in options}
         check_template_arguments(template, tools=tools, documents=documents, **for_template)
         check_tool_calls(template, conversation)
-        if tokenize and sanitize_control_tokens:
-            conversation = mark_texts(conversation, self)
+        if sanitize_control_tokens:
+            conversation = mark_texts(conversation, self, parts_only=not tokenize)
         with template_errors_in_a_sentence():
             return super().apply_chat_template(
                 conversation,

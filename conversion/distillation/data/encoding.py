@@ -113,7 +113,8 @@ class ConversationEncoder:
             raise BadRow("its texts hold all characters that Unicode reserves for internal use")
         try:
             delimited = self._delimit(messages, delimiter, literal_placeholders)
-            pieces = self.tokenizer.apply_chat_template(delimited, tokenize=False).split(delimiter)
+            prompt = self.tokenizer.apply_chat_template(delimited, tokenize=False, sanitize_control_tokens=False)
+            pieces = prompt.split(delimiter)
         except ValueError as error:
             raise BadRow(f"it cannot be rendered ({error_reason(error)})") from None
         answers = sum(message["role"] == "assistant" for message in messages)
