@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import re
 import socket
 import subprocess
@@ -85,9 +86,18 @@ class Server:
         now, peak = max(sizes, default=(0.0, 0.0))
         return {"RSS MiB": now, "peak MiB": peak}
 
+    def cpu_seconds(self) -> float:
+        """Processor time that the server's processes have used so far."""
+        ticks = 0
+        for process in descendants(self.process.pid):
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     @contextlib.contextmanager
     def watched(self) -> Iterator[dict]:
-        """Fills a dictionary with the most of the cache that was in use, and how many requests were preempted."""
+        """Fills a dictionary: most of the cache in use, how many requests were preempted, processor time."""
         usage, stop, most = {}, threading.Event(), [0.0]
 
         def watch():
@@ -95,7 +105,8 @@ class Server:
                 with contextlib.suppress(OSError):
                     most[0] = max(most[0], self._metric(USAGE))
 
-        before, thread = self._metric(PREEMPTED), threading.Thread(target=watch, daemon=True)
+        before, cpu_seconds = self._metric(PREEMPTED), self.cpu_seconds()
+        thread = threading.Thread(target=watch, daemon=True)
         thread.start()
         try:
             yield usage
@@ -103,6 +114,7 @@ class Server:
             stop.set()
             thread.join()
         usage |= {"cache MiB": most[0] * self.cache_bytes / 2**20, "preempted": self._metric(PREEMPTED) - before}
+        usage["CPU s"] = self.cpu_seconds() - cpu_seconds
 
     def _metric(self, name: str) -> float:
         lines = self._get("/metrics").splitlines()
@@ -128,9 +140,16 @@ def descendants(process: int) -> list[int]:
 
 @contextlib.contextmanager
 def running_servers(
-    folders: dict[str, Path], args: argparse.Namespace, device: torch.device
+    folders: dict[str, Path], caches: dict[str, float], args: argparse.Namespace, device: torch.device
 ) -> Iterator[dict[str, Server]]:
-    """Starts a server for each model folder, all with the same settings, and stops them at the end."""
+    """Starts a server for each model folder, all with the same settings, and stops them at the end.
+
+    Args:
+        folders: By name of the model.
+        caches: GiB for keys, values and states, by name of the model.
+        args: Of the benchmark.
+        device: CPU or GPU.
+    """
     longest = max(args.lengths) + args.output_tokens
     options = [
         "--trust-remote-code", f"--dtype={str(DTYPES[args.dtype]).removeprefix('torch.')}",
@@ -145,7 +164,7 @@ def running_servers(
     try:
         for name, folder in folders.items():
             mine = options if name not in ("llama", "granite") else [o for o in options if "limit-mm" not in o]
-            servers[name] = Server(name, folder, folder.with_suffix(".log"), args.cache_gib, mine)
+            servers[name] = Server(name, folder, folder.with_suffix(".log"), caches[name], mine)
         for server in servers.values():
             server.wait_until_ready()
         yield servers

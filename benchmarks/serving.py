@@ -4,9 +4,9 @@ mmmamba bench serving --results out
 mmmamba bench serving --results out --lengths 1024 --rounds 7     # more rounds of some points; those that exist stay
 
 One server per model, all started at once; vLLM's own `bench serve` sends them prompts of random tokens, to one server
-at a time, in turns. Weights are random, answers have a fixed number of tokens, prefixes are not cached. Every server has
-memory for the keys, values and states of all clients, or what --cache-gib says; then requests that do not fit wait.
-With --results a point that the JSON has is not measured again.
+at a time, in turns. Weights are random, answers have a fixed number of tokens, prefixes are not cached. Every server
+has memory for the keys, values and states of all clients, or what --cache-gib says; then requests that do not fit
+wait. With --results a point that the JSON has is not measured again.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .models import make_model
+from .models import cache_bytes, cache_of_length, make_model
 from .plot import grid_plot
 from .server import Server, running_servers
 from .timing import format_table, machine_info, write_result
@@ -36,8 +36,17 @@ MEASURES = {
     "first token ms": "mean_ttft_ms",
     "token ms": "mean_tpot_ms",
 }
-SAMPLED = (*MEASURES, "seconds", "cache MiB", "preempted")
-COLUMNS = [*POINT, *MEASURES, "least requests/s", "most requests/s", "cache MiB", "preempted", "rounds"]
+SAMPLED = (*MEASURES, "CPU s/request", "seconds", "cache MiB", "preempted")
+COLUMNS = [
+    *POINT,
+    *MEASURES,
+    "least requests/s",
+    "most requests/s",
+    "CPU s/request",
+    "cache MiB",
+    "preempted",
+    "rounds",
+]
 SETTINGS = ("size", "layers", "dtype", "output_tokens", "requests", "batched_tokens", "cache_gib", "compile")
 WORDS = ("<unk>", "<s>", "</s>", "<img>", "<IMG_CONTEXT>", "</img>", "<image>")
 
@@ -55,7 +64,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             folders = {name: folder / name for name in names}
             for name in names:
                 result["models"][name] = write_model(name, args, folders[name])
-            servers = stack.enter_context(running_servers(folders, args, device))
+            caches = {name: result["models"][name]["cache GiB"] for name in names}
+            servers = stack.enter_context(running_servers(folders, caches, args, device))
             for name, server in servers.items():
                 warm_up(server, args)
                 result["models"][name] |= server.capacity() | {"loaded MiB": server.memory()["RSS MiB"]}
@@ -125,9 +135,10 @@ def rows_of(samples: list[dict]) -> list[dict]:
     return rows
 
 
-def ratios_of(rows: list[dict], of: str = "linear") -> list[dict]:
-    """Requests per second of one model divided by those of each other, a row per point."""
-    rates = {tuple(row[name] for name in POINT): row["requests/s"] for row in rows}
+def ratios_of(rows: list[dict], column: str, of: str = "linear") -> list[dict]:
+    """How many times as fast one model is as each other, by a rate or a time, a row per point."""
+    power = 1 if column == "requests/s" else -1
+    rates = {tuple(row[name] for name in POINT): row[column] ** power for row in rows}
     others = [name for name in dict.fromkeys(row["model"] for row in rows) if name != of]
     return [
         {"length": length, "clients": clients}
@@ -146,10 +157,10 @@ def report(result: dict) -> None:
     models = [{"model": name} | values for name, values in result["models"].items()]
     print(format_table(models, list(dict.fromkeys(column for row in models for column in row))), "\n")
     print(format_table(result["rows"], COLUMNS), "\n")
-    ratios = ratios_of(result["rows"])
-    if ratios:
-        print("requests per second, ratios of medians")
-        print(format_table(ratios, list(dict.fromkeys(column for row in ratios for column in row))))
+    for column in ("requests/s", "CPU s/request"):
+        if ratios := ratios_of(result["rows"], column):
+            print(f"how many times as fast, by medians of {column}")
+            print(format_table(ratios, list(dict.fromkeys(key for row in ratios for key in row))), "\n")
 
 
 def plot(rows: list[dict], file: Path) -> None:
@@ -171,7 +182,9 @@ def write_model(name: str, args: argparse.Namespace, folder: Path) -> dict:
 
         MmMambaProcessor(MmMambaImageProcessorPil(), tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return {"parameters": parameters}
+    one = sum(cache_bytes(cache_of_length(model, max(args.lengths) + args.output_tokens)))
+    # vLLM allots whole blocks, of the same size for keys and values as for states: some more than they take.
+    return {"parameters": parameters, "cache GiB": args.cache_gib or 1.15 * max(args.clients) * one / 2**30}
 
 
 def word_tokenizer(vocabulary: int):
@@ -198,6 +211,7 @@ def measure(server: Server, args: argparse.Namespace, length: int, clients: int,
     with server.watched() as usage:
         result = bench_serve(server, clients, requests, length, args.output_tokens, seed)
     sample = {column: result[key] for column, key in MEASURES.items()}
+    usage["CPU s/request"] = usage.pop("CPU s") / requests
     return sample | {"seconds": result["duration"], "requests": requests} | usage
 
 
@@ -214,8 +228,8 @@ def bench_serve(server: Server, clients: int, requests: int, length: int, output
     add_cli_args(parser)
     options = {
         "backend": "openai", "host": "127.0.0.1", "port": server.port, "model": server.folder,
-        "dataset-name": "random", "random-input-len": length, "random-output-len": output_tokens, "num-prompts": requests,
-        "max-concurrency": clients, "seed": seed, "temperature": 0, "ready-check-timeout-sec": 0,
+        "dataset-name": "random", "random-input-len": length, "random-output-len": output_tokens,
+        "num-prompts": requests, "max-concurrency": clients, "seed": seed, "temperature": 0, "ready-check-timeout-sec": 0,
     }  # fmt: skip
     arguments = ["--disable-tqdm", *(f"--{name}={value}" for name, value in options.items())]
     with server.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):

@@ -116,7 +116,8 @@ def test_every_ablation_has_a_valid_recipe_and_stands_in_a_table():
 
 def serving_sample(model, length, clients, rate):
     sample = {"length": length, "clients": clients, "model": model, "requests/s": rate, "tokens/s": 8 * rate}
-    return sample | {"first token ms": 1.0, "token ms": 1.0, "seconds": 1.0, "cache MiB": 2.0, "preempted": 0.0}
+    sample |= {"first token ms": 1.0, "token ms": 1.0, "CPU s/request": 0.5 / rate}
+    return sample | {"seconds": 1.0, "cache MiB": 2.0, "preempted": 0.0}
 
 
 def test_serving_measures_what_is_left_in_turns_that_begin_with_another_model():
@@ -133,20 +134,21 @@ def test_serving_results_that_are_complete_are_reported_without_vllm(tmp_path, c
     options = ["--size=tiny", "--models", "linear", "llama", "--lengths=16", "--clients", "1", "8", "--rounds=3"]
     rates = {("linear", 1): (4, 9, 2), ("linear", 8): (30, 30, 31), ("llama", 1): (2, 2, 3), ("llama", 8): (9, 12, 10)}
     samples = [serving_sample(name, 16, n, float(rate)) for (name, n), three in rates.items() for rate in three]
-    settings = {"size": "tiny", "layers": None, "dtype": "fp32", "output_tokens": 64, "requests": 4}
-    settings |= {"batched_tokens": 2048, "cache_gib": 5.0, "compile": False}
+    settings = {"size": "tiny", "layers": None, "dtype": "fp32", "output_tokens": 32, "requests": 2}
+    settings |= {"batched_tokens": 2048, "cache_gib": None, "compile": False}
     result = {"settings": settings, "models": {"linear": {"parameters": 5}}, "samples": samples}
     timing.write_result("serving", torch.device("cpu"), result, tmp_path)
     rows = bench(tmp_path, "serving", *options)["rows"]
     (row,) = [row for row in rows if (row["model"], row["clients"]) == ("linear", 1)]
     assert (row["requests/s"], row["least requests/s"], row["most requests/s"], row["rounds"]) == (4, 2, 9, 3)
-    assert serving.ratios_of(rows) == [
-        {"length": 16, "clients": 1, "linear/llama": 2.0}, {"length": 16, "clients": 8, "linear/llama": 3.0},
-    ]  # fmt: skip
+    for column in ("requests/s", "CPU s/request"):
+        assert serving.ratios_of(rows, column) == [
+            {"length": 16, "clients": 1, "linear/llama": 2.0}, {"length": 16, "clients": 8, "linear/llama": 3.0},
+        ]  # fmt: skip
     printed = capsys.readouterr().out
     assert "linear/llama" in printed and "parameters" in printed and (tmp_path / "serving-cpu.png").stat().st_size
     with pytest.raises(ValueError, match="measured with"):
-        serving.earlier_result(tmp_path, torch.device("cpu"), settings | {"output_tokens": 32})
+        serving.earlier_result(tmp_path, torch.device("cpu"), settings | {"output_tokens": 64})
 
 
 def test_the_models_that_are_served_have_as_many_parameters_within_four_percent():
