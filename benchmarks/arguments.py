@@ -12,7 +12,7 @@ SERVED = ("linear", "hybrid", "teacher", "granite", "llama")
 DTYPE_NAMES = ("fp32", "bf16", "fp16")
 SIZES = {  # layers, hidden, MLP, heads, key/value heads, vocabulary
     "tiny": (2, 64, 256, 2, 1, 1024),
-    "narrow": (4, 256, 1024, 4, 2, 8192),
+    "narrow": (4, 128, 512, 2, 1, 8192),
     "small": (8, 512, 2048, 8, 4, 8192),
     "released": (32, 2048, 8192, 16, 8, 92553),
 }
@@ -93,7 +93,7 @@ def serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="fp32")
     parser.add_argument("--clients", type=positive, nargs="+", default=[1, 8, 64], help="requests in flight")
     parser.add_argument("--lengths", type=positive, nargs="+", default=[1024, 16384], help="tokens of a prompt")
-    parser.add_argument("--output-tokens", type=positive, default=32, help="tokens of every answer")
+    parser.add_argument("--output-tokens", type=positive, default=64, help="tokens of every answer")
     parser.add_argument("--requests", type=positive, default=2, help="requests of a point, at least one per client")
     parser.add_argument("--batched-tokens", type=positive, default=2048, help="most tokens of one step of the engine")
     parser.add_argument("--cache-gib", type=float, help="memory for keys, values and states (default: enough for all)")

@@ -229,7 +229,8 @@ def bench_serve(server: Server, clients: int, requests: int, length: int, output
     options = {
         "backend": "openai", "host": "127.0.0.1", "port": server.port, "model": server.folder,
         "dataset-name": "random", "random-input-len": length, "random-output-len": output_tokens,
-        "num-prompts": requests, "max-concurrency": clients, "seed": seed, "temperature": 0, "ready-check-timeout-sec": 0,
+        "num-prompts": requests, "max-concurrency": clients, "seed": seed, "temperature": 0,
+        "ready-check-timeout-sec": 0,
     }  # fmt: skip
     arguments = ["--disable-tqdm", *(f"--{name}={value}" for name, value in options.items())]
     with server.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):

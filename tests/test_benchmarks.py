@@ -134,7 +134,7 @@ def test_serving_results_that_are_complete_are_reported_without_vllm(tmp_path, c
     options = ["--size=tiny", "--models", "linear", "llama", "--lengths=16", "--clients", "1", "8", "--rounds=3"]
     rates = {("linear", 1): (4, 9, 2), ("linear", 8): (30, 30, 31), ("llama", 1): (2, 2, 3), ("llama", 8): (9, 12, 10)}
     samples = [serving_sample(name, 16, n, float(rate)) for (name, n), three in rates.items() for rate in three]
-    settings = {"size": "tiny", "layers": None, "dtype": "fp32", "output_tokens": 32, "requests": 2}
+    settings = {"size": "tiny", "layers": None, "dtype": "fp32", "output_tokens": 64, "requests": 2}
     settings |= {"batched_tokens": 2048, "cache_gib": None, "compile": False}
     result = {"settings": settings, "models": {"linear": {"parameters": 5}}, "samples": samples}
     timing.write_result("serving", torch.device("cpu"), result, tmp_path)
@@ -148,7 +148,7 @@ def test_serving_results_that_are_complete_are_reported_without_vllm(tmp_path, c
     printed = capsys.readouterr().out
     assert "linear/llama" in printed and "parameters" in printed and (tmp_path / "serving-cpu.png").stat().st_size
     with pytest.raises(ValueError, match="measured with"):
-        serving.earlier_result(tmp_path, torch.device("cpu"), settings | {"output_tokens": 64})
+        serving.earlier_result(tmp_path, torch.device("cpu"), settings | {"output_tokens": 32})
 
 
 def test_the_models_that_are_served_have_as_many_parameters_within_four_percent():
