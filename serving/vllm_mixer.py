@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from vllm.config import CacheConfig, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import _encode_layer_name  # how vLLM's own mixers name themselves to their custom op
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from mmmamba.configuration_mmmamba import MmMambaTextConfig
 
@@ -69,11 +72,7 @@ class MmMambaMixer(MambaMixer2):
         self.register_buffer("D", skip, persistent=False)
         self.norm = GatedRMSNorm(config.head_dim, config.ssm_norm_eps)
         self.vkq_sizes = [size // processes for size in (shared, shared, inner)]
-        self.sizes = [
-            sum(self.vkq_sizes),
-            inner // processes,
-            config.num_attention_heads // processes,
-        ]  # vkq, gate, dt
+        self.sizes = [sum(self.vkq_sizes), inner // processes, config.num_attention_heads // processes]  # …, gate, dt
         # What vLLM's part works on: v|k|q and dt, without the gate; and one group per head behind the convolution.
         self.n_groups = config.num_attention_heads
         self.tped_intermediate_size = 0
@@ -100,6 +99,12 @@ class MmMambaMixer(MambaMixer2):
         """Convolution and scan or step. Args: projected_states (T, v|k|q|gate|dt); output (T, H P), written to."""
         vkq, _, dt = projected_states.split(self.sizes, dim=-1)
         super().conv_ssm_forward(torch.cat([vkq, dt], dim=-1), output)
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        if current_platform.is_cpu():
+            # vLLM's scan on CPUs gives the last state alone, so prompts must be cut where a state is to be kept.
+            return MambaBase.get_kv_cache_spec(self, vllm_config)
+        return super().get_kv_cache_spec(vllm_config)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return state_dtypes(self.model_config.dtype, self.cache_config)
@@ -152,7 +157,7 @@ def state_shapes(config: MmMambaTextConfig, processes: int, draft_tokens: int = 
 
 
 def state_dtypes(dtype: torch.dtype, cache_config: CacheConfig) -> tuple[torch.dtype, ...]:
-    """Dtypes of the two states. Recurrent states are fp32 unless the engine is told otherwise: bf16 loses small steps."""
+    """Dtypes of the two states; recurrent ones are fp32 unless the engine is told otherwise: bf16 loses steps."""
     recurrent = cache_config.mamba_ssm_cache_dtype
     return MambaStateDtypeCalculator.mamba2_state_dtype(
         dtype, cache_config.mamba_cache_dtype, "float32" if recurrent == "auto" else recurrent

@@ -103,7 +103,7 @@ class MmMambaModel(nn.Module):
         config = vllm_config.model_config.hf_config
         self.config = text = config.text_config
         first, last = get_pp_group().is_first_rank, get_pp_group().is_last_rank
-        self.vision_embeddings = self.embed_tokens = self.norm = PPMissingLayer()
+        self.vision_embeddings, self.embed_tokens, self.norm = PPMissingLayer(), PPMissingLayer(), PPMissingLayer()
         if first:
             self.vision_embeddings = MmMambaVisionEmbeddings(config.vision_config, text.hidden_size)
         if first or (last and config.tie_word_embeddings):
@@ -128,8 +128,12 @@ class MmMambaModel(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
-        """Args: input_ids (T,), or inputs_embeds (T, D) instead; positions (T,); intermediate_tensors, what the process
-        before returned. Returns (T, D); `IntermediateTensors` for the next process unless this is the last one."""
+        """The layers of this process.
+
+        Args: input_ids (T,), or inputs_embeds (T, D) instead; positions (T,); intermediate_tensors, what the process
+        before returned.
+        Returns: (T, D); `IntermediateTensors` for the next process unless this is the last one.
+        """
         if not get_pp_group().is_first_rank:
             hidden_states = intermediate_tensors["hidden_states"]
         elif inputs_embeds is not None:
@@ -249,7 +253,7 @@ class MmMambaForConditionalGeneration(
     def get_mm_mapping(self) -> MultiModelKeys:
         """Which modules read text and which pictures."""
         return MultiModelKeys.from_string_field(
-            language_model=["model.layers", "model.embed_tokens", "lm_head"],
+            language_model="model.layers",
             connector="model.vision_embeddings.projector",
             tower_model="model.vision_embeddings.patch_embedding",
         )

@@ -19,11 +19,13 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
+from mmmamba.chat_template_mmmamba import as_text
 from mmmamba.processing_mmmamba import image_tokens, video_tokens
 
 
 IMAGE = ["<img>", "<IMG_CONTEXT>", "</img>"]
 VIDEO = ["<img>", "</img>"]
+FIRST_LABEL = "Frame1: "
 
 
 class MmMambaProcessingInfo(BaseProcessingInfo):
@@ -85,6 +87,20 @@ class MmMambaMultiModalProcessor(BaseMultiModalProcessor[MmMambaProcessingInfo])
             output["num_patches_frames"], output["num_frames"] = of_videos["num_patches"], of_videos["num_frames"]
         return output
 
+    def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
+        """Writes the first frame's label before a video, since it is encoded together with the text before it."""
+        tokenizer, labelled, text = self.info.get_tokenizer(), [], 0
+        start, end = tokenizer.convert_tokens_to_ids(VIDEO)
+        special = tokenizer.get_added_vocab().values()
+        for index, token in enumerate(prompt):
+            if token == start and prompt[index + 1 : index + 2] == [end]:
+                said = tokenizer.decode(labelled[text:], clean_up_tokenization_spaces=False)
+                labelled[text:] = tokenizer.encode(as_text(said, tokenizer) + FIRST_LABEL, add_special_tokens=False)
+            labelled.append(token)
+            if token in special:
+                text = len(labelled)
+        return labelled
+
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
@@ -117,7 +133,8 @@ class MmMambaMultiModalProcessor(BaseMultiModalProcessor[MmMambaProcessingInfo])
             return tokens(image_tokens(int(out_mm_kwargs["image"][index]["num_patches"].data) * rows))
 
         def video(index: int) -> PromptUpdateDetails:
-            return tokens(video_tokens(out_mm_kwargs["video"][index]["num_patches_frames"].data.tolist(), rows))
+            tiles = out_mm_kwargs["video"][index]["num_patches_frames"].data.tolist()
+            return tokens(video_tokens(tiles, rows).removeprefix(FIRST_LABEL))
 
         return [
             PromptReplacement("image", tokenizer.convert_tokens_to_ids(IMAGE), picture),
