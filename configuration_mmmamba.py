@@ -286,6 +286,11 @@ class MmMambaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def layer_types(self) -> list[str]:
+        """The decoder's; vLLM asks here whether a model has Mamba-2 layers at all."""
+        return self.text_config.layer_types
+
+    @property
     def ssm_implementation(self) -> str:
         """The decoder's; `from_pretrained(..., ssm_implementation=...)` sets it here."""
         return self.text_config.ssm_implementation
