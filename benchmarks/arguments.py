@@ -97,6 +97,7 @@ def serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=positive, default=2, help="requests of a point, at least one per client")
     parser.add_argument("--batched-tokens", type=positive, default=2048, help="most tokens of one step of the engine")
     parser.add_argument("--cache-gib", type=float, help="memory for keys, values and states (default: enough for all)")
+    parser.add_argument("--in-process", action="store_true", help="the engine alone, by processor time")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the models that support it")
     parser.add_argument(
         "--logs", type=Path, help="folder for model folders and the servers' logs (default: temporary)"

@@ -1,8 +1,9 @@
 """vLLM servers in processes of their own, their memory and what they say about their cache."""
 
-import argparse
+import asyncio
 import contextlib
 import json
+import math
 import os
 import re
 import socket
@@ -14,13 +15,16 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from .models import DTYPES
-
 
 STARTUP_SECONDS = 600
-CAPACITY = re.compile(r"Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x")
+CAPACITY = re.compile(r"Maximum concurrency for [\d,]+ tokens per request: ([\d,.]+)x")
+# Columns of the table, and what they are in the results of `bench serve`.
+MEASURES = {
+    "requests/s": "request_throughput",
+    "tokens/s": "output_throughput",
+    "first token ms": "mean_ttft_ms",
+    "token ms": "mean_tpot_ms",
+}
 USAGE, PREEMPTED = "vllm:kv_cache_usage_perc", "vllm:num_preemptions_total"
 
 
@@ -32,16 +36,22 @@ class Server:
         folder: The model folder.
         log: File for the server's output.
         cache_gib: Memory for keys, values and states.
-        options: More arguments of the server.
+        options: More of vLLM's `EngineArgs`, by name.
     """
 
-    def __init__(self, name: str, folder: Path, log: Path, cache_gib: float, options: list[str]):
+    def __init__(self, name: str, folder: Path, log: Path, cache_gib: float, options: dict):
         self.name, self.folder, self.log, self.cache_bytes = name, folder, log, int(cache_gib * 2**30)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={folder}"]
-        command += ["--host=127.0.0.1", f"--port={self.port}", f"--kv-cache-memory-bytes={self.cache_bytes}", *options]
+        command += ["--host=127.0.0.1", f"--port={self.port}", f"--kv-cache-memory-bytes={self.cache_bytes}"]
+        for option, value in options.items():
+            flag = option.replace("_", "-")
+            if isinstance(value, bool):
+                command.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                command.append(f"--{flag}={json.dumps(value) if isinstance(value, dict) else value}")
         with log.open("w") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -64,27 +74,14 @@ class Server:
             self.process.kill()
             self.process.wait()
 
-    def capacity(self) -> dict:
-        """How many conversations of the longest length the cache holds, and what one takes, as vLLM allots it."""
+    def conversations_that_fit(self) -> float:
+        """How many conversations of the longest length the cache holds at once, as vLLM allots it."""
         found = CAPACITY.findall(self.log.read_text(errors="replace"))
-        if not found:
-            return {}
-        length, conversations = found[-1]
-        allotted = self.cache_bytes / float(conversations)
-        return {
-            "longest": int(length.replace(",", "")), "fit at once": float(conversations),
-            "KiB per conversation": allotted / 2**10,
-        }  # fmt: skip
+        return float(found[-1].replace(",", "")) if found else math.nan
 
-    def memory(self) -> dict:
-        """Resident memory of the engine, the largest of the server's processes, now and at its peak."""
-        sizes = []
-        for process in descendants(self.process.pid):
-            with contextlib.suppress(OSError, IndexError):
-                status = Path(f"/proc/{process}/status").read_text()
-                sizes.append([int(status.split(f"{name}:")[1].split()[0]) / 2**10 for name in ("VmRSS", "VmHWM")])
-        now, peak = max(sizes, default=(0.0, 0.0))
-        return {"RSS MiB": now, "peak MiB": peak}
+    def memory(self) -> tuple[float, float]:
+        """MiB of the engine, now and at its peak."""
+        return resident_memory(self.process.pid)
 
     def cpu_seconds(self) -> float:
         """Processor time that the server's processes have used so far."""
@@ -94,6 +91,14 @@ class Server:
                 fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
                 ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK")
+
+    def measure(self, length: int, clients: int, requests: int, output_tokens: int, seed: int) -> dict:
+        """One point once: throughput and latencies, and what of the server's cache was used at most."""
+        with self.watched() as usage:
+            result = bench_serve(self, length, clients, requests, output_tokens, seed)
+        sample = {column: result[key] for column, key in MEASURES.items()}
+        usage["CPU s/request"] = usage.pop("CPU s") / requests
+        return sample | {"seconds": result["duration"], "requests": requests} | usage
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[dict]:
@@ -125,6 +130,16 @@ class Server:
             return answer.read().decode()
 
 
+def resident_memory(process: int) -> tuple[float, float]:
+    """MiB of the largest of a process and those that it started, now and at its peak."""
+    sizes = []
+    for one in descendants(process):
+        with contextlib.suppress(OSError, IndexError):
+            status = Path(f"/proc/{one}/status").read_text()
+            sizes.append(tuple(int(status.split(f"{name}:")[1].split()[0]) / 2**10 for name in ("VmRSS", "VmHWM")))
+    return max(sizes, default=(0.0, 0.0))
+
+
 def descendants(process: int) -> list[int]:
     """A process and those that it started, directly or not."""
     parents = {}
@@ -138,36 +153,30 @@ def descendants(process: int) -> list[int]:
     return found
 
 
-@contextlib.contextmanager
-def running_servers(
-    folders: dict[str, Path], caches: dict[str, float], args: argparse.Namespace, device: torch.device
-) -> Iterator[dict[str, Server]]:
-    """Starts a server for each model folder, all with the same settings, and stops them at the end.
+def bench_serve(server: Server, length: int, clients: int, requests: int, output_tokens: int, seed: int) -> dict:
+    """Runs vLLM's `bench serve` in this process; its output goes to the server's log.
 
-    Args:
-        folders: By name of the model.
-        caches: GiB for keys, values and states, by name of the model.
-        args: Of the benchmark.
-        device: CPU or GPU.
+    Raises:
+        RuntimeError: if a request failed or an answer has not the length asked for.
     """
-    longest = max(args.lengths) + args.output_tokens
-    options = [
-        "--trust-remote-code", f"--dtype={str(DTYPES[args.dtype]).removeprefix('torch.')}",
-        f"--max-model-len={longest}", f"--max-num-seqs={max(args.clients)}",
-        f"--max-num-batched-tokens={args.batched_tokens}", "--no-enable-prefix-caching",
-        f"--limit-mm-per-prompt={json.dumps({'image': 0, 'video': 0})}",
-    ]  # fmt: skip
-    options += [] if args.compile else ["--enforce-eager"]
-    if device.type == "cuda":
-        options.append(f"--gpu-memory-utilization={0.9 / len(folders):.2f}")
-    servers = {}
-    try:
-        for name, folder in folders.items():
-            mine = options if name not in ("llama", "granite") else [o for o in options if "limit-mm" not in o]
-            servers[name] = Server(name, folder, folder.with_suffix(".log"), caches[name], mine)
-        for server in servers.values():
-            server.wait_until_ready()
-        yield servers
-    finally:
-        for server in servers.values():
-            server.stop()
+    from vllm.benchmarks.serve import add_cli_args, main_async
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    options = {
+        "backend": "openai", "host": "127.0.0.1", "port": server.port, "model": server.folder,
+        "dataset-name": "random", "random-input-len": length, "random-output-len": output_tokens,
+        "num-prompts": requests, "max-concurrency": clients, "seed": seed, "temperature": 0,
+        "ready-check-timeout-sec": 0,
+    }  # fmt: skip
+    arguments = ["--disable-tqdm", *(f"--{name}={value}" for name, value in options.items())]
+    with server.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        result = asyncio.run(main_async(parser.parse_args(arguments)))
+    tokens = (result["completed"], result["total_input_tokens"], result["total_output_tokens"])
+    if tokens != (requests, requests * length, requests * output_tokens):
+        raise RuntimeError(
+            f"{server.name} answered {tokens[0]} of {requests} requests, {tokens[1]} tokens read and {tokens[2]} "
+            f"written; see {server.log}."
+        )
+    return result

@@ -7,35 +7,30 @@ One server per model, all started at once; vLLM's own `bench serve` sends them p
 at a time, in turns. Weights are random, answers have a fixed number of tokens, prefixes are not cached. Every server
 has memory for the keys, values and states of all clients, or what --cache-gib says; then requests that do not fit
 wait. With --results a point that the JSON has is not measured again.
+
+On a machine that other work shares, --in-process measures vLLM's engine alone, by processor time (see engine.py).
 """
 
 import argparse
-import asyncio
 import contextlib
 import json
-import logging
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from .models import cache_bytes, cache_of_length, make_model
+from .arguments import OURS
+from .engine import Engine
+from .models import DTYPES, cache_bytes, cache_of_length, make_model
 from .plot import grid_plot
-from .server import Server, running_servers
+from .server import Server
 from .timing import format_table, machine_info, write_result
 
 
-logger = logging.getLogger(__name__)
-
 POINT = ("length", "clients", "model")
-# Columns of the table, and what they are in the results of `bench serve`.
-MEASURES = {
-    "requests/s": "request_throughput",
-    "tokens/s": "output_throughput",
-    "first token ms": "mean_ttft_ms",
-    "token ms": "mean_tpot_ms",
-}
+MEASURES = ("requests/s", "tokens/s", "first token ms", "token ms")
 SAMPLED = (*MEASURES, "CPU s/request", "seconds", "cache MiB", "preempted")
 COLUMNS = [
     *POINT,
@@ -47,7 +42,17 @@ COLUMNS = [
     "preempted",
     "rounds",
 ]
-SETTINGS = ("size", "layers", "dtype", "output_tokens", "requests", "batched_tokens", "cache_gib", "compile")
+SETTINGS = (
+    "size",
+    "layers",
+    "dtype",
+    "output_tokens",
+    "requests",
+    "batched_tokens",
+    "cache_gib",
+    "compile",
+    "in_process",
+)
 WORDS = ("<unk>", "<s>", "</s>", "<img>", "<IMG_CONTEXT>", "</img>", "<image>")
 
 
@@ -65,14 +70,17 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             for name in names:
                 result["models"][name] = write_model(name, args, folders[name])
             caches = {name: result["models"][name]["cache GiB"] for name in names}
-            servers = stack.enter_context(running_servers(folders, caches, args, device))
-            for name, server in servers.items():
-                warm_up(server, args)
-                result["models"][name] |= server.capacity() | {"loaded MiB": server.memory()["RSS MiB"]}
+            engines = stack.enter_context(running(folders, caches, args, device))
+            for name, engine in engines.items():
+                warm_up(engine, args)
+                fit = engine.conversations_that_fit()
+                result["models"][name] |= {"fit at once": fit, "KiB per conversation": caches[name] * 2**20 / fit}
+                result["models"][name]["loaded MiB"], _ = engine.memory()
             for length, clients, name in left:
-                sample = measure(servers[name], args, length, clients, seed=len(result["samples"]))
+                requests, seed = max(clients, args.requests), len(result["samples"])
+                sample = engines[name].measure(length, clients, requests, args.output_tokens, seed)
                 result["samples"].append({"length": length, "clients": clients, "model": name} | sample)
-                result["models"][name]["peak MiB"] = servers[name].memory()["peak MiB"]
+                _, result["models"][name]["peak MiB"] = engines[name].memory()
                 print(format_table(result["samples"][-1:], [*POINT, *SAMPLED]), flush=True)
                 write_result("serving", device, result, args.results)
     result["rows"] = rows_of(result["samples"])
@@ -199,46 +207,41 @@ def word_tokenizer(vocabulary: int):
     return PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=list(WORDS[3:]), **special)
 
 
-def warm_up(server: Server, args: argparse.Namespace) -> None:
+def warm_up(engine: Server | Engine, args: argparse.Namespace) -> None:
     """Two short requests, and a prompt of more than one step."""
-    bench_serve(server, 1, 2, 128, 8, seed=0)
-    bench_serve(server, 1, 1, min(args.batched_tokens + 128, max(args.lengths)), 8, seed=1)
+    engine.measure(min(128, *args.lengths), 1, 2, min(8, args.output_tokens), seed=0)
+    engine.measure(min(args.batched_tokens + 128, max(args.lengths)), 1, 1, min(8, args.output_tokens), seed=1)
 
 
-def measure(server: Server, args: argparse.Namespace, length: int, clients: int, seed: int) -> dict:
-    """One point once: throughput and latencies, and what of the server's cache was used at most."""
-    requests = max(clients, args.requests)
-    with server.watched() as usage:
-        result = bench_serve(server, clients, requests, length, args.output_tokens, seed)
-    sample = {column: result[key] for column, key in MEASURES.items()}
-    usage["CPU s/request"] = usage.pop("CPU s") / requests
-    return sample | {"seconds": result["duration"], "requests": requests} | usage
+@contextlib.contextmanager
+def running(
+    folders: dict[str, Path], caches: dict[str, float], args: argparse.Namespace, device: torch.device
+) -> Iterator[dict[str, Server | Engine]]:
+    """Starts vLLM for each model folder, all with the same settings, and stops it at the end.
 
-
-def bench_serve(server: Server, clients: int, requests: int, length: int, output_tokens: int, seed: int) -> dict:
-    """Runs vLLM's `bench serve` in this process; its output goes to the server's log.
-
-    Raises:
-        RuntimeError: if a request failed or an answer has not the length asked for.
+    Args:
+        folders: By name of the model.
+        caches: GiB for keys, values and states, by name of the model.
+        args: Of the benchmark.
+        device: CPU or GPU.
     """
-    from vllm.benchmarks.serve import add_cli_args, main_async
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = FlexibleArgumentParser()
-    add_cli_args(parser)
     options = {
-        "backend": "openai", "host": "127.0.0.1", "port": server.port, "model": server.folder,
-        "dataset-name": "random", "random-input-len": length, "random-output-len": output_tokens,
-        "num-prompts": requests, "max-concurrency": clients, "seed": seed, "temperature": 0,
-        "ready-check-timeout-sec": 0,
+        "trust_remote_code": True, "dtype": str(DTYPES[args.dtype]).removeprefix("torch."),
+        "max_model_len": max(args.lengths) + args.output_tokens, "max_num_seqs": max(args.clients),
+        "max_num_batched_tokens": args.batched_tokens, "enable_prefix_caching": False,
+        "enforce_eager": not args.compile,
     }  # fmt: skip
-    arguments = ["--disable-tqdm", *(f"--{name}={value}" for name, value in options.items())]
-    with server.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        result = asyncio.run(main_async(parser.parse_args(arguments)))
-    tokens = (result["completed"], result["total_input_tokens"], result["total_output_tokens"])
-    if tokens != (requests, requests * length, requests * output_tokens):
-        raise RuntimeError(
-            f"{server.name} answered {tokens[0]} of {requests} requests, {tokens[1]} tokens read and {tokens[2]} "
-            f"written; see {server.log}."
-        )
-    return result
+    if device.type == "cuda":
+        options["gpu_memory_utilization"] = round(0.9 / len(folders), 2)
+    engines = {}
+    try:
+        for name, folder in folders.items():
+            text_only = {"limit_mm_per_prompt": {"image": 0, "video": 0}} if name in OURS else {}
+            kind = Engine if args.in_process else Server
+            engines[name] = kind(name, folder, folder.with_suffix(".log"), caches[name], options | text_only)
+        for engine in engines.values():
+            engine.wait_until_ready()
+        yield engines
+    finally:
+        for engine in engines.values():
+            engine.stop()

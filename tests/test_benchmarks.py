@@ -135,7 +135,7 @@ def test_serving_results_that_are_complete_are_reported_without_vllm(tmp_path, c
     rates = {("linear", 1): (4, 9, 2), ("linear", 8): (30, 30, 31), ("llama", 1): (2, 2, 3), ("llama", 8): (9, 12, 10)}
     samples = [serving_sample(name, 16, n, float(rate)) for (name, n), three in rates.items() for rate in three]
     settings = {"size": "tiny", "layers": None, "dtype": "fp32", "output_tokens": 64, "requests": 2}
-    settings |= {"batched_tokens": 2048, "cache_gib": None, "compile": False}
+    settings |= {"batched_tokens": 2048, "cache_gib": None, "compile": False, "in_process": False}
     result = {"settings": settings, "models": {"linear": {"parameters": 5}}, "samples": samples}
     timing.write_result("serving", torch.device("cpu"), result, tmp_path)
     rows = bench(tmp_path, "serving", *options)["rows"]
@@ -166,12 +166,12 @@ def test_the_tokenizer_of_served_models_gives_prompts_of_the_length_asked_for():
     assert tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False) == ids and len(tokenizer) == 50
 
 
-def test_what_vllm_allots_to_a_conversation_is_read_from_its_log(tmp_path):
+def test_how_many_conversations_fit_is_read_from_the_log_of_vllm(tmp_path):
     log = tmp_path / "log"
-    log.write_text("CPU KV cache size: 9,216 tokens, Maximum concurrency for 1,024 tokens per request: 9.00x\n")
+    log.write_text("CPU KV cache size: 9,216 tokens, Maximum concurrency for 1,024 tokens per request: 1,009.50x\n")
     started = server.Server.__new__(server.Server)
-    started.log, started.cache_bytes = log, 9 * 2**20
-    assert started.capacity() == {"longest": 1024, "fit at once": 9.0, "KiB per conversation": 1024.0}
+    started.log = log
+    assert started.conversations_that_fit() == 1009.5
 
 
 @pytest.mark.parametrize("name", arguments.OURS)
