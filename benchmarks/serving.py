@@ -43,16 +43,8 @@ COLUMNS = [
     "rounds",
 ]
 SETTINGS = (
-    "size",
-    "layers",
-    "dtype",
-    "output_tokens",
-    "requests",
-    "batched_tokens",
-    "cache_gib",
-    "compile",
-    "in_process",
-)
+    "size", "layers", "dtype", "output_tokens", "requests", "batched_tokens", "cache_gib", "compile", "in_process",
+)  # fmt: skip
 WORDS = ("<unk>", "<s>", "</s>", "<img>", "<IMG_CONTEXT>", "</img>", "<image>")
 
 
@@ -67,20 +59,21 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             folder = args.logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             names = [name for name in args.models if any(name == model for _, _, model in left)]
             folders = {name: folder / name for name in names}
-            for name in names:
-                result["models"][name] = write_model(name, args, folders[name])
-            caches = {name: result["models"][name]["cache GiB"] for name in names}
+            models = {name: write_model(name, args, folders[name]) for name in names}
+            caches = {name: model["cache GiB"] for name, model in models.items()}
             engines = stack.enter_context(running(folders, caches, args, device))
             for name, engine in engines.items():
                 warm_up(engine, args)
                 fit = engine.conversations_that_fit()
-                result["models"][name] |= {"fit at once": fit, "KiB per conversation": caches[name] * 2**20 / fit}
-                result["models"][name]["loaded MiB"], _ = engine.memory()
+                models[name] |= {"fit at once": fit, "KiB per conversation": caches[name] * 2**20 / fit}
+                models[name]["loaded MiB"], _ = engine.memory()
             for length, clients, name in left:
                 requests, seed = max(clients, args.requests), len(result["samples"])
                 sample = engines[name].measure(length, clients, requests, args.output_tokens, seed)
                 result["samples"].append({"length": length, "clients": clients, "model": name} | sample)
-                _, result["models"][name]["peak MiB"] = engines[name].memory()
+                _, models[name]["peak MiB"] = engines[name].memory()
+                if models[name]["longest"] >= result["models"].get(name, {"longest": 0})["longest"]:
+                    result["models"][name] = models[name]
                 print(format_table(result["samples"][-1:], [*POINT, *SAMPLED]), flush=True)
                 write_result("serving", device, result, args.results)
     result["rows"] = rows_of(result["samples"])
@@ -103,10 +96,8 @@ def earlier_result(folder: Path | None, device: torch.device, settings: dict) ->
     machine = result.pop("machine")
     if result["settings"] != settings:
         raise ValueError(f"{file} was measured with {result['settings']}, not {settings}; give another --results.")
-    if (machine["processor"], machine["cores"]) != (
-        (here := machine_info(device))["processor"],
-        here["cores"],
-    ):
+    here = machine_info(device)
+    if (machine["processor"], machine["cores"]) != (here["processor"], here["cores"]):
         raise ValueError(f"{file} was measured on another machine, {machine['processor']}; give another --results.")
     return result
 
@@ -190,9 +181,10 @@ def write_model(name: str, args: argparse.Namespace, folder: Path) -> dict:
 
         MmMambaProcessor(MmMambaImageProcessorPil(), tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    one = sum(cache_bytes(cache_of_length(model, max(args.lengths) + args.output_tokens)))
+    longest = max(args.lengths) + args.output_tokens
     # vLLM allots whole blocks, of the same size for keys and values as for states: some more than they take.
-    return {"parameters": parameters, "cache GiB": args.cache_gib or 1.15 * max(args.clients) * one / 2**30}
+    cache = 1.15 * max(args.clients) * sum(cache_bytes(cache_of_length(model, longest))) / 2**30
+    return {"parameters": parameters, "longest": longest, "cache GiB": args.cache_gib or cache}
 
 
 def word_tokenizer(vocabulary: int):

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import sys
+import types
 
 import pytest
 import torch
 
-from mmmamba.benchmarks import ablations, arguments, capacity, distillation, models, server, serving, timing
+from mmmamba.benchmarks import ablations, arguments, capacity, distillation, engine, models, server, serving, timing
 from mmmamba.cli.main import main
 from mmmamba.conversion.distillation.recipe import load_recipe
 
@@ -172,6 +174,47 @@ def test_how_many_conversations_fit_is_read_from_the_log_of_vllm(tmp_path):
     started = server.Server.__new__(server.Server)
     started.log = log
     assert started.conversations_that_fit() == 1009.5
+
+
+class SteppingEngine:
+    """Stands in for vLLM's engine: a step takes a second and gives each of the first two requests a token."""
+
+    def __init__(self):
+        self.seconds, self.requests, self.most = 0, {}, 0
+        manager = types.SimpleNamespace(usage=0.25)
+        self.engine_core = self.scheduler = self  # vLLM's engine.engine_core.engine_core.scheduler
+        self.kv_cache_manager, self.model_config = manager, types.SimpleNamespace(get_vocab_size=lambda: 50)
+
+    def add_request(self, name, prompt, sampling):
+        self.requests[name] = types.SimpleNamespace(left=sampling["max_tokens"], tokens=[], num_preemptions=1)
+        self.most = max(self.most, len(self.requests))
+
+    def step(self):
+        self.seconds += 1
+        outputs = []
+        for name, request in list(self.requests.items())[:2]:
+            request.tokens.append(7)
+            finished = len(request.tokens) == request.left
+            text = types.SimpleNamespace(token_ids=list(request.tokens))
+            outputs.append(types.SimpleNamespace(request_id=name, outputs=[text], finished=finished))
+            if finished:
+                del self.requests[name]
+        return outputs
+
+
+def test_in_process_keeps_so_many_requests_in_flight_and_counts_from_when_each_was_sent(monkeypatch):
+    vllm = types.ModuleType("vllm")
+    vllm.SamplingParams, inputs = dict, types.ModuleType("vllm.inputs")
+    inputs.tokens_input = list
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.inputs", inputs)
+    stepping = SteppingEngine()
+    found = engine.measure(stepping, 9, 3, 4, 5, seed=0, clock=lambda: float(stepping.seconds))
+    assert stepping.most == 3
+    # Two are answered in seconds 1 to 5; the third waits for them; the fourth is sent when they are done.
+    assert found["first token ms"] == 1e3 * (1 + 1 + 6 + 1) / 4 and found["token ms"] == 1e3
+    assert (found["requests/s"], found["tokens/s"], found["CPU s/request"]) == (0.4, 2.0, 2.5)
+    assert (found["cache share"], found["preempted"]) == (0.25, 3)
 
 
 @pytest.mark.parametrize("name", arguments.OURS)
