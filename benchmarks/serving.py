@@ -156,7 +156,7 @@ def report(result: dict) -> None:
     models = [{"model": name} | values for name, values in result["models"].items()]
     print(format_table(models, list(dict.fromkeys(column for row in models for column in row))), "\n")
     print(format_table(result["rows"], COLUMNS), "\n")
-    for column in ("requests/s", "CPU s/request"):
+    for column in ("requests/s",) if result["settings"]["in_process"] else ("requests/s", "CPU s/request"):
         if ratios := ratios_of(result["rows"], column):
             print(f"how many times as fast, by medians of {column}")
             print(format_table(ratios, list(dict.fromkeys(key for row in ratios for key in row))), "\n")
