@@ -8,8 +8,11 @@ from mmmamba.cli.arguments import HYBRID, positive
 
 OURS = ("linear", "hybrid", "teacher")
 PEERS = ("llama", "bamba", "falcon-h1")
+SERVED = ("linear", "hybrid", "teacher", "granite", "llama")
 DTYPE_NAMES = ("fp32", "bf16", "fp16")
 SIZES = {  # layers, hidden, MLP, heads, key/value heads, vocabulary
+    "tiny": (2, 64, 256, 2, 1, 1024),
+    "narrow": (4, 128, 512, 2, 1, 8192),
     "small": (8, 512, 2048, 8, 4, 8192),
     "released": (32, 2048, 8192, 16, 8, 92553),
 }
@@ -81,3 +84,30 @@ def quantization(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=HYBRID, help="model folder of the picture world")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS), metavar="TOOL")
     parser.add_argument("--questions", type=positive, default=500)
+
+
+def serving(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", choices=SERVED, default=list(SERVED))
+    parser.add_argument("--size", choices=list(SIZES), default="narrow", help="width, or the released model's")
+    parser.add_argument("--layers", type=positive, help="another number of layers than the size has")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="fp32")
+    parser.add_argument("--clients", type=positive, nargs="+", default=[1, 8, 64], help="requests in flight")
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[1024, 16384], help="tokens of a prompt")
+    parser.add_argument("--output-tokens", type=positive, default=64, help="tokens of every answer")
+    parser.add_argument("--requests", type=positive, default=2, help="requests of a point, at least one per client")
+    parser.add_argument("--batched-tokens", type=positive, default=2048, help="most tokens of one step of the engine")
+    parser.add_argument("--cache-gib", type=float, help="memory for keys, values and states (default: enough for all)")
+    parser.add_argument("--in-process", action="store_true", help="the engine alone, by processor time")
+    parser.add_argument("--compile", action="store_true", help="let vLLM compile the models that support it")
+    parser.add_argument(
+        "--logs", type=Path, help="folder for model folders and the servers' logs (default: temporary)"
+    )
+    parser.set_defaults(rounds=3)
+
+
+def capacity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", choices=list(SIZES), default="released")
+    parser.add_argument("--layers", type=positive, help="another number of layers than the size has")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="bf16")
+    parser.add_argument("--memory-gb", type=float, default=80.0, help="memory of the GPU, 10^9 bytes")
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[1024, 16384, 131072])

@@ -44,6 +44,17 @@ def make_model(name: str, args: argparse.Namespace, device: torch.device):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config, model_class = LlamaConfig(**common), LlamaForCausalLM
+    elif name == "granite":
+        from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+
+        # The published hybrids without experts: attention in every tenth layer, an inner width of twice the hidden
+        # size, a state size of 128; a narrower MLP makes up for the wider mixers.
+        types = ["full_attention" if i % 10 == min(5, layers // 2) else "linear_attention" for i in range(layers)]
+        config = GraniteMoeHybridConfig(
+            **common, shared_intermediate_size=mlp * 3 // 4, num_local_experts=0, layer_types=types, mamba_expand=2,
+            mamba_d_head=64, mamba_n_heads=2 * hidden // 64, mamba_n_groups=1, mamba_d_state=128,
+        )  # fmt: skip
+        model_class = GraniteMoeHybridForCausalLM
     elif name == "bamba":
         from transformers import BambaConfig, BambaForCausalLM
 

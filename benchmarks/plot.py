@@ -1,4 +1,4 @@
-"""Plots: a line per model over length, its roofline dashed; or bars side by side."""
+"""Plots: a line per model over length, its roofline dashed; a grid of such plots; or bars side by side."""
 
 from pathlib import Path
 
@@ -23,6 +23,32 @@ def line_plot(
         axes.plot([], [], linestyle="--", color="grey", label=dashed)
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def grid_plot(file: Path, rows: list[dict], column: str, x: str, measures: list[str]) -> None:
+    """Draws a grid of plots over `x`: a row per measure, a column per value of `column`, a line per model."""
+    from matplotlib.figure import Figure
+
+    columns = list(dict.fromkeys(row[column] for row in rows))
+    figure = Figure(figsize=(1 + 3.5 * len(columns), 0.5 + 2.3 * len(measures)), layout="constrained")
+    grid = figure.subplots(len(measures), len(columns), squeeze=False, sharex=True, sharey="row")
+    ticks = sorted({row[x] for row in rows})
+    for measure, all_axes in zip(measures, grid, strict=True):
+        for value, axes in zip(columns, all_axes, strict=True):
+            for name in dict.fromkeys(row["model"] for row in rows):
+                points = sorted(
+                    (row[x], row[measure]) for row in rows if row[column] == value and row["model"] == name
+                )
+                axes.plot([point[0] for point in points], [point[1] for point in points], marker="o", label=name)
+            axes.set(xscale="log", yscale="log", title=f"{column} {value:,}" if measure == measures[0] else None)
+            axes.set_xticks(ticks, ticks, minor=False)
+            axes.set_xticks([], minor=True)
+            axes.grid(which="both", alpha=0.25)
+        all_axes[0].set_ylabel(measure)
+    for axes in grid[-1]:
+        axes.set_xlabel(x)
+    grid[0, 0].legend(fontsize=8)
     figure.savefig(file, dpi=120)
 
 

