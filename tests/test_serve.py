@@ -283,8 +283,8 @@ def test_what_cannot_be_served_is_said_in_one_sentence(tmp_path, capsys, monkeyp
 def test_a_missing_engine_is_named_with_its_remedy(capsys, monkeypatch):
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
     folder = arguments.HYBRID
-    assert "mmmamba[vllm]" in failed(capsys, "serve", folder, "--engine", "vllm")[1]
-    assert "mmmamba[serving]" in failed(capsys, "serve", folder)[1]
+    assert "pip install vllm" in failed(capsys, "serve", folder, "--engine", "vllm")[1]
+    assert "transformers[serving]" in failed(capsys, "serve", folder)[1]
 
 
 def started(monkeypatch, *words) -> list[str]:

@@ -124,14 +124,10 @@ def plot() -> None:
     for name, measured in result["runs"].items():
         rows, color = measured["rows"], colors[measured["model"]]
         frames = [row["frames"] for row in rows]
-        by_hand = "cpu_ms" not in rows[0]  # see the README
-        if by_hand or measured["batch"] > 1:
-            style = ":" if by_hand else "-"
-            kept.plot(frames, [row["bytes"] / 2**20 for row in rows], style, marker=".", color=color, label=name)
-        style, column = (":", "wall_ms") if by_hand else ("-", "cpu_ms")
-        cost.plot(frames, [row[column] for row in rows], style, marker=".", markersize=3, color=color, label=name)
-        if by_hand:
-            continue
+        if measured["batch"] > 1:
+            kept.plot(frames, [row["bytes"] / 2**20 for row in rows], marker=".", color=color, label=name)
+        style = "-" if measured["batch"] > 1 else ":"
+        cost.plot(frames, [row["cpu_ms"] for row in rows], style, marker=".", markersize=3, color=color, label=name)
         for least, most in ((1, 1000), (1001, 10**9)):
             part = [row for row in rows if least <= row["frames"] <= most]
             if part:
