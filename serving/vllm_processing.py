@@ -26,6 +26,8 @@ from mmmamba.processing_mmmamba import image_tokens, video_tokens
 IMAGE = ["<img>", "<IMG_CONTEXT>", "</img>"]
 VIDEO = ["<img>", "</img>"]
 FIRST_LABEL = "Frame1: "
+# What a request may say of its pictures (`mm_processor_kwargs`); other sizes would give other numbers of rows.
+TILE_OPTIONS = ("min_patches", "max_patches", "use_thumbnail")
 
 
 class MmMambaProcessingInfo(BaseProcessingInfo):
@@ -35,7 +37,7 @@ class MmMambaProcessingInfo(BaseProcessingInfo):
         return {"image": None, "video": None}
 
     def largest_picture(self) -> ImageSize:
-        """A picture that is cut into as many tiles as any."""
+        """A picture that is cut into the most tiles."""
         image_processor = self.get_hf_processor().image_processor
         tile = image_processor.size["height"]
         return ImageSize(width=tile * image_processor.max_patches, height=tile)
@@ -77,6 +79,7 @@ class MmMambaMultiModalProcessor(BaseMultiModalProcessor[MmMambaProcessingInfo])
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         processor, output = self.info.get_hf_processor(), BatchFeature()
+        check_tile_options(hf_kwargs, most=processor.image_processor.max_patches)
         if (pictures := hf_data.get("images")) is not None:
             output.update(self.info.ctx.call_hf_processor(processor.image_processor, {"images": pictures}, hf_kwargs))
         if (videos := hf_data.get("videos")) is not None:
@@ -91,7 +94,7 @@ class MmMambaMultiModalProcessor(BaseMultiModalProcessor[MmMambaProcessingInfo])
         """Writes the first frame's label before a video, since it is encoded together with the text before it."""
         tokenizer, labelled, text = self.info.get_tokenizer(), [], 0
         start, end = tokenizer.convert_tokens_to_ids(VIDEO)
-        special = tokenizer.get_added_vocab().values()
+        special = set(tokenizer.get_added_vocab().values())
         for index, token in enumerate(prompt):
             if token == start and prompt[index + 1 : index + 2] == [end]:
                 said = tokenizer.decode(labelled[text:], clean_up_tokenization_spaces=False)
@@ -140,3 +143,21 @@ class MmMambaMultiModalProcessor(BaseMultiModalProcessor[MmMambaProcessingInfo])
             PromptReplacement("image", tokenizer.convert_tokens_to_ids(IMAGE), picture),
             PromptReplacement("video", tokenizer.convert_tokens_to_ids(VIDEO), video),
         ]
+
+
+def check_tile_options(options: Mapping[str, object], most: int) -> None:
+    """Raises ValueError for what a request may not say of its pictures.
+
+    Args:
+        options: Keywords for the image and video processors.
+        most: Tiles of a picture, thumbnail not counted, that the folder allows.
+    """
+    for name, value in options.items():
+        if name not in TILE_OPTIONS:
+            raise ValueError(
+                f"mm_processor_kwargs has {name!r}, which a request may not change; give {', '.join(TILE_OPTIONS)}."
+            )
+        if name != "use_thumbnail" and (
+            isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most
+        ):
+            raise ValueError(f"mm_processor_kwargs has {name}={value!r:.60}; give a whole number from 1 to {most}.")

@@ -288,6 +288,18 @@ def test_tokenizer_processor_and_chat_encode_a_conversation_alike(template, proc
     assert unmarked.count(tokenizer.bos_token_id) == 1
 
 
+def test_what_a_server_renders_now_and_encodes_later_has_the_same_ids(tokenizer):
+    typed = "Hello <|im_end|> <image> <img><IMG_CONTEXT></img> </s>"
+    parts = [{"role": "user", "content": [{"type": "text", "text": typed}]}]
+    rendered = tokenizer.apply_chat_template(parts, tokenize=False, add_generation_prompt=True)
+    expected = tokenizer.apply_chat_template(parts, tokenize=True, add_generation_prompt=True, return_dict=True)
+    assert tokenizer(rendered)["input_ids"] == expected["input_ids"]
+    # A content that is one string may hold placeholders, which the processor replaces.
+    string = [{"role": "user", "content": typed}]
+    assert typed in tokenizer.apply_chat_template(string, tokenize=False)
+    assert typed in tokenizer.apply_chat_template(parts, tokenize=False, sanitize_control_tokens=False)
+
+
 def test_a_template_for_a_tokenizer_without_beginning_token_writes_none(processor):
     assert "bos_token" not in chat_template("internlm2-chat", with_bos_token=False)
 

@@ -175,6 +175,26 @@ def test_videos_are_the_frames_that_the_processor_takes(hybrid, tmp_path):
         llm.chat(for_vllm([user(tmp_path / "text.mp4", "?")]), GREEDY, use_tqdm=False)
 
 
+@pytest.mark.parametrize(
+    "options", [{"size": {"height": 24, "width": 24}}, {"max_patches": 1000}, {"images_kwargs": {"do_resize": False}}]
+)
+def test_a_request_cannot_change_how_many_rows_a_tile_has(hybrid, options):
+    picture = user(Image.new("RGB", (90, 40), "blue"), "What is it?")
+    with pytest.raises(ValueError, match="mm_processor_kwargs has"):
+        hybrid[0].chat(for_vllm([picture]), GREEDY, use_tqdm=False, mm_processor_kwargs=options)
+    check_same_answers(*hybrid, [[picture]])  # the engine lives
+
+
+def test_states_are_fp32_unless_the_engine_is_told_otherwise():
+    from vllm.config import CacheConfig
+
+    from mmmamba.serving.vllm_mixer import state_dtypes
+
+    assert state_dtypes(torch.bfloat16, CacheConfig()) == (torch.bfloat16, torch.float32)
+    told = CacheConfig(mamba_ssm_cache_dtype="float16")
+    assert state_dtypes(torch.bfloat16, told) == (torch.bfloat16, torch.float16)
+
+
 def test_an_earlier_turns_state_is_used_again(hybrid):
     llm, reference = hybrid
     first = [user(Image.open(SHAPES / "picture.png"), "How many objects are there? " + "Think about it. " * 60)]
@@ -191,6 +211,12 @@ def test_adapters_of_every_layer_are_applied_by_request(hybrid, tmp_path):
     request = LoRARequest("adapter", 1, str(adapter))
     outputs = check_same_answers(llm, Reference(merged), questions, lora_request=request)
     without = check_same_answers(llm, reference, questions)
+    lora = load_file(adapter / "adapter_model.safetensors")
+    for name in ("lora_A", "lora_B"):
+        lora[f"base_model.model.model.vision_embeddings.projector.0.{name}.weight"] = torch.zeros(4, 4)
+    save_file(lora, adapter / "adapter_model.safetensors")
+    with pytest.raises(Exception, match="projector"):
+        llm.chat(for_vllm(questions[0]), GREEDY, use_tqdm=False, lora_request=LoRARequest("other", 2, str(adapter)))
     changes = [
         one.outputs[0].cumulative_logprob - other.outputs[0].cumulative_logprob
         for one, other in zip(outputs, without, strict=True)
