@@ -211,12 +211,6 @@ def test_adapters_of_every_layer_are_applied_by_request(hybrid, tmp_path):
     request = LoRARequest("adapter", 1, str(adapter))
     outputs = check_same_answers(llm, Reference(merged), questions, lora_request=request)
     without = check_same_answers(llm, reference, questions)
-    lora = load_file(adapter / "adapter_model.safetensors")
-    for name in ("lora_A", "lora_B"):
-        lora[f"base_model.model.model.vision_embeddings.projector.0.{name}.weight"] = torch.zeros(4, 4)
-    save_file(lora, adapter / "adapter_model.safetensors")
-    with pytest.raises(Exception, match="projector"):
-        llm.chat(for_vllm(questions[0]), GREEDY, use_tqdm=False, lora_request=LoRARequest("other", 2, str(adapter)))
     changes = [
         one.outputs[0].cumulative_logprob - other.outputs[0].cumulative_logprob
         for one, other in zip(outputs, without, strict=True)
