@@ -300,7 +300,9 @@ class Grammar:
 
     @classmethod
     def of(cls, response_format, tokenizer, vocab_size: int) -> "Grammar | None":
-        """The grammar of a request's `response_format`, None for any text. It may take seconds: keep it off the event loop.
+        """The grammar of a request's `response_format`, None for any text.
+
+        Compiling may take seconds, so keep it off the event loop.
 
         Args:
             response_format: `{"type": "text"}`, `{"type": "json_object"}`, `{"type": "json_schema", …}` or None.

@@ -1,7 +1,7 @@
 """What stands before either engine: the key, the limits, and the reading of pictures and videos.
 
-A pure ASGI middleware, for vLLM by `--middleware mmmamba.serving.middleware.RequestGuard`, which hands over no arguments: its
-settings are in the environment. It answers errors as OpenAI's API does.
+A pure ASGI middleware, for vLLM by `--middleware mmmamba.serving.middleware.RequestGuard`, which hands over no
+arguments: its settings are in the environment. It answers errors as OpenAI's API does.
 """
 
 import hashlib
