@@ -54,7 +54,7 @@ class Media:
     Args:
         limits: Of the request.
         body_bytes: Size of the request's body.
-        num_frames, fps: How many frames of a video the engine takes, see `Limits`, whose are meant if neither is given.
+        num_frames, fps: How many frames of a video the engine takes, see `Limits`; its own if neither is given.
     """
 
     def __init__(self, limits: Limits, body_bytes: int, num_frames: int | None = None, fps: float | None = None):
