@@ -57,7 +57,7 @@ def format_bytes(count: int) -> str:
 def panel(branch: Branch) -> str:
     """What the model keeps of a conversation, as HTML."""
     tokens, states, keys = branch.size
-    totals = f"<p><b>{tokens:,}</b> tokens read</p><p><b>{format_bytes(states + keys)}</b> kept of them</p>"
+    totals = f"<p><b>{tokens:,}</b> tokens read</p><p><b>{format_bytes(states + keys)}</b> of state</p>"
     rows = {"States, constant": states, "Keys and values, growing": keys}
     rows = "".join(f"<li>{name}<b>{format_bytes(count)}</b></li>" for name, count in rows.items())
     return f"<div class='totals'>{totals}</div><ul>{rows}</ul>"

@@ -119,6 +119,7 @@ def push(parser: argparse.ArgumentParser) -> None:
 
 
 def serve(parser: argparse.ArgumentParser) -> None:
+    parser.allow_abbrev = False  # `--ap KEY` would not be known for a key and stay on the command line
     parser.usage = "mmmamba serve [DIR] [options] [-- options of vLLM]"
     parser.add_argument(
         "model", metavar="DIR", type=Path, nargs="?", default=HYBRID, help="model folder (default: the small hybrid)"
@@ -150,7 +151,7 @@ def serve(parser: argparse.ArgumentParser) -> None:
         ("max_request_bytes", "its body, and all that its addresses bring"),
         ("max_image_bytes", "a picture's file"),
         ("max_image_pixels", "width x height of a picture, or of a video's frames"),
-        ("max_request_pixels", "all pictures together"),
+        ("max_request_pixels", "all pictures and frames of videos together"),
     ):
         option, default = "--" + name.replace("_", "-"), getattr(Limits, name)
         limits.add_argument(option, metavar="N", type=positive, default=default, help=f"{what} (default: {default:,})")

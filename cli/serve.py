@@ -91,6 +91,7 @@ def _limits(args: argparse.Namespace) -> Limits:
         max_request_pixels=args.max_request_pixels,
         allowed_media_domains=None if domains is None else tuple(domains),
         allowed_local_media_path=None if folder is None else str(folder.resolve()),
+        **_frames(args.model),
     )
 
 
@@ -119,7 +120,7 @@ def _start_again_without_key(key: str) -> None:
     words = sys.argv[1:]
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
-        if name.startswith("--api") and key == (value if equals else "".join(words[index + 1 : index + 2])):
+        if name == "--api-key" and key == (value if equals else "".join(words[index + 1 : index + 2])):
             del words[index : index + (1 if equals else 2)]
             os.execv(sys.executable, [sys.executable, "-m", "mmmamba", *words])
 
@@ -132,14 +133,13 @@ def _start_vllm(args: argparse.Namespace, names: list[str], port: int) -> None:
         "--port": [str(port)],
         "--served-model-name": names,
         "--trust-remote-code": [],
-        "--middleware": ["mmmamba.serving.middleware.Gate"],
+        "--middleware": ["mmmamba.serving.middleware.RequestGuard"],
         # The middleware has put pictures and videos into the request; vLLM itself is to fetch nothing.
         "--allowed-media-domains": ["nothing.invalid"],
         "--shutdown-timeout": [str(args.shutdown_timeout)],
         # Pixels as they are stored, transparent ones too, and of videos as many frames as the processor takes.
         "--media-io-kwargs": [json.dumps({"image": {"image_mode": None}, "video": _frames(args.model)})],
-        # vLLM 0.32 answers 500 when several answers (n) are asked about a picture that it has not kept yet, and takes
-        # pictures with and without transparent pixels for one.
+        # vLLM 0.32's server answers 500 ("Multi-modal cache miss") to n > 1 about a picture that it has not kept yet.
         "--mm-processor-cache-gb": ["0"],
         "--dtype": [args.dtype],
     }
@@ -170,9 +170,11 @@ def _quarter_of_free_memory() -> int:
 
 
 def _frames(folder: Path) -> dict[str, float]:
-    """How the folder's processor samples videos; vLLM would take 32 frames of each."""
+    """How the folder's processor samples videos, -1 for all frames; vLLM would take 32 of each."""
     processor = MmMambaVideoProcessor.from_pretrained(folder)
-    return {"num_frames": processor.num_frames} if processor.fps is None else {"fps": processor.fps}
+    if processor.fps is not None:
+        return {"fps": processor.fps}
+    return {"num_frames": -1 if processor.num_frames is None else processor.num_frames}
 
 
 def _samples(folder: Path) -> bool:

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from .media import RefusedError
 
 
+CACHED_GRAMMARS = 64 * 2**20  # bytes
 MOST_ANSWERS = 128  # to one request, as OpenAI's API allows
 # Labels for an operator's books: they change nothing in an answer.
 LABELS = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
@@ -60,7 +61,7 @@ class Options:
         logprobs: Whether each token's log-probability is told.
         top_logprobs: For each token, how many of the likeliest tokens are told with it.
         stop: Texts that end an answer; they are not part of it.
-        response_format: `{"type": "text"}`, `{"type": "json_object"}` or `{"type": "json_schema", …}`.
+        grammar: What the answer must follow; None for any text.
         seed: Of the sampling.
         include_usage: Whether a stream ends with the number of tokens.
     """
@@ -69,7 +70,7 @@ class Options:
     logprobs: bool = False
     top_logprobs: int = 0
     stop: tuple[str, ...] = ()
-    response_format: dict | None = None
+    grammar: "Grammar | None" = None
     seed: int | None = None
     include_usage: bool = False
 
@@ -90,7 +91,7 @@ def supported(body: dict, fields: tuple[str, ...]) -> dict:
 
 
 def options(body: dict) -> Options:
-    """What a request asks for, checked.
+    """What a request asks for, checked; its `response_format` is compiled already (see `Grammar.of`).
 
     Raises:
         RefusedError: for a value that is none.
@@ -119,7 +120,7 @@ def options(body: dict) -> Options:
         logprobs=logprobs,
         top_logprobs=top,
         stop=tuple(stop),
-        response_format=body.get("response_format"),
+        grammar=body.get("response_format"),
         seed=number(body, "seed", -(2**63), 2**63 - 1, whole=True),
         include_usage=bool(stream_options.get("include_usage")),
     )
@@ -267,8 +268,8 @@ async def pieces(
                     return
                 answer = _Answer(index, tokenizer, settings, ends, cancelled, emit)
                 processors = [_ReadLogprobs(answer)] if settings.logprobs else []
-                if grammar is not None:
-                    processors.append(grammar.processor())
+                if settings.grammar is not None:
+                    processors.append(settings.grammar.processor())
                 model.generate(
                     **inputs,
                     generation_config=config,
@@ -279,7 +280,6 @@ async def pieces(
         finally:
             emit(None)
 
-    grammar = _Grammar.of(settings.response_format, tokenizer, model.config.get_text_config().vocab_size)
     running = submit(generate)
     try:
         while (piece := await queue.get()) is not None:
@@ -290,7 +290,7 @@ async def pieces(
         running.add_done_callback(lambda future: future.cancelled() or future.exception())  # seen, if nobody waits
 
 
-class _Grammar:
+class Grammar:
     """A grammar of xgrammar, compiled for a tokenizer."""
 
     compilers: ClassVar[dict] = {}
@@ -299,7 +299,19 @@ class _Grammar:
         self.compiled = compiled
 
     @classmethod
-    def of(cls, response_format, tokenizer, vocab_size: int) -> "_Grammar | None":
+    def of(cls, response_format, tokenizer, vocab_size: int) -> "Grammar | None":
+        """The grammar of a request's `response_format`, None for any text.
+
+        Compiling may take seconds, so keep it off the event loop.
+
+        Args:
+            response_format: `{"type": "text"}`, `{"type": "json_object"}`, `{"type": "json_schema", …}` or None.
+            tokenizer: The model's.
+            vocab_size: Of its logits.
+
+        Raises:
+            RefusedError: if it is none of these, cannot be compiled, or xgrammar is missing.
+        """
         kind = response_format.get("type") if isinstance(response_format, dict) else response_format
         if kind in (None, "text"):
             return None
@@ -313,7 +325,7 @@ class _Grammar:
             ) from None
         if tokenizer not in cls.compilers:
             info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
-            cls.compilers[tokenizer] = xgrammar.GrammarCompiler(info)
+            cls.compilers[tokenizer] = xgrammar.GrammarCompiler(info, cache_limit_bytes=CACHED_GRAMMARS)
         compiler = cls.compilers[tokenizer]
         if kind == "json_object":
             return cls(compiler.compile_builtin_json_grammar())

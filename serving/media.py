@@ -28,6 +28,7 @@ from .limits import Limits
 
 TIMEOUT = 30  # seconds for everything that a request fetches
 LONGEST_CHAIN = 5  # of redirects
+MOST_ADDRESSES = 64  # that are fetched or read for one request
 # What browsers and cameras write. Pillow knows more, but reads some by programs of others (EPS by Ghostscript).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 Image.init()
@@ -42,16 +43,26 @@ class RefusedError(ValueError):
         self.status = status
 
 
+# IPv6 networks whose addresses end in an IPv4 address: IPv4-compatible, -mapped and -translated, and NAT64 (RFC 6052).
+EMBEDDED_IPV4 = tuple(map(ipaddress.ip_network, ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96")))
+LOCAL_NAT64 = ipaddress.ip_network("64:ff9b:1::/48")  # RFC 8215
+
+
 class Media:
     """Reads what one request names, and counts it.
 
     Args:
         limits: Of the request.
         body_bytes: Size of the request's body.
+        num_frames, fps: How many frames of a video the engine takes, see `Limits`; its own if neither is given.
     """
 
-    def __init__(self, limits: Limits, body_bytes: int):
+    def __init__(self, limits: Limits, body_bytes: int, num_frames: int | None = None, fps: float | None = None):
         self.limits, self.bytes, self.pixels = limits, body_bytes, 0
+        if num_frames is None and fps is None:
+            num_frames, fps = limits.num_frames, limits.fps
+        self.num_frames, self.fps = num_frames, fps
+        self._deadline = None  # begins with the first fetch
 
     async def read(self, url: str, kind: str) -> str:
         """The address `data:…;base64,…` of a picture or video.
@@ -133,33 +144,42 @@ class Media:
                 f"{name} cannot be opened as a picture; give a whole, undamaged file in one of these formats: "
                 f"{', '.join(FORMATS)}."
             ) from None
-        self._check_pixels(width, height, name)
-        self.pixels += width * height
-        if self.pixels > self.limits.max_request_pixels:
-            raise RefusedError(
-                f"The request's pictures have more than {self.limits.max_request_pixels} pixels together; send fewer "
-                "or smaller ones, or start the server with a larger --max-request-pixels."
-            )
+        self._count_pixels(width, height, 1, name)
 
-    def _check_pixels(self, width: int, height: int, name: str) -> None:
+    def _count_pixels(self, width: int, height: int, frames: int, name: str) -> None:
         if width * height > self.limits.max_image_pixels:
             raise RefusedError(
                 f"{name} has {width} x {height} pixels, at most {self.limits.max_image_pixels} in all are allowed; "
                 "send it smaller, or start the server with a larger --max-image-pixels."
             )
+        self.pixels += width * height * frames
+        if self.pixels > self.limits.max_request_pixels:
+            what = f"the {frames} frames of {name}" if frames > 1 else name
+            raise RefusedError(
+                f"With {what} the request's pictures and videos have {self.pixels} pixels, at most "
+                f"{self.limits.max_request_pixels} pixels together are allowed; send fewer or smaller ones, or start "
+                "the server with a larger --max-request-pixels."
+            )
 
     def _check_video(self, content: bytes, name: str) -> None:
-        """Reads the header only."""
+        """Reads the header and counts the packets, without decoding a frame."""
         import av
 
         try:
             # Other protocols than the open file are not allowed: a playlist may name files and addresses.
             with av.open(io.BytesIO(content), options={"protocol_whitelist": "pipe"}) as video:
                 stream = video.streams.video[0]
-                width, height = stream.width, stream.height
+                width, height, rate = stream.width, stream.height, stream.average_rate or stream.guessed_rate
+                # What the header says of their number need not be true.
+                total = sum(packet.size > 0 for packet in video.demux(stream))
         except Exception:  # decoders raise nearly anything
             raise RefusedError(f"{name} cannot be read as a video; give a whole video file, such as an mp4.") from None
-        self._check_pixels(width, height, name)
+        frames = total
+        if self.fps is not None:
+            frames = max(1, round(total / rate * self.fps)) if rate else total
+        elif self.num_frames >= 0:
+            frames = self.num_frames
+        self._count_pixels(width, height, min(frames, total), name)
 
     def _read_file(self, url: str, kind: str) -> bytes:
         folder = self.limits.allowed_local_media_path
@@ -168,7 +188,10 @@ class Media:
                 f"{shown(url)} names a file, which this server does not read; send the content as data:, or start the "
                 "server with --allowed-local-media-path."
             )
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise RefusedError(f"{shown(url)} is no address of a file ({error}); write file:///folder/name.") from None
         try:
             path = Path(unquote(parts.path)).resolve()
             # Whether a file outside exists is nobody's business.
@@ -191,19 +214,21 @@ class Media:
 
     async def _fetch(self, url: str, kind: str) -> bytes:
         """The content of an http(s) address."""
+        now = asyncio.get_running_loop().time()
+        self._deadline = now + TIMEOUT if self._deadline is None else self._deadline
         try:
-            return await asyncio.wait_for(self._follow(url, kind), TIMEOUT)
+            return await asyncio.wait_for(self._follow(url, kind), self._deadline - now)
         except RefusedError:
             raise
         except (TimeoutError, asyncio.TimeoutError):
-            reason = f"no whole answer within {TIMEOUT} seconds"
+            reason = f"no whole answer within the {TIMEOUT} seconds that a request's addresses may take together"
         except (OSError, HTTPException, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
         raise RefusedError(f"{shown(url)} cannot be fetched ({reason}); give an address that answers.")
 
     async def _follow(self, url: str, kind: str) -> bytes:
         target = url
-        for _ in range(LONGEST_CHAIN):
+        for _ in range(LONGEST_CHAIN + 1):
             content, target = await self._get(target, kind)
             if target is None:
                 return content
@@ -233,7 +258,7 @@ class Media:
     async def _address(self, parts: SplitResult) -> str:
         """The IP address to ask, checked."""
         domains = self.limits.allowed_media_domains
-        if domains is not None and parts.hostname not in domains:
+        if domains is not None and parts.hostname not in map(str.lower, domains):
             raise RefusedError(
                 f"Pictures and videos from {parts.hostname} are not fetched here; the server allows "
                 f"{', '.join(domains) or 'no host'} (--allowed-media-domains)."
@@ -296,7 +321,13 @@ def _port(parts: SplitResult) -> int:
 
 def _is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.split("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None) or ip
+    if ip.version == 6:
+        if ip.is_site_local or ip in LOCAL_NAT64:
+            return False
+        if any(ip in network for network in EMBEDDED_IPV4):
+            ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        else:
+            ip = ip.sixtofour or ip
     return ip.is_global and not ip.is_multicast
 
 
@@ -328,11 +359,11 @@ def shown(url: str, most: int = 80) -> str:
     return url if len(url) <= most else url[:most] + "…"
 
 
-def all_of(parts: object) -> Iterable[tuple[dict, str, str]]:
+def media_parts(parts: object) -> Iterable[tuple[dict, str, str]]:
     """Where a request's messages name pictures and videos: (dictionary, key, "image" or "video")."""
     if isinstance(parts, list):
         for part in parts:
-            yield from all_of(part)
+            yield from media_parts(part)
     elif isinstance(parts, dict):
         for key, value in parts.items():
             kind = {"image_url": "image", "video_url": "video"}.get(key)
@@ -341,4 +372,4 @@ def all_of(parts: object) -> Iterable[tuple[dict, str, str]]:
             elif kind and isinstance(value, dict) and isinstance(value.get("url"), str):
                 yield value, "url", kind
             else:
-                yield from all_of(value)
+                yield from media_parts(value)

@@ -1,7 +1,7 @@
 """What stands before either engine: the key, the limits, and the reading of pictures and videos.
 
-A pure ASGI middleware, for vLLM by `--middleware mmmamba.serving.middleware.Gate`, which hands over no arguments: its
-settings are in the environment. It answers errors as OpenAI's API does.
+A pure ASGI middleware, for vLLM by `--middleware mmmamba.serving.middleware.RequestGuard`, which hands over no
+arguments: its settings are in the environment. It answers errors as OpenAI's API does.
 """
 
 import hashlib
@@ -11,12 +11,22 @@ import os
 from dataclasses import asdict
 
 from .limits import Limits
-from .media import Media, RefusedError, all_of
+from .media import MOST_ADDRESSES, Media, RefusedError, media_parts
 
 
 KEY_VARIABLE = "MMMAMBA_API_KEY"
 LIMITS_VARIABLE = "MMMAMBA_SERVE_LIMITS"
 OPEN_PATHS = ("/health", "/ping")  # for load balancers; they say nothing of the model
+# What may be sent, and the field of it that may name pictures and videos. Other addresses of vLLM take pictures, too,
+# in forms that are not read here (`/v1/messages`).
+POST_PATHS = {
+    "/v1/chat/completions": "messages",
+    "/v1/completions": None,
+    "/v1/responses": "input",
+    "/tokenize": "messages",
+    "/detokenize": None,
+}
+FASTEST = 1000  # frames per second
 
 
 def to_environment(limits: Limits) -> str:
@@ -32,7 +42,7 @@ def from_environment() -> Limits:
     return Limits(**values)
 
 
-class Gate:
+class RequestGuard:
     """Asks for the key, counts a request's bytes and pixels, and puts pictures and videos into it as `data:`.
 
     Args:
@@ -55,7 +65,13 @@ class Gate:
             return await self.app(scope, receive, send)
         try:
             self._check_key(scope)
-            if scope["method"] in ("POST", "PUT", "PATCH"):
+            if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+                if scope["method"] != "POST" or scope["path"] not in POST_PATHS:
+                    raise RefusedError(
+                        f"{scope['method']} {scope['path'][:80]} is not served here; send POST to one of "
+                        f"{', '.join(POST_PATHS)}.",
+                        404,
+                    )
                 receive = _replay(await self._read(scope, receive), receive)
         except RefusedError as error:
             return await send_error(send, error.status, str(error))
@@ -64,7 +80,8 @@ class Gate:
         await self.app(scope, receive, send)
 
     def _check_key(self, scope) -> None:
-        if self._digest is None or scope["method"] == "OPTIONS" or scope["path"] in OPEN_PATHS:
+        is_open = scope["method"] in ("GET", "HEAD") and scope["path"] in OPEN_PATHS
+        if self._digest is None or scope["method"] == "OPTIONS" or is_open:
             return
         scheme, _, given = _header(scope, b"authorization").partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(_digest(given.strip()), self._digest):
@@ -88,12 +105,22 @@ class Gate:
                 break
         try:
             content = json.loads(body)
-        except (ValueError, RecursionError):  # the engine says what is wrong with it
-            return bytes(body)
-        if not isinstance(content, dict):
-            return bytes(body)
-        media = Media(self.limits, len(body))
-        found = [entry for name in ("messages", "input") for entry in all_of(content.get(name))]
+            if not isinstance(content, dict):
+                raise ValueError("no object")
+            found = list(media_parts(content.get(POST_PATHS[scope["path"]])))
+            json.dumps(content)
+        except (ValueError, RecursionError):
+            raise RefusedError(
+                "The request is no JSON object that can be read; send one, not nested too deeply, with "
+                "Content-Type: application/json."
+            ) from None
+        addresses = sum(parent[key][:5].lower() != "data:" for parent, key, _ in found)
+        if addresses > MOST_ADDRESSES:
+            raise RefusedError(
+                f"The request names {addresses} addresses of pictures and videos, at most {MOST_ADDRESSES} are "
+                "allowed; send fewer, or the content as data:."
+            )
+        media = Media(self.limits, len(body), **_sampling(content))
         for parent, key, kind in found:
             parent[key] = await media.read(parent[key], kind)
         # Always written anew, so that nothing else is read by the engine than what was read here.
@@ -102,6 +129,25 @@ class Gate:
 
 class _ClientLeftError(Exception):
     """The client went away before its request was whole."""
+
+
+def _sampling(content: dict) -> dict[str, float]:
+    """How many frames of a video a request asks for, as arguments of `Media`."""
+    asked = content.get("media_io_kwargs")
+    if asked in (None, {}):
+        return {}
+    video = asked.get("video") if isinstance(asked, dict) and len(asked) == 1 else None
+    ((name, value),) = video.items() if isinstance(video, dict) and len(video) == 1 else [(None, None)]
+    right = {
+        "num_frames": isinstance(value, int) and value >= 1,
+        "fps": isinstance(value, (int, float)) and 0 < value <= FASTEST,
+    }
+    if isinstance(value, bool) or not right.get(name):
+        raise RefusedError(
+            f'media_io_kwargs={str(asked)[:80]} is not allowed; give {{"video": {{"num_frames": N}}}} with a whole '
+            f'number from 1, or {{"video": {{"fps": N}}}} with a number above 0, at most {FASTEST}.'
+        )
+    return {name: value}
 
 
 def _too_large(size: str, most: int) -> RefusedError:

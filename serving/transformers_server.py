@@ -29,8 +29,8 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import GenerationState, Modality
 
 from . import answers
-from .media import RefusedError, all_of
-from .middleware import Gate, error_body
+from .media import RefusedError, media_parts
+from .middleware import RequestGuard, error_body
 
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,14 @@ class _Answers:
     async def handle_request(self, body: dict, request_id: str) -> Response:
         body = answers.supported(body, self.fields)
         self.check(body)
+        _, model, processor = self._resolve_model(body)
+        # Before the answer begins, so that a wrong one is answered with 400 in a stream, too.
+        body["response_format"] = await asyncio.to_thread(
+            answers.Grammar.of,
+            body.get("response_format"),
+            processor.tokenizer,
+            model.config.get_text_config().vocab_size,
+        )
         with tempfile.TemporaryDirectory(prefix="mmmamba-") as folder:  # for videos, until they are encoded
             body = _videos_as_files(body, Path(folder))
             return await super().handle_request(body, request_id)
@@ -259,7 +267,7 @@ def _text_logprobs(found: list[answers.Piece], tokenizer) -> dict:
 
 def _videos_as_files(body: dict, folder: Path) -> dict:
     """The request with its videos, which the middleware has made `data:` addresses, as files for the processor."""
-    videos = [entry for entry in all_of(body.get("messages")) if entry[2] == "video"]
+    videos = [entry for entry in media_parts(body.get("messages")) if entry[2] == "video"]
     if videos:  # as many frames as the processor takes; Transformers' server would take 32
         body["chat_template_kwargs"] = {"num_frames": None}
     for number, (parent, key, _) in enumerate(videos):
@@ -344,7 +352,7 @@ def serve(model, folder: Path, names: list[str], listener: socket.socket, shutdo
         shutdown_timeout: Seconds that answers may take after the signal.
     """
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    app = Gate(build_app(LoadedModel(model, processor, names)))
+    app = RequestGuard(build_app(LoadedModel(model, processor, names)))
     config = uvicorn.Config(app, timeout_graceful_shutdown=shutdown_timeout, log_level="info")
     server = uvicorn.Server(config)
     # uvicorn sends itself the signal again when it is done, which must not end the process otherwise.

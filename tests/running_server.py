@@ -74,10 +74,9 @@ def user(content) -> list[dict]:
 def start(engine: str, log: Path, *options: str, engine_options: list[str] | tuple = ()) -> Server:
     """Starts a server on a free port and waits until it answers."""
     command = [sys.executable, "-m", "mmmamba", "serve", FOLDER, "--engine", engine, "--dtype", "float32"]
-    command += ["--port", "0", *options, *(["--", *engine_options] if engine_options else [])]
+    command += ["--port", "0", "--api-key", KEY, *options, *(["--", *engine_options] if engine_options else [])]
     environment = {
         **os.environ,
-        "MMMAMBA_API_KEY": KEY,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }

@@ -41,7 +41,8 @@ TESTS = (
 
 def oldest() -> str:
     """The oldest version that pyproject.toml allows."""
-    (requirement,) = (x for x in map(Requirement, metadata.requires("mmmamba")) if x.name == "transformers")
+    required = [Requirement(line) for line in metadata.requires("mmmamba") if "extra ==" not in line]
+    (requirement,) = (x for x in required if x.name == "transformers")
     (bound,) = (x.version for x in requirement.specifier if x.operator == ">=")
     return f"{bound}.0" if bound.count(".") == 1 else bound
 
