@@ -193,7 +193,9 @@ def build(
                     show_label=False,
                     buttons=["copy"],
                     layout="bubble",
-                    allow_tags=False,
+                    # Plain text: Markdown of an answer or a file could make the browser fetch from elsewhere.
+                    render_markdown=False,
+                    latex_delimiters=[],
                     height="var(--chat-height)",
                     allow_file_downloads=False,
                     placeholder=f"<h2>Show it something, then ask</h2>{example}",
@@ -257,6 +259,7 @@ CSS = """
 #chat .placeholder img { margin: 14px auto 10px; border-radius: 10px; width: min(340px, 90%); }
 #chat .placeholder p { color: var(--body-text-color-subdued); font-size: .9rem; }
 #chat .example { min-height: 0; }
+#chat .message .md { white-space: pre-wrap; overflow-wrap: anywhere; }
 #chat .message-buttons-right { display: none; }
 #chat .user img { max-height: 220px; width: auto; border-radius: 8px; }
 #activity { min-height: 38px; margin: -8px 0; }

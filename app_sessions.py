@@ -30,6 +30,7 @@ PIECE = 4000  # characters of a document that are read at once
 MOST_BRANCHES = 8
 PICTURE_SIZE = 512  # longest side of a picture in the chat
 KEEP_IDLE, KEEP_CLOSED = 3600, 300  # seconds that a conversation outlives its last use, and its browser tab
+MOST_SESSIONS = 1000
 
 
 # --- what is uploaded ------------------------------------------------------------------------------------------------
@@ -130,8 +131,8 @@ def contact_sheet(frames: np.ndarray) -> Image.Image:
 
 
 def message(role: str, text: str, title: str | None = None) -> dict:
-    """A message as Gradio's Chatbot takes it. What people type is shown as typed, answers as Markdown."""
-    text = html.escape(text, quote=False) if role == "user" else text
+    """A message of plain text as Gradio's Chatbot takes it, which would take HTML without Markdown, too."""
+    text, title = html.escape(text, quote=False), html.escape(title, quote=False) if title else None
     content = [{"type": "text", "text": text}] if text else []
     return {"role": role, "content": content} | ({"metadata": {"title": title}} if title else {})
 
@@ -200,9 +201,9 @@ class Turn:
                 self.activity = "answering"
                 self.message |= message("assistant", self._answer())
             elif self.stop.is_set():
-                self.message |= message("assistant", "*Stopped before all was read.*")
+                self.message |= message("assistant", "Stopped before all was read.")
             else:
-                self.message |= message("assistant", "*Read. Ask about it.*")
+                self.message |= message("assistant", "Read. Ask about it.")
         except Exception as error:  # a device may be out of memory; the page goes on
             if not isinstance(error, ValueError):
                 logger.exception("a turn failed")
@@ -210,8 +211,10 @@ class Turn:
             self.message |= message("assistant", f"{reason}\n\nAsk again, or go on.", "Not answered")
         finally:
             self.uploads = []
-            self.branch.measure()
-            self.finished.set()
+            try:
+                self.branch.measure()
+            finally:
+                self.finished.set()
 
     def _read(self) -> Iterator[None]:
         state, total = self.branch.state, sum(len(upload.parts) for upload in self.uploads)
@@ -311,7 +314,7 @@ class Session:
 
     def fork(self) -> None:
         """Copies the conversation; the copy is shown."""
-        self._check_room()
+        self._check_branch_limit()
         self._add(self.branch.state.fork(), list(self.branch.messages))
 
     def choose(self, name: str) -> None:
@@ -326,16 +329,16 @@ class Session:
 
     def load(self, path: str | Path) -> None:
         """Adds a saved conversation as a branch. Raises ValueError if it is none, or another model's."""
-        self._check_room()
+        self._check_branch_limit()
         path = Path(path)
         try:
             state = type(self.branch.state).load(path, self.model, self.reader.tokenizer)
         except ValueError as error:
             raise ValueError(str(error).replace(str(path), path.name)) from None
         text = transcript(state, self.reader.tokenizer)
-        self._add(state, [message("assistant", html.escape(text, quote=False), f"Loaded from {path.name}")])
+        self._add(state, [message("assistant", text, f"Loaded from {path.name}")])
 
-    def _check_room(self) -> None:
+    def _check_branch_limit(self) -> None:
         if len(self.branches) >= MOST_BRANCHES:
             raise ValueError(f"There are {MOST_BRANCHES} branches, and no more fit; save this one and begin anew.")
 
@@ -373,13 +376,27 @@ class Sessions:
         make: Makes a new one.
         idle: Seconds that one is kept after its last use.
         closed: Seconds that one is kept after its tab was closed: a phone's screen may only have been locked.
+        most: How many are kept; the one that was unused for the longest gives way to a new one.
     """
 
-    def __init__(self, make: Callable[[], Session], idle: float = KEEP_IDLE, closed: float = KEEP_CLOSED):
-        self._make, self._idle, self._closed = make, idle, closed
+    def __init__(
+        self,
+        make: Callable[[], Session],
+        idle: float = KEEP_IDLE,
+        closed: float = KEEP_CLOSED,
+        most: int = MOST_SESSIONS,
+    ):
+        self._make, self._idle, self._closed, self._most = make, idle, closed, most
         self._sessions: dict[str, Session] = {}
         self._forgotten: deque[str] = deque(maxlen=10_000)
         self._lock = threading.Lock()
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, name="sessions", daemon=True).start()
+
+    def _watch(self) -> None:
+        """Frees what has expired, on a server that nobody asks for anything, too."""
+        while not self._ended.wait(min(60, self._idle, self._closed)):
+            self.forget_expired()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -391,12 +408,19 @@ class Sessions:
     def get(self, name: str) -> Session:
         """The session of a tab, a new one if there is none."""
         self.forget_expired()
+        oldest = None
         with self._lock:
-            session = self._sessions.get(name)
-            if session is None:
-                session = self._sessions[name] = self._make()
+            session = self._sessions.pop(name, None) or self._make()
+            if len(self._sessions) >= self._most:
+                idle = (x for x, other in self._sessions.items() if not other.busy)
+                unused = next(idle, next(iter(self._sessions)))
+                oldest = self._sessions.pop(unused)
+                self._forgotten.append(unused)
+            self._sessions[name] = session  # behind all others: in the order of their last use
             session.expires, session.is_closed = time.monotonic() + self._idle, False
-            return session
+        if oldest is not None:
+            oldest.close()
+        return session
 
     def leave(self, name: str) -> None:
         """Says that a tab was closed."""
@@ -404,9 +428,6 @@ class Sessions:
             if name in self._sessions:
                 session = self._sessions[name]
                 session.expires, session.is_closed = time.monotonic() + self._closed, True
-        timer = threading.Timer(self._closed + 0.01, self.forget_expired)
-        timer.daemon = True
-        timer.start()
 
     def forget_expired(self) -> None:
         with self._lock:
@@ -419,5 +440,6 @@ class Sessions:
 
     def close(self) -> None:
         """Ends all answers, so that the process can end."""
+        self._ended.set()
         for session in list(self._sessions.values()):
             session.close()

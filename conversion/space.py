@@ -8,12 +8,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from huggingface_hub import SpaceCardData
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 
 PACKAGE = Path(__file__).resolve().parent.parent
 PYTHON = "3.11"
-GRADIO = "6.31.0"  # tested; a newer one that is installed here is named instead
+GRADIO, RUNS_WITH = "6.31.0", SpecifierSet(">=6.31,<7")  # tested; and which versions can run app.py
 # Of these the versions that are installed here are named, since they go together; of others what pyproject.toml asks.
 EXACT = {"torch": ">=2.7", "torchvision": ">=0.22", "transformers": ">=5.17,<6"}
 OTHERS = {
@@ -68,7 +69,7 @@ def _card(model: str, license: str | None) -> str:
         title=title,
         license=license,
         sdk="gradio",
-        sdk_version=_installed("gradio") or GRADIO,
+        sdk_version=found if (found := _installed("gradio")) and found in RUNS_WITH else GRADIO,
         python_version=PYTHON,
         app_file="app.py",
         models=[model],

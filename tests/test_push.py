@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 import mmmamba
 from mmmamba.cli.main import main
+from mmmamba.conversion import space
 from mmmamba.conversion.space import space_files
 
 
@@ -329,6 +330,16 @@ def test_a_space_that_shows_the_model_follows_it(hub, push):
     assert card["sdk"] == "gradio" and card["app_file"] == "app.py" and card["models"] == ["me/model"]
     assert card["license"] == "mit" and re.fullmatch(r"6\.\d+\.\d+", card["sdk_version"])
     assert len(card["short_description"]) <= 60  # the Hub refuses a longer one
+
+
+@pytest.mark.parametrize(
+    ("installed", "named"), [("5.49.1", "6.31.0"), ("6.32.0", "6.32.0"), ("7.0.0", "6.31.0"), (None, "6.31.0")]
+)
+def test_a_space_names_a_gradio_that_can_run_the_page(installed, named, monkeypatch):
+    real = space._installed
+    monkeypatch.setattr(space, "_installed", lambda name: installed if name == "gradio" else real(name))
+    card = yaml.safe_load(space.space_files("me/model")["README.md"].decode().split("---")[1])
+    assert card["sdk_version"] == named
 
 
 def test_a_space_asks_for_what_the_package_asks_for():

@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import islice, pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from test_conversation import make_chat_model, make_tokenizer
 from mmmamba.conversation_mmmamba import ConversationState
 from mmmamba.examples.shapes.clip import write_clip
 from mmmamba.examples.shapes.world import ONE_PICTURE
-from mmmamba.examples.streaming import watch
+from mmmamba.examples.streaming import sources, watch
 from mmmamba.examples.streaming.scenes import pictures, scenes
 from mmmamba.examples.streaming.sources import Clip, Device
 from mmmamba.examples.streaming.stream import Stream
@@ -57,19 +59,19 @@ def clip(tmp_path_factory):
 
 def test_a_linear_model_keeps_as_much_after_hundreds_of_frames_as_after_one(parts):
     stream = after(Stream(*parts["linear"]), frames(1))
-    kept, ids = stream.nbytes, len(stream.state.ids)
+    nbytes, ids = stream.nbytes, len(stream.state.ids)
     after(stream, frames(199))
-    assert (stream.nbytes, len(stream.state.ids)) == (kept, ids)
+    assert (stream.nbytes, len(stream.state.ids)) == (nbytes, ids)
     assert stream.frames == 200 and stream.tokens > 200 * TOKENS_PER_FRAME
 
 
 def test_a_hybrid_keeps_keys_and_values_of_every_frame(parts):
     stream = after(Stream(*parts["hybrid"]), frames(3))
-    kept = stream.nbytes
+    before = stream.nbytes
     after(stream, frames(20))
     text = parts["hybrid"][0].config.text_config
     by_token = 2 * text.layer_types.count("full_attention") * text.num_key_value_heads * text.head_dim * 8  # fp64
-    assert stream.nbytes - kept == 20 * TOKENS_PER_FRAME * by_token
+    assert stream.nbytes - before == 20 * TOKENS_PER_FRAME * by_token
     assert len(stream.state.ids) == stream.tokens
 
 
@@ -135,6 +137,17 @@ def test_frames_that_are_read_at_once_leave_what_frames_one_by_one_do(parts, kin
     torch.testing.assert_close(together.state.cache.tensors(), alone.state.cache.tensors(), rtol=1e-8, atol=1e-8)
 
 
+def test_a_restart_forgets_a_loaded_conversation_too(parts, tmp_path):
+    model, tokenizer, _ = parts["linear"]
+    model.conversation(tokenizer).extend("One, two, three.").save(tmp_path / "state")
+    shown = frames(2)
+    loaded = Stream(*parts["linear"], restart=1, file=tmp_path / "state")
+    assert len(loaded.state)
+    after(loaded, shown)
+    fresh = after(Stream(*parts["linear"]), shown[1:])
+    torch.testing.assert_close(loaded.state.cache.tensors(), fresh.state.cache.tensors(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_restart_forgets_all_frames_before_it(parts, kind):
     shown = frames(8)
@@ -184,6 +197,32 @@ def test_a_clip_in_real_time_drops_the_frames_that_came_while_nobody_looked(clip
         assert 4 + source.dropped <= 10 * (time.perf_counter() - begin) + 1
 
 
+class SlowReader:
+    """Decodes more slowly than the clip plays: 100 frames of each second, 20 ms each."""
+
+    def frames(self, fps):
+        for number in range(1000):
+            time.sleep(0.02)
+            yield SimpleNamespace(time=number / 100, pixels=number)
+
+    def close(self):
+        pass
+
+
+def test_a_clip_whose_decoding_is_slower_than_real_time_goes_on_and_stops(clip, monkeypatch):
+    monkeypatch.setattr(sources, "LONGEST_SEARCH", 0.1)
+    stopping = threading.Event()
+    with Clip(clip, fps=100, stopping=stopping) as source:
+        monkeypatch.setattr(source, "reader", SlowReader())
+        shown = list(islice(source.frames(), 12))
+        assert source.dropped and shown == sorted(shown) and shown[-1] < 200
+        monkeypatch.setattr(sources, "LONGEST_SEARCH", 1e9)
+        timer = threading.Timer(0.5, stopping.set)
+        timer.start()
+        assert len(list(source.frames())) < 100
+    timer.join()
+
+
 def test_a_device_gives_its_newest_frames_until_it_ends():
     try:
         with Device("testsrc=size=32x16:rate=5:duration=2", "lavfi") as source:
@@ -210,8 +249,12 @@ def test_it_watches_asks_and_saves(clip, tmp_path, capsys):
     ]
     assert watch.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[0].strip() for line in lines if "KiB kept" in line] == ["frame 5", "frame 10", "frame 14"]
-    assert len({line.split("|")[2] for line in lines if "KiB kept" in line}) == 1
+    assert [line.split("|")[0].strip() for line in lines if "KiB of state" in line] == [
+        "frame 5",
+        "frame 10",
+        "frame 14",
+    ]
+    assert len({line.split("|")[2] for line in lines if "KiB of state" in line}) == 1
     question = lines.index("[frame 5] How many objects are there?")
     assert lines[question + 1].strip() and lines[-1] == f"saved to {state}"
     before = state.read_bytes()
@@ -228,6 +271,18 @@ def test_the_end_of_input_ends_it_when_all_questions_are_answered(clip, capsys, 
     output = capsys.readouterr().out
     assert "What color is the star?" in output and "How many objects are there?" in output
     assert "[frame 4] Is there a red star?" in output and output.splitlines()[-1].startswith("frame 4 |")
+
+
+def test_the_last_frames_of_a_device_are_read_and_its_last_questions_answered(capsys, monkeypatch):
+    class Ends(Clip):
+        def frames(self):
+            return islice(super().frames(), 5)
+
+    monkeypatch.setattr(watch, "Clip", Ends)
+    monkeypatch.setattr(watch, "read_questions", lambda questions: questions.put("What color is the star?"))
+    assert watch.main(["--batch=4", "--ask=5:How many objects are there?"]) == 0
+    output = capsys.readouterr().out
+    assert "[frame 5] How many objects are there?" in output and output.splitlines()[-1].startswith("frame 5 |")
 
 
 def test_sigterm_ends_it_in_order(tmp_path):

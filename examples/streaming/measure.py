@@ -3,8 +3,8 @@
     python -m mmmamba.examples.streaming.measure run linear 10000 --batch 20    # also hybrid and teacher
     python -m mmmamba.examples.streaming.measure plot
 
-`run` writes into benchmarks/results/streaming-cpu.json a row for every 100 frames: bytes kept, resident memory, wall
-and processor time of reading a frame; for every 500 frames how many of three questions about the latest one were
+`run` writes into benchmarks/results/streaming-cpu.json a row for every 100 frames: bytes of state, resident memory,
+wall and processor time of reading a frame; for every 500 frames how many of three questions about the latest one were
 answered right. Short streams are asked after 1, 3, 10 and 30 frames. Scenes are held out; one stays for 15 frames on
 average.
 """
@@ -114,18 +114,18 @@ def write(**measured: dict) -> None:
 
 
 def plot() -> None:
-    """Draws what is kept and what a frame costs, and prints a table."""
+    """Draws the bytes of state and what a frame costs, and prints a table."""
     from matplotlib.figure import Figure
 
     result = json.loads(RESULTS.read_text(encoding="utf-8"))
     figure = Figure(figsize=(10, 4), layout="constrained")
-    kept, cost = figure.subplots(1, 2)
+    state, cost = figure.subplots(1, 2)
     colors = {"linear": "C0", "hybrid": "C1", "teacher": "C2"}
     for name, measured in result["runs"].items():
         rows, color = measured["rows"], colors[measured["model"]]
         frames = [row["frames"] for row in rows]
         if measured["batch"] > 1:
-            kept.plot(frames, [row["bytes"] / 2**20 for row in rows], marker=".", color=color, label=name)
+            state.plot(frames, [row["bytes"] / 2**20 for row in rows], marker=".", color=color, label=name)
         style = "-" if measured["batch"] > 1 else ":"
         cost.plot(frames, [row["cpu_ms"] for row in rows], style, marker=".", markersize=3, color=color, label=name)
         for least, most in ((1, 1000), (1001, 10**9)):
@@ -134,9 +134,9 @@ def plot() -> None:
                 print(f"{name}, frames {least:,} to {part[-1]['frames']:,}: {summary(part)}")
     for name, counts in result["short"].items():
         print(f"{name}, right answers by frames seen: {counts}")
-    kept.set(xscale="log", yscale="log", xlabel="frames read", ylabel="kept (MiB)")
+    state.set(xscale="log", yscale="log", xlabel="frames read", ylabel="state (MiB)")
     cost.set(xscale="log", yscale="log", xlabel="frames read", ylabel="processor time per frame (ms)", ylim=(1, 100))
-    for axes in (kept, cost):
+    for axes in (state, cost):
         axes.grid(which="both", alpha=0.25)
         axes.legend(fontsize=8)
     figure.savefig(PLOT, dpi=120)

@@ -13,16 +13,20 @@ import numpy as np
 from mmmamba.video_reading_mmmamba import VideoReader
 
 
+LONGEST_SEARCH = 1.0  # seconds that late frames are dropped before one of them is given
+
+
 class Clip:
     """A video, again and again.
 
     Without `fps` every frame is given when it is asked for. With it the clip plays in real time: a frame is given at
-    its time, and those whose time passed while nobody asked are dropped.
+    its time, and those whose time passed while nobody asked are dropped. If decoding is slower than real time, a
+    late frame is given after a second, and the clip goes on from there.
 
     Args:
         path: A video file or its address.
         fps: Frames of each second.
-        stopping: Ends the waiting for a frame.
+        stopping: Ends the frames.
 
     Attributes:
         dropped: Frames that came too late.
@@ -42,17 +46,23 @@ class Clip:
         self.reader.close()
 
     def frames(self) -> Iterator[np.ndarray]:
-        """(height, width, 3), uint8, without end. Raises ValueError if the file is damaged."""
-        start = time.perf_counter()  # of this pass
+        """(height, width, 3), uint8, until `stopping` is set. Raises ValueError if the file is damaged."""
+        start = asked = time.perf_counter()  # start of this pass, and when the next frame was asked for
         while True:
             for frame in self.reader.frames(self.fps):
+                if self.stopping.is_set():
+                    return
                 if self.fps is not None:
-                    wait = start + frame.time - time.perf_counter()
-                    if wait < -1 / self.fps:
+                    now = time.perf_counter()
+                    wait = start + frame.time - now
+                    if wait < -1 / self.fps and now - asked < LONGEST_SEARCH:
                         self.dropped += 1
                         continue
+                    if now - asked >= LONGEST_SEARCH and wait < 0:  # decoding does not keep up
+                        start = now - frame.time
                     self.stopping.wait(max(0, wait))
                 yield frame.pixels
+                asked = time.perf_counter()
             start += frame.time + 1 / (self.reader.metadata.fps or 1)
 
 

@@ -1,4 +1,4 @@
-"""A model that watches: frames come one by one, and questions are answered on a copy of what it keeps."""
+"""A model that watches: frames come one by one, and questions are answered on a copy of its state."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ class Stream:
         tokenizer: The package's.
         processor: An `MmMambaVideoProcessor`, which cuts a frame into tiles.
         frame_text: What stands for a frame, with `<image>`; `{number}` in it is the frame's number from 1.
-        restart: Frames after which it forgets everything and begins again; never if not given.
+        restart: Frames after which it forgets everything, `file` too, and begins again; never if not given.
         file: A saved conversation to begin with, if it exists.
 
     Attributes:
@@ -50,13 +50,13 @@ class Stream:
             self.state = ConversationState.load(file, model, tokenizer)
         else:
             self.state = model.conversation(tokenizer)
-        self._beginning = self.state.fork()
+        self._empty = model.conversation(tokenizer)
         self._grows = bool(self.state.cache.attention_layers)
         self.frames = self.tokens = self._since_restart = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept: the state, and keys and values if layers attend."""
+        """Bytes of the state: of Mamba-2 layers, and keys and values if layers attend."""
         return self.state.nbytes
 
     def read(self, *frames: np.ndarray) -> None:
@@ -66,7 +66,7 @@ class Stream:
             frames: (height, width, 3) each, uint8.
         """
         if self.restart and self._since_restart + len(frames) > self.restart and self._since_restart:
-            self.state, self._since_restart = self._beginning.fork(), 0
+            self.state, self._since_restart = self._empty.fork(), 0
         numbers = range(self.frames + 1, self.frames + len(frames) + 1)
         text = "".join(self.frame_text.replace("{number}", str(number)) for number in numbers)
         before, inputs = len(self.state), self.processor(list(frames), return_tensors="pt")

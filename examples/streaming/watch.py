@@ -5,7 +5,7 @@
     python -m mmmamba.examples.streaming.watch /dev/video0 --format v4l2 --fps 5
     python -m mmmamba.examples.streaming.watch --frames 300 --ask "100:How many objects are there?"
 
-Ctrl-C, SIGTERM and the end of input (Ctrl-D) end it; `--state FILE` then keeps what was seen.
+Ctrl-C, SIGTERM and the end of input (Ctrl-D) end it; `--state FILE` then saves what was seen.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         help="ask after frame N; may be repeated",
     )
     parser.add_argument(
-        "--restart", type=positive, metavar="N", help="forget everything after every N frames and begin again"
+        "--restart", type=positive, metavar="N", help="forget everything (--state, too) after every N frames"
     )
     parser.add_argument(
         "--batch", type=positive, default=1, metavar="N", help="frames to read at once: more in a second, but later"
@@ -201,7 +201,7 @@ def watch(args: argparse.Namespace, stream: Stream, source, stopping: threading.
         last_time, last_frames = now, stream.frames
         dropped = f", {source.dropped:,} dropped" if source.dropped else ""
         screen.status(
-            f"frame {stream.frames:,}{dropped} | {rate:.1f} frames/s | {stream.nbytes / 1024:,.1f} KiB kept | "
+            f"frame {stream.frames:,}{dropped} | {rate:.1f} frames/s | {stream.nbytes / 1024:,.1f} KiB of state | "
             f"{stream.tokens:,} tokens read"
         )
 
@@ -211,16 +211,11 @@ def watch(args: argparse.Namespace, stream: Stream, source, stopping: threading.
         stream.ask(question, options, streamer)
         screen.prompt()
 
-    screen.prompt()
-    waiting = []
-    for pixels in source.frames():
-        if stopping.is_set():
-            break
-        waiting.append(pixels)
-        if len(waiting) < args.batch and stream.frames + len(waiting) != args.frames:
-            continue
-        stream.read(*waiting)
-        waiting.clear()
+    def read_and_answer() -> None:
+        nonlocal ended
+        if waiting:
+            stream.read(*waiting)
+            waiting.clear()
         if stream.frames - last_frames >= args.status_every:
             status()
         while due and due[0][0] <= stream.frames:
@@ -230,8 +225,21 @@ def watch(args: argparse.Namespace, stream: Stream, source, stopping: threading.
                 ended = args.frames is None
             elif question:
                 answer(question)
+
+    screen.prompt()
+    waiting = []
+    for pixels in source.frames():
+        if stopping.is_set():
+            break
+        waiting.append(pixels)
+        if len(waiting) < args.batch and stream.frames + len(waiting) != args.frames:
+            continue
+        read_and_answer()
         if (ended and not due) or stream.frames == args.frames:
             break
+    else:  # a device has ended, perhaps within a batch
+        if not stopping.is_set():
+            read_and_answer()
     if stream.frames > last_frames:
         status()
 

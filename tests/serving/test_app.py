@@ -175,6 +175,21 @@ def test_the_streamed_answer_about_an_uploaded_picture_is_the_one_of_chat(tab, p
     assert len(seen) > 5 and all(later.startswith(earlier) for earlier, later in pairwise(seen))
 
 
+def test_what_is_typed_answered_or_loaded_is_plain_text(tab, page, monkeypatch, tmp_path):
+    text = "**x** <b>bold</b> ![x](http://127.0.0.1:9/?q) &amp; $$y$$\n\n    # line <img src='http://127.0.0.1:9/'>"
+    monkeypatch.setattr(app_sessions.Turn, "text", text)
+    monkeypatch.setattr(app_sessions.Turn, "_answer", lambda turn: text)
+    assert ask(tab, text) == text
+    assert tab.locator("#chat .user.message").inner_text().strip() == text
+    monkeypatch.setattr(app_sessions, "transcript", lambda *args: text)
+    file = tmp_path / "![x](http:).safetensors"
+    page.model.conversation(page.tokenizer).extend("One").save(file)
+    load(tab, str(file))
+    tab.wait_for_selector("#branches label.selected:has-text('2')")
+    assert text in tab.locator("#chat .bot.message").inner_text()
+    assert tab.locator("#chat .message :is(img, b, strong, h1, .katex)").count() == 0
+
+
 def test_a_fork_and_its_origin_go_on_independently(tab, page):
     truth = page.model.conversation(page.tokenizer)
     assert ask(tab, QUESTION, PICTURE) == truth.ask(QUESTION, GREEDY, Image.open(PICTURE))
