@@ -15,7 +15,7 @@ from mmmamba.examples.shapes.clip import write_clip
 def server(request, tmp_path_factory, media):
     """A running server of each engine that is installed."""
     if request.param == "vllm" and importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed")
+        pytest.skip("vLLM is not installed; `make test-serving` installs it")
     log = tmp_path_factory.mktemp("server") / f"{request.param}.log"
     limits = [str(word) for pair in LIMITS.items() for word in pair]
     options = ["--allowed-media-domains", "127.0.0.1", "--allowed-local-media-path", str(media.folder), *limits]

@@ -379,7 +379,7 @@ def test_wrong_requests_are_refused_with_a_reason(server, options, words):
 @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty", "logit_bias", "tools", "best_of"])
 def test_what_transformers_cannot_do_is_refused_by_name(server, name):
     if server.engine != "transformers":
-        pytest.skip("vLLM does it")
+        pytest.skip("vLLM takes these, or refuses them in words of its own")
     value = {"logit_bias": {"5": 3}, "tools": [{"type": "function", "function": {"name": "f"}}], "best_of": 2}
     with pytest.raises(openai.BadRequestError, match=f"^.*{name} is not supported"):
         server.chat("x", extra_body={name: value.get(name, 0.5)})
