@@ -3,6 +3,7 @@
 import argparse
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from mmmamba.benchmarks import arguments as benchmark_arguments
@@ -37,7 +38,9 @@ def _add_benchmark_arguments(name: str, parser: argparse.ArgumentParser) -> None
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `mmmamba bench`. Raises ValueError for a device that is not available."""
+    """Runs `mmmamba bench`. Raises ValueError for a device that is not available, or plots that cannot be drawn."""
+    if args.results is not None and find_spec("matplotlib") is None:
+        raise ValueError("--results draws a plot, and matplotlib is not installed; run `pip install matplotlib`.")
     import torch
 
     from mmmamba.cli.env import usable_device

@@ -52,8 +52,11 @@ class Server:
                 command.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 command.append(f"--{flag}={json.dumps(value) if isinstance(value, dict) else value}")
+        environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}  # `conversations_that_fit` reads the log
         with log.open("w") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+            )
 
     def wait_until_ready(self) -> None:
         """Raises RuntimeError with the end of the log if the server stops, or takes more than ten minutes."""

@@ -182,8 +182,9 @@ def write_model(name: str, args: argparse.Namespace, folder: Path) -> dict:
         MmMambaProcessor(MmMambaImageProcessorPil(), tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     longest = max(args.lengths) + args.output_tokens
-    # vLLM allots whole blocks, of the same size for keys and values as for states: some more than they take.
-    cache = 1.15 * max(args.clients) * sum(cache_bytes(cache_of_length(model, longest))) / 2**30
+    # vLLM allots whole blocks, of the same size for keys and values as for states: some more than they take; and one
+    # that nobody uses.
+    cache = (1.15 * max(args.clients) + 1) * sum(cache_bytes(cache_of_length(model, longest))) / 2**30
     return {"parameters": parameters, "longest": longest, "cache GiB": args.cache_gib or cache}
 
 

@@ -123,7 +123,7 @@ class GatedRMSNorm(nn.Module):
     def forward(self, y: Tensor, gate: Tensor) -> Tensor:
         """Args: y and gate (T, H P). Returns the same shape in the gate's dtype."""
         heads = y.float().unflatten(-1, (-1, len(self.weight)))
-        normed = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
+        normed = nn.functional.rms_norm(heads, self.weight.shape, self.weight.float(), self.eps)
         return (normed.flatten(-2) * nn.functional.silu(gate.float())).to(gate.dtype)
 
 

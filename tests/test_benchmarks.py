@@ -122,6 +122,14 @@ def serving_sample(model, length, clients, rate):
     return sample | {"seconds": 1.0, "cache MiB": 2.0, "preempted": 0.0}
 
 
+def test_plots_that_cannot_be_drawn_are_said_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mmmamba.benchmarks.bench.find_spec", lambda name: None)
+    assert main(["bench", "scan", "--results", str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    assert "pip install matplotlib" in captured.err and captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
 def test_serving_measures_what_is_left_in_turns_that_begin_with_another_model():
     points = [(16, 1), (16, 8)]
     samples = [serving_sample("linear", 16, 1, 1.0), serving_sample("llama", 16, 8, 1.0)]
