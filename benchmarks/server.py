@@ -17,6 +17,7 @@ from pathlib import Path
 
 
 STARTUP_SECONDS = 600
+WARM_UPS = 1  # requests before a point: the first one after a pause may take half a second longer
 CAPACITY = re.compile(r"Maximum concurrency for [\d,]+ tokens per request: ([\d,.]+)x")
 # Columns of the table, and what they are in the results of `bench serve`.
 MEASURES = {
@@ -100,7 +101,7 @@ class Server:
         with self.watched() as usage:
             result = bench_serve(self, length, clients, requests, output_tokens, seed)
         sample = {column: result[key] for column, key in MEASURES.items()}
-        usage["CPU s/request"] = usage.pop("CPU s") / requests
+        usage["CPU s/request"] = usage.pop("CPU s") / (WARM_UPS + requests)
         return sample | {"seconds": result["duration"], "requests": requests} | usage
 
     @contextlib.contextmanager
@@ -171,6 +172,7 @@ def bench_serve(server: Server, length: int, clients: int, requests: int, output
         "backend": "openai", "host": "127.0.0.1", "port": server.port, "model": server.folder,
         "dataset-name": "random", "random-input-len": length, "random-output-len": output_tokens,
         "num-prompts": requests, "max-concurrency": clients, "seed": seed, "temperature": 0,
+        "num-warmups": WARM_UPS,
         "ready-check-timeout-sec": 0,
     }  # fmt: skip
     arguments = ["--disable-tqdm", *(f"--{name}={value}" for name, value in options.items())]
