@@ -236,6 +236,24 @@ def test_stage_3_in_chunks_is_the_plain_loss_of_each_conversation_alone(collate,
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("kl_weight", [0.0, 0.25])
+def test_stage_3_weighs_both_losses_and_learns_from_labels_without_a_teacher(kl_weight):
+    teacher, student = pair(attention=(1,))
+    batch = pad(rows(), pad_token_id=2)
+    with torch.no_grad():
+        logits, truth = student(**batch).logits, teacher(**batch).logits
+    valid, targets = batch["attention_mask"].bool(), batch["labels"][:, 1:]
+    p, q = truth[valid].log_softmax(-1), logits[valid].log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean()
+    hard = -logits[:, :-1][targets != -100].log_softmax(-1).gather(1, targets[targets != -100][:, None]).mean()
+    if not kl_weight:
+        teacher.model.forward = None  # must not run, even if it is there
+    for model in [teacher] if kl_weight else [teacher, None]:
+        distiller = EndToEndDistiller(model, student, kl_weight=kl_weight, hard_weight=0.5, chunk_size=7)
+        torch.testing.assert_close(distiller(**batch), kl_weight * kl + 0.5 * hard)
+        assert all(gradient.abs().max() > 0 for gradient in gradients(distiller, batch).values())
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_step_is_the_same_however_its_conversations_are_split(stage):
     teacher, student = pair()

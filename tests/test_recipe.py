@@ -6,7 +6,7 @@ import re
 import pytest
 
 from mmmamba.conversion.distillation.cost import stage_costs
-from mmmamba.conversion.distillation.data.sources import DATASET_KEYS, FILE_KEYS
+from mmmamba.conversion.distillation.data.sources import DATASET_KEYS, DOCUMENT_KEYS, FILE_KEYS
 from mmmamba.conversion.distillation.recipe import (
     RECIPES,
     EndToEndStage,
@@ -82,6 +82,10 @@ def test_overrides_reach_every_key():
         ("stage_1.warmup=1000", "do not fit into steps=200"),
         ("stage_3.trainable=head", "trainable='head' is unknown; choose one of mixers,"),
         ("stage_3.temperature=0", "temperature=0.0 must be above 0"),
+        ("stage_3.kl_weight=-1", "stage_3: kl_weight=-1.0 must be at least 0"),
+        ("stage_3={steps: 5, learning_rate: 1, kl_weight: 0}", "kl_weight=0 and hard_weight=0 leave nothing to learn"),
+        ("row_tokens=1", "row_tokens=1 must be at least 2"),
+        ("stage_1.row_tokens=0", "stage_1: row_tokens=0 must be at least 2"),
         ("initialization=random", "choose one of mimic, inherited, scratch"),
         ("num_attention=2", "give both or neither"),
         ("stages=[3, 1]", "in order, each once"),
@@ -116,7 +120,7 @@ def test_the_guide_explains_every_key(tmp_path):
         for table in re.findall(r"^\| key.*\n(?:\|.*\n)+", guide, re.MULTILINE)
     ]
     ours = [{entry.name for entry in dataclasses.fields(kind)} for kind in (Recipe, EndToEndStage)]
-    assert tables == [*ours, {*FILE_KEYS, *DATASET_KEYS, "shapes"}]
+    assert tables == [*ours, {*FILE_KEYS, *DATASET_KEYS, *DOCUMENT_KEYS, "shapes"}]
     (tmp_path / "my-recipe.yaml").write_text(re.search(r"```yaml\n(# my-recipe.yaml.*?)```", guide, re.DOTALL)[1])
     assert load_recipe(tmp_path / "my-recipe.yaml").strategy == "measured"
 

@@ -46,4 +46,5 @@ def _local_data(entry: dict[str, Any]) -> list[str]:
     """What an entry of `data` reads that is not on the Hub."""
     if "shapes" in entry:
         return ["the shapes picture world"]
-    return [str(entry["file"])] if "file" in entry else local_files(entry)
+    names = [str(entry[kind]) for kind in ("file", "documents") if kind in entry]
+    return names or local_files(entry)

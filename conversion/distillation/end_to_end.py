@@ -16,7 +16,7 @@ class EndToEndDistiller(nn.Module):
     Its parameters are the student's; the teacher is neither trained, nor saved, nor moved with it.
 
     Args:
-        teacher: The model to learn from.
+        teacher: The model to learn from; None if `kl_weight` is 0.
         student: Of the same vocabulary.
         trainable: `mixers`: all of each mixer but its output projection, A_log and dt_bias included (upstream's list
             leaves those two out, so they keep their random initial values); `mixers+o_proj`: the output projections,
@@ -27,9 +27,19 @@ class EndToEndDistiller(nn.Module):
     _no_split_modules: list[str] = ["MmMambaDecoderLayer"]  # noqa: RUF012
     accepts_loss_kwargs = True
 
-    def __init__(self, teacher, student: MmMambaForConditionalGeneration, trainable: str = "mixers", **options):
+    def __init__(
+        self,
+        teacher: MmMambaForConditionalGeneration | None,
+        student: MmMambaForConditionalGeneration,
+        trainable: str = "mixers",
+        **options,
+    ):
         super().__init__()
-        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))  # no submodule
+        if teacher is not None:
+            teacher = teacher.eval().requires_grad_(False)
+        learns_from_teacher = options.get("kl_weight", 1.0) > 0
+        object.__setattr__(self, "teacher", teacher if learns_from_teacher else None)  # no submodule
+        self.extra_positions_per_tile = student.config.vision_config.extra_positions_per_tile
         self.student, self.options = student, options
         if student.lm_head.weight is student.model.embed_tokens.weight:  # a checkpoint takes no tensor under two names
             student.lm_head = copy.deepcopy(student.lm_head)
@@ -40,14 +50,17 @@ class EndToEndDistiller(nn.Module):
     def forward(self, num_items_in_batch: Tensor | None = None, **batch: Tensor) -> Tensor:
         """See `distillation_loss`; `num_items_in_batch` are its totals, `batch` the models' inputs and `labels`."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with torch.no_grad():
-            teacher_hidden = self.teacher.model(**inputs, use_cache=False).last_hidden_state
+        teacher_hidden = teacher_head = None
+        if self.teacher is not None:
+            teacher_head = self.teacher.lm_head
+            with torch.no_grad():
+                teacher_hidden = self.teacher.model(**inputs, use_cache=False).last_hidden_state
         student_hidden = self.student.model(**inputs, use_cache=False).last_hidden_state
         return distillation_loss(
             student_hidden,
             teacher_hidden,
             self.student.lm_head,
-            self.teacher.lm_head,
+            teacher_head,
             batch,
             num_items_in_batch,
             **self.options,

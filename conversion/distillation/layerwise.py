@@ -46,6 +46,7 @@ class LayerwiseDistiller(nn.Module):
         super().__init__()
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))  # no submodule
         self.include_padding = include_padding
+        self.extra_positions_per_tile = teacher.config.vision_config.extra_positions_per_tile
         self.mixers = nn.ModuleDict({str(index): mixer for index, mixer in mamba_mixers(student).items()})
         for mixer in self.mixers.values():
             mixer.requires_grad_(True)
@@ -86,8 +87,7 @@ class LayerwiseDistiller(nn.Module):
         if self.include_padding:
             inputs.pop("attention_mask", None)
         if totals is None:
-            extra_per_tile = self.teacher.config.vision_config.extra_positions_per_tile
-            totals = count_tokens(batch, self.include_padding, extra_per_tile)
+            totals = count_tokens(batch, self.include_padding, self.extra_positions_per_tile)
         embedding, language = self._valid_positions(inputs)
         num_embedding_layers = self.teacher.config.text_config.num_embedding_layers
         errors: dict[str, Tensor] = {}

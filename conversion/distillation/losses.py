@@ -89,29 +89,32 @@ def kl_sum(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 
 
 def distillation_loss(
     student_hidden: Tensor,
-    teacher_hidden: Tensor,
+    teacher_hidden: Tensor | None,
     student_head: nn.Module,
-    teacher_head: nn.Module,
+    teacher_head: nn.Module | None,
     batch: dict[str, Tensor],
     totals: Tensor | None = None,
     temperature: float = 1.0,
+    kl_weight: float = 1.0,
     hard_weight: float = 0.0,
     answers_only: bool = False,
     include_padding: bool = False,
     chunk_size: int = 512,
 ) -> Tensor:
-    """Mean over tokens of KL(teacher || student), and of the cross entropy of the labels if it has a weight.
+    """Weighted means over tokens of KL(teacher || student) and of the cross entropy of the labels.
 
     Args:
         student_hidden, teacher_hidden: (batch, length, hidden), the last hidden states, which the heads read.
-        student_head, teacher_head: From hidden states to logits; without gradients of their own.
+        student_head, teacher_head: From hidden states to logits; without gradients of their own. The teacher's two may
+            be None if `kl_weight` is 0.
         batch: `input_ids` (batch, length), and `attention_mask` and `labels` of that shape if any; padding is left
             out, and labels are -100 where there is no answer.
         totals: (2 or more,), positions and answers that the means are over, see `count_tokens`; those of `batch` if
             not given.
         temperature: Softens both distributions.
+        kl_weight: Weight of the KL divergence.
         hard_weight: Weight of the cross entropy.
-        answers_only: Whether only positions that predict an answer's token count.
+        answers_only: Whether the KL divergence counts only positions that predict an answer's token.
         include_padding: Whether padding counts, as it does upstream.
         chunk_size: Positions whose logits exist at once.
 
@@ -132,16 +135,21 @@ def distillation_loss(
     targets = torch.full_like(batch["input_ids"], -100) if labels is None else shift_labels(labels)
     if answers_only:
         kl_mask, positions = targets != -100, answers
+    if not kl_weight:
+        kl_mask = torch.zeros_like(kl_mask)
     used = kl_mask | (targets != -100) if hard_weight else kl_mask
-    student_hidden, teacher_hidden = student_hidden[used], teacher_hidden[used]
-    kl_mask, targets = kl_mask[used], targets[used]
+    student_hidden, kl_mask, targets = student_hidden[used], kl_mask[used], targets[used]
+    if kl_weight:
+        teacher_hidden = teacher_hidden[used]
 
     def chunk_loss(chunk: slice) -> Callable[[Tensor], Tensor]:
         def loss(hidden: Tensor) -> Tensor:
-            logits = student_head(hidden)
-            with torch.no_grad():
-                teacher_logits = teacher_head(teacher_hidden[chunk])
-            loss = kl_sum(logits[kl_mask[chunk]], teacher_logits[kl_mask[chunk]], temperature) / positions
+            logits, loss = student_head(hidden), 0.0
+            if kl_weight:
+                with torch.no_grad():
+                    teacher_logits = teacher_head(teacher_hidden[chunk])
+                kl = kl_sum(logits[kl_mask[chunk]], teacher_logits[kl_mask[chunk]], temperature)
+                loss = kl_weight * kl / positions
             if hard_weight:
                 hard = F.cross_entropy(
                     logits.to(state_dtype(logits.dtype)), targets[chunk], ignore_index=-100, reduction="sum"

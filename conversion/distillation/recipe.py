@@ -39,6 +39,7 @@ class Stage:
         per_device_batch_size: Conversations per micro-batch of a process.
         min_lr_ratio: See `decay`.
         include_padding: Whether losses are means over padding, too, as they are upstream.
+        row_tokens: Tokens of a row of a document; the recipe's if not given.
     """
 
     steps: int
@@ -49,6 +50,7 @@ class Stage:
     per_device_batch_size: int = 32
     min_lr_ratio: float = 0.0
     include_padding: bool = False
+    row_tokens: int | None = None
 
     def __post_init__(self):
         for name in ("steps", "learning_rate", "batch_size", "per_device_batch_size"):
@@ -61,6 +63,8 @@ class Stage:
             )
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio={self.min_lr_ratio} must lie between 0 and 1.")
+        if self.row_tokens is not None and self.row_tokens < 2:
+            raise ValueError(f"row_tokens={self.row_tokens} must be at least 2.")
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ class EndToEndStage(Stage):
         trainable: What trains: `mixers` (as published), `mixers+o_proj` (their output projections, too), or `decoder`
             (all layers with MLPs and norms, and the attention layers of a hybrid).
         temperature: Softens both distributions.
-        hard_weight: Weight of the answers' cross entropy beside the KL divergence.
+        kl_weight: Weight of the KL divergence. With 0 the student learns from the labels alone and no teacher runs.
+        hard_weight: Weight of the answers' cross entropy beside it; in documents every token is an answer's.
         answers_only: Whether the KL divergence counts only where an answer's token is predicted.
         gradient_checkpointing: Recompute each layer's activations in the backward pass instead of storing them.
         logits_chunk: Positions whose logits exist at once.
@@ -79,6 +84,7 @@ class EndToEndStage(Stage):
 
     trainable: str = "mixers"
     temperature: float = 1.0
+    kl_weight: float = 1.0
     hard_weight: float = 0.0
     answers_only: bool = False
     gradient_checkpointing: bool = False
@@ -92,6 +98,10 @@ class EndToEndStage(Stage):
                 f"temperature={self.temperature} must be above 0, hard_weight={self.hard_weight} at least 0 and "
                 f"logits_chunk={self.logits_chunk} at least 1."
             )
+        if self.kl_weight < 0:
+            raise ValueError(f"kl_weight={self.kl_weight} must be at least 0.")
+        if not self.kl_weight and not self.hard_weight:
+            raise ValueError("kl_weight=0 and hard_weight=0 leave nothing to learn; make one of them greater than 0.")
 
 
 @dataclass(frozen=True)
@@ -101,13 +111,13 @@ class Recipe:
     Args:
         teacher: Model folder whose layers are all attention.
         output: Folder of the run, which is resumed if it exists.
-        data: Sources of conversations, see `mmmamba.conversion.distillation.data.open_data`.
+        data: Sources of conversations and documents, see `mmmamba.conversion.distillation.data.open_data`.
         name: What the student is called; the output folder's name if not given.
         attention_layers: Layers that stay attention.
         num_attention: Or how many, placed by `strategy`. With neither key the student is linear.
         strategy: One of the published placements, or `measured`: the layers whose Mamba-2 replacement costs most.
         measure_batches: Batches of stage 3's `batch_size` on which `measured` measures.
-        held_out: Sources of conversations to measure on, which no stage trains on; the picture world has its own.
+        held_out: Sources like those of `data` to measure on, which no stage trains on; the picture world has its own.
         initialization: `mimic` as published; `inherited` without the parameters that mimic linear attention; `scratch`
             without queries, keys and values, too.
         seed: Of new parameters, data order and all else that is random.
@@ -121,7 +131,8 @@ class Recipe:
         dtype: Of the exported weights.
         teacher_dtype: Of the teacher's weights while it runs.
         max_tokens: Longer conversations are bad rows.
-        packing: Several conversations in one row, without padding.
+        row_tokens: Documents are cut into rows of as many tokens.
+        packing: Several rows in one, without padding.
         bad_share: Largest share of bad rows.
         workers: DataLoader workers per process.
         save_every: Steps between checkpoints.
@@ -153,6 +164,7 @@ class Recipe:
     dtype: str = "bfloat16"
     teacher_dtype: str = "float32"
     max_tokens: int | None = None
+    row_tokens: int = 512
     packing: bool = False
     bad_share: float = 0.01
     workers: int = 1
@@ -202,6 +214,7 @@ class Recipe:
 MINIMUMS = {
     0: ("seed", "weight_decay", "clip", "workers", "evaluate"),
     1: ("measure_batches", "max_tokens", "save_every", "log_every"),
+    2: ("row_tokens",),
 }
 # Keys that change no weight, so that they may differ when a run is resumed.
 KEYS_WITHOUT_EFFECT = {"output", "name", "bad_share", "workers", "save_every", "log_every", "evaluate", "base_model"}

@@ -143,7 +143,7 @@ def train(run: Run, number: int) -> None:
     before = run.folder.student_before(number, placed=number == 3 and recipe.strategy == "measured")
     dataset = run.data.for_stage(number)
     args = training_arguments(recipe, number, checkpoints)
-    teacher_size = sum(parameter.numel() for parameter in run.teacher.parameters())
+    teacher_size = sum(spec.numel() for spec in expected_specs(run.teacher_config).values())
     set_seed(recipe.seed + number)
     distiller = _distiller(run, number, run.load(before, torch.float32).train())
     trained, summary = _count_trained(distiller, teacher_size)
@@ -268,10 +268,11 @@ def _distiller(run: Run, number: int, student: MmMambaForConditionalGeneration) 
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable()
     return EndToEndDistiller(
-        run.teacher,
+        run.teacher if stage.kl_weight else None,
         student,
         stage.trainable,
         temperature=stage.temperature,
+        kl_weight=stage.kl_weight,
         hard_weight=stage.hard_weight,
         answers_only=stage.answers_only,
         include_padding=stage.include_padding,

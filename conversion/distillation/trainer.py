@@ -146,12 +146,11 @@ class DistillationTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
         """(3,), see `count_tokens`, over all micro-batches and processes of the step."""
         tokens, num_rows, bad = torch.zeros(3, dtype=torch.long), 0, []
-        extra_per_tile = self.model.teacher.config.vision_config.extra_positions_per_tile
         for batch in batch_samples:
             bad += batch.pop("bad_rows", [])
             packed = "position_ids" in batch
             num_rows += int((batch["position_ids"] == 0).sum()) if packed else len(batch["input_ids"])
-            tokens += count_tokens(batch, self.include_padding, extra_per_tile)
+            tokens += count_tokens(batch, self.include_padding, self.model.extra_positions_per_tile)
         counts = torch.cat([tokens, torch.tensor([num_rows, len(bad)])]).to(device)
         counts = self.accelerator.reduce(counts, "sum")
         positions, *_, num_rows, num_bad = counts.tolist()

@@ -1,4 +1,4 @@
-"""Conversations as training examples: files and datasets in, padded or packed batches out.
+"""Conversations and documents as training examples: files and datasets in, padded or packed batches out.
 
     dataset = open_data([{"file": "train.jsonl", "root": "images"}], processor, max_tokens=8192)
     batch = pad([dataset[0], dataset[1]], pad_token_id=2)  # input_ids, attention_mask, labels, pixel_values
@@ -8,6 +8,7 @@ In the order in which a record passes through them:
 - `records`: one record of a file or of a table;
 - `formats`: what a record may look like, as messages and images;
 - `encoding`: messages and images to token ids, labels and tiles, which together are called a row;
+- `documents`: texts to rows, instead of these three;
 - `dataset`: rows by number, or as a stream;
 - `bad_rows`: counts records that cannot become rows and stops a run that meets too many;
 - `collate`: rows to a batch;

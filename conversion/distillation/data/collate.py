@@ -1,4 +1,4 @@
-"""Rows to a batch, padded or packed. Rows are what `ConversationEncoder` returns."""
+"""Rows to a batch, padded or packed. Rows are what `ConversationEncoder` and `DocumentRows` return."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -55,6 +55,6 @@ def pack(rows: Sequence[dict[str, Any]], pad_token_id: int | None = None) -> dic
 
 
 def _images_and_bad_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    tiles = torch.cat([row["pixel_values"] for row in rows])
+    tiles = [row["pixel_values"] for row in rows if len(row.get("pixel_values", ()))]
     bad = [one for row in rows for one in row.get("bad_rows", [])]
-    return ({"pixel_values": tiles} if len(tiles) else {}) | ({"bad_rows": bad} if bad else {})
+    return ({"pixel_values": torch.cat(tiles)} if tiles else {}) | ({"bad_rows": bad} if bad else {})

@@ -1,4 +1,4 @@
-"""Conversations as PyTorch datasets: rows by number, or an endless stream.
+"""Conversations and documents as PyTorch datasets: rows by number, or an endless stream.
 
 A record that cannot become a row is replaced by the next good one and named in that row's `bad_rows`.
 """
@@ -13,6 +13,7 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .bad_rows import all_bad_message
+from .documents import DocumentRows
 from .encoding import ConversationEncoder
 from .formats import BadRow
 from .records import RecordFile, RecordTable
@@ -37,14 +38,19 @@ class ConversationDataset(Dataset):
     """Rows by number, of files and map-style datasets one after another. The same number gives the same row.
 
     Args:
-        encoder: Makes rows of records.
-        sources: Records, and how often each is read (a whole number), or the share below 1 of them, evenly spread.
+        encoder: Makes rows of records; not needed if all sources are documents.
+        sources: Records, or rows of documents, and how often each is read (a whole number), or the share below 1 of
+            them, evenly spread.
 
     Attributes:
-        num_records: How many different records are read.
+        num_records: How many different records, or rows of documents, are read.
     """
 
-    def __init__(self, encoder: ConversationEncoder, sources: Sequence[tuple[RecordFile | RecordTable, float]]):
+    def __init__(
+        self,
+        encoder: ConversationEncoder | None,
+        sources: Sequence[tuple[RecordFile | RecordTable | DocumentRows, float]],
+    ):
         self.encoder, self.sources = encoder, list(sources)
         sizes = [max(1, int(len(source) * repeat)) for source, repeat in self.sources]
         self._ends = list(itertools.accumulate(sizes))
@@ -54,7 +60,8 @@ class ConversationDataset(Dataset):
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Row number `index`; see `ConversationEncoder`. If it is bad, the next good one, after the last the first.
+        """Row number `index`; see `ConversationEncoder` and `DocumentRows`. If it is bad, the next good one, after the
+        last the first.
 
         Returns:
             The row, with `bad_rows`, a list of (name, reason), if there were any on the way to it.
@@ -69,14 +76,16 @@ class ConversationDataset(Dataset):
         for step in range(min(len(self), MAX_CONSECUTIVE_BAD_ROWS)):
             source, number = self._locate((index + step) % len(self))
             try:
-                row = self.encoder(source.read(number), source.root, source.max_patches, source.any_path)
+                row = source.read(number)
+                if not isinstance(source, DocumentRows):
+                    row = self.encoder(row, source.root, source.max_patches, source.any_path)
             except BadRow as error:
                 bad[source.name(number)] = str(error)
             else:
                 return _with_bad_rows(row, bad)
         raise UnusableData(all_bad_message(bad))
 
-    def _locate(self, index: int) -> tuple[RecordFile | RecordTable, int]:
+    def _locate(self, index: int) -> tuple[RecordFile | RecordTable | DocumentRows, int]:
         """The source of row `index`, and the record's number in it."""
         source_index = bisect_right(self._ends, index)
         source, repeat = self.sources[source_index]

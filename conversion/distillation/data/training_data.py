@@ -1,4 +1,4 @@
-"""All the conversations that a run reads: what each stage trains on, and what a placement is measured on."""
+"""All the data that a run reads: what each stage trains on, and what a placement is measured on."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -7,23 +7,26 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mmmamba import tokenization_mmmamba
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.distillation.recipe import Recipe
+from mmmamba.conversion.shards import read_json
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
 from mmmamba.processing_mmmamba import MmMambaProcessor
-from mmmamba.tokenization_mmmamba import MmMambaTokenizer
+from mmmamba.tokenization_mmmamba import MmMambaTokenizer, MmMambaTokenizerFast
 
 from .collate import pack, pad
 from .sources import check_entry, open_data
 
 
 class TrainingData:
-    """A recipe's conversations: a user's own, or those of the picture world in `examples/shapes`.
+    """A recipe's conversations and documents: a user's own, or the picture world's in `examples/shapes`.
 
     Args:
         recipe: Says which, and how they become batches.
-        teacher: Model folder; its tokenizer, chat template and image processor encode them.
+        teacher: Model folder; its tokenizer, chat template and image processor, if it has one, encode them.
 
     Attributes:
         collate: From a list of rows to a batch.
@@ -35,7 +38,7 @@ class TrainingData:
     def __init__(self, recipe: Recipe, teacher: Path):
         self.recipe = recipe
         self.processor = load_processor(teacher)
-        self.collate = partial(pack if recipe.packing else pad, pad_token_id=self.processor.tokenizer.pad_token_id)
+        self.collate = partial(pack if recipe.packing else pad, pad_token_id=_padding_token(self.processor))
         self.uses_shapes = any("shapes" in entry for entry in recipe.data if isinstance(entry, dict))
         if self.uses_shapes and recipe.data not in ([{"shapes": "train"}], [{"shapes": "recall"}]):
             raise ValueError(
@@ -62,10 +65,10 @@ class TrainingData:
         recipe, seed = self.recipe, self.recipe.seed * 10 + stage
         if self.uses_shapes:
             return self._shapes("train", 1 + seed, recipe.stage(stage).per_device_batch_size)
-        return open_data(recipe.data, self.processor, max_tokens=recipe.max_tokens, seed=seed)
+        return self._open(recipe.data, stage, seed)
 
     def held_out(self, num_batches: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of conversations that no stage trains on (and, in the picture world, that no score counts)."""
+        """Batches of rows that no stage trains on (and, in the picture world, that no score counts)."""
         if self.uses_shapes:
             dataset = self._shapes("test", 10**6, batch_size)
         else:
@@ -79,7 +82,11 @@ class TrainingData:
             yield {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
     def _open_held_out(self) -> Dataset:
-        return open_data(self.recipe.held_out, self.processor, max_tokens=self.recipe.max_tokens, seed=0)
+        return self._open(self.recipe.held_out, 3, 0)
+
+    def _open(self, data: list, stage: int, seed: int) -> Dataset:
+        row_tokens = getattr(self.recipe.stage(stage), "row_tokens", None) or self.recipe.row_tokens
+        return open_data(data, self.processor, self.recipe.max_tokens, row_tokens, seed)
 
     def _shapes(self, split: str, seed: int, batch_size: int) -> Dataset:
         from mmmamba.examples.shapes.data import Conversations
@@ -90,15 +97,38 @@ class TrainingData:
         return Conversations(self.processor, split, seed, batch_size)
 
 
-def load_processor(folder: Path) -> MmMambaProcessor:
-    """Tokenizer, image processor and chat template of a model folder.
+def load_processor(folder: Path) -> MmMambaProcessor | PreTrainedTokenizerBase:
+    """Tokenizer, image processor and chat template of a model folder; the tokenizer alone if it reads text only.
+
+    Raises:
+        ValueError: if the folder has no tokenizer.
+    """
+    config = MmMambaConfig.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, config)
+    if not (folder / "preprocessor_config.json").is_file():
+        return tokenizer
+    image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
+    return MmMambaProcessor(image_processor, tokenizer, tokens_per_tile=config.vision_config.tokens_per_tile)
+
+
+def load_tokenizer(folder: Path, config: MmMambaConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, of the class that the folder names: this package's, or one of Transformers'.
 
     Raises:
         ValueError: if the folder has no tokenizer.
     """
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"{folder} has no tokenizer; put the model's tokenizer files into it.")
-    config = MmMambaConfig.from_pretrained(folder)
-    tokenizer = MmMambaTokenizer.from_pretrained(folder)
-    image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
-    return MmMambaProcessor(image_processor, tokenizer, tokens_per_tile=config.vision_config.tokens_per_tile)
+    name = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
+    if name not in tokenization_mmmamba.__all__:
+        return AutoTokenizer.from_pretrained(folder, config=config)
+    kind = getattr(tokenization_mmmamba, name)
+    if kind in (MmMambaTokenizer, MmMambaTokenizerFast):  # which are two classes for one tokenizer
+        kind = MmMambaTokenizer if (folder / "tokenizer.model").is_file() else MmMambaTokenizerFast
+    return kind.from_pretrained(folder)
+
+
+def _padding_token(processor: MmMambaProcessor | PreTrainedTokenizerBase) -> int:
+    """What fills rows; masked, so that any token will do where a tokenizer has none for it."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

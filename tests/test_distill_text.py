@@ -1,0 +1,176 @@
+"""Whole runs over text: documents and conversations, a teacher whose folder has a tokenizer only."""
+
+import gc
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from byte_tokenizer import byte_tokenizer
+from conversations import turns, write_lines
+from safetensors.torch import load_file
+from tiny_models import tiny_config
+
+from mmmamba.conversion.distillation import stages
+from mmmamba.conversion.distillation.recipe import load_recipe
+from mmmamba.conversion.distillation.run import distill
+from mmmamba.conversion.distillation.trainer import DistillationTrainer
+from mmmamba.conversion.publish import write_model_folder
+from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+
+
+STAGE = {"steps": 4, "learning_rate": 1e-2, "warmup": 1, "decay": 2, "batch_size": 4, "per_device_batch_size": 2}
+RECIPE = {
+    "precision": "fp32", "dtype": "float32", "save_every": 2, "log_every": 1, "workers": 0, "row_tokens": 16,
+    "bad_share": 0.5, "stage_1": STAGE, "stage_2": STAGE, "stage_3": STAGE,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_delays():
+    """One thread and no GPU, no plots."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # Accelerate collects garbage often, and what Transformers has imported takes long to go through
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(stages, "plot_losses", lambda *_: None)
+        yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    """The datasets library, writing nowhere but here."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A random teacher with a byte-level tokenizer and no image processor."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    config = tiny_config("teacher", len(tokenizer), vocab_size=len(tokenizer) + 1, eos_token_id=0)
+    model = MmMambaForConditionalGeneration._from_config(config, dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("teacher")
+    model.save_pretrained(folder)
+    write_model_folder(folder, model.config, "tiny")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Two documents, one of them not UTF-8."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("The quick brown fox says: it is 12 o'clock, and the dog sleeps. " * 6)
+    (tmp_path / "texts" / "b.txt").write_bytes(b"\xff")
+    return [{"documents": str(tmp_path / "texts" / "*.txt")}]
+
+
+@pytest.fixture
+def conversations(tmp_path):
+    lines = [{"conversations": turns(f"Is it {i} o'clock?", f"It is {i}.")} for i in range(4)]
+    return [{"file": str(write_lines(tmp_path / "talk.jsonl", lines))}]
+
+
+@pytest.fixture
+def recipe(teacher, tmp_path):
+    """From a run's name and the values of keys, dotted for a stage's, to a recipe."""
+
+    def make(name, **changes):
+        values = {**RECIPE, "teacher": str(teacher), "output": str(tmp_path / name)}
+        overrides = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
+        (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+        return load_recipe(tmp_path / "recipe.yaml", overrides)
+
+    return make
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def same_weights(folder, other):
+    """Equal to the last bit."""
+    one, two = weights(folder), weights(other)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+def losses(folder, stage):
+    history = json.loads((folder / f"stage-{stage}" / "history.json").read_text())["history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def stop_and_resume(recipe, stage, monkeypatch):
+    """A run that is interrupted in a stage's fourth step and started again; the stage's steps, counted from 0."""
+    plain, steps = DistillationTrainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        step = self.state.global_step
+        if f"stage-{stage}" in self.args.output_dir and step not in steps[-1:]:
+            steps.append(step)
+            if len(steps) == 4:
+                raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill(recipe)
+    distill(recipe)
+    return steps
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_run_over_documents_and_conversations_resumes_to_the_same_weights(
+    recipe, tmp_path, texts, conversations, packing, monkeypatch
+):
+    options = {"data": texts + conversations, "stages": [1, 3], "packing": packing, "stage_3__row_tokens": 32}
+    options |= {"stage_3__kl_weight": 0.5, "stage_3__hard_weight": 0.5}
+    distill(recipe("whole", **options))
+    assert stop_and_resume(recipe("cut", **options), 3, monkeypatch) == [0, 1, 2, 3, 2, 3]
+    same_weights(tmp_path / "cut", tmp_path / "whole")
+    (line,) = (tmp_path / "whole" / "stage-1" / "bad_rows.jsonl").read_text().splitlines()
+    bad = json.loads(line)
+    assert bad["row"].endswith("b.txt") and bad["reason"] == "it is not UTF-8 text"
+    assert (tmp_path / "whole" / "model" / "tokenizer.json").is_file()
+
+
+def test_rows_of_a_stage_are_as_long_as_it_says(recipe, tmp_path, texts):
+    options = {"data": texts, "stages": [1, 2], "stage_2__row_tokens": 40, "stage_1__batch_size": 2}
+    distill(recipe("run", **options, stage_2__batch_size=2))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    # Of two rows per step at most one is the document's shorter last.
+    assert 4 * 2 * 16 - 4 * 15 <= results["stage_1"]["tokens"] <= 4 * 2 * 16
+    assert 4 * 2 * 40 - 4 * 39 <= results["stage_2"]["tokens"] <= 4 * 2 * 40
+
+
+def test_a_placement_is_measured_on_documents(recipe, tmp_path, texts):
+    options = {"data": texts, "held_out": texts, "strategy": "measured", "num_attention": 2, "measure_batches": 2}
+    distill(recipe("run", **options, stages=[2, 3]))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(results["placement"]["attention"]) == 2
+
+
+def test_a_student_learns_from_labels_without_loading_a_teacher(recipe, tmp_path, texts, monkeypatch):
+    monkeypatch.setattr(stages.Run, "teacher", property(lambda run: pytest.fail("the teacher was loaded")))
+    distill(recipe("run", data=texts, stages=[3], stage_3__kl_weight=0, stage_3__hard_weight=1))
+    found = losses(tmp_path / "run", 3)
+    assert found[-1] < found[0]
+
+
+def test_data_without_documents_or_with_pictures_only_are_refused_in_a_sentence(recipe, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^documents=\S*gone names no file that ends in [^\n]*$"):
+        distill(recipe("run", data=[{"documents": str(tmp_path / "gone")}]))
+    lines = [{"image": "a.png", "conversations": turns("What?", "This")}]
+    file = write_lines(tmp_path / "pictures.jsonl", lines)
+    with pytest.raises(ValueError, match=r"^1 records in a row are bad .* its folder has no image processor"):
+        distill(recipe("run", data=[{"file": str(file)}], stages=[1]))
