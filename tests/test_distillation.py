@@ -236,6 +236,36 @@ def test_stage_3_in_chunks_is_the_plain_loss_of_each_conversation_alone(collate,
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-7, atol=1e-9)
 
 
+def test_reverse_divergence_is_that_of_the_student_from_the_teacher():
+    """arXiv 2306.08543, eq. 1: the student's expectation of log student - log teacher, in plain fp64."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 9, 13).double().requires_grad_(), 3 * torch.randn(2, 9, 13).double()
+    batch = {"input_ids": torch.zeros(2, 9, dtype=torch.long), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    batch["attention_mask"][1, 5:] = 0
+    head, options = torch.nn.Identity(), {"divergence": "reverse", "temperature": 1.7, "chunk_size": 4}
+
+    def plain(student):
+        total = 0.0
+        for q, p, valid in zip(
+            student.flatten(0, 1), teacher.flatten(0, 1), batch["attention_mask"].flatten(), strict=True
+        ):
+            q, p = ((x / 1.7).exp() / (x / 1.7).exp().sum() for x in (q, p))
+            total = total + valid * (q * (q.log() - p.log())).sum() * 1.7**2
+        return total / 14
+
+    def ours(student):
+        return distillation_loss(student, teacher, head, head, batch, **options)
+
+    torch.testing.assert_close(ours(student), plain(student), rtol=1e-12, atol=0)
+    found, expected = (torch.autograd.grad(loss(student), student)[0] for loss in (ours, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda x: kl_sum(x, teacher, 1.7, "reverse"), student)
+    assert not torch.isclose(ours(student), distillation_loss(student, teacher, head, head, batch, temperature=1.7))
+    # In half precision it is computed in fp32.
+    half, wide = (kl_sum(student.to(x), teacher.to(x), 1.7, "reverse") for x in (torch.bfloat16, torch.float32))
+    assert half.dtype == torch.float32 and torch.isclose(half, wide, rtol=0.02)
+
+
 @pytest.mark.parametrize("kl_weight", [0.0, 0.25])
 def test_stage_3_weighs_both_losses_and_learns_from_labels_without_a_teacher(kl_weight):
     teacher, student = pair(attention=(1,))

@@ -82,6 +82,7 @@ def test_overrides_reach_every_key():
         ("stage_1.warmup=1000", "do not fit into steps=200"),
         ("stage_3.trainable=head", "trainable='head' is unknown; choose one of mixers,"),
         ("stage_3.temperature=0", "temperature=0.0 must be above 0"),
+        ("stage_3.divergence=backward", "divergence='backward' is unknown; choose one of forward, reverse"),
         ("stage_3.kl_weight=-1", "stage_3: kl_weight=-1.0 must be at least 0"),
         ("stage_3={steps: 5, learning_rate: 1, kl_weight: 0}", "kl_weight=0 and hard_weight=0 leave nothing to learn"),
         ("row_tokens=1", "row_tokens=1 must be at least 2"),

@@ -71,20 +71,27 @@ def gradients_in_forward(compute: Callable[..., Tensor], *tensors: Tensor) -> Te
     return _GradientsInForward.apply(compute, *tensors) if torch.is_grad_enabled() else compute(*tensors)
 
 
-def kl_sum(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) at a temperature, summed over positions and vocabulary and times temperature squared.
+def kl_sum(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, divergence: str = "forward"
+) -> Tensor:
+    """KL divergence at a temperature, summed over positions and vocabulary and times temperature squared.
+
+    The forward divergence, KL(teacher || student), makes the student cover all that the teacher may say; the reverse
+    one, KL(student || teacher), keeps it to what the teacher would say (arXiv 2306.08543, eq. 1; 2306.13649, sec. 2).
 
     Args:
         student_logits, teacher_logits: (..., vocabulary), any float dtype; computed in at least fp32.
         temperature: Divides both logits.
+        divergence: `forward` or `reverse`.
 
     Returns:
-        A scalar. Upstream's loss is this over all positions, divided by the batch size.
+        A scalar. Upstream's loss is the forward one over all positions, divided by the batch size.
     """
     dtype = state_dtype(student_logits.dtype)
     student = F.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+    approximation, truth = (student, teacher) if divergence == "forward" else (teacher, student)
+    return F.kl_div(approximation, truth, reduction="sum", log_target=True) * temperature**2
 
 
 def distillation_loss(
@@ -96,12 +103,13 @@ def distillation_loss(
     totals: Tensor | None = None,
     temperature: float = 1.0,
     kl_weight: float = 1.0,
+    divergence: str = "forward",
     hard_weight: float = 0.0,
     answers_only: bool = False,
     include_padding: bool = False,
     chunk_size: int = 512,
 ) -> Tensor:
-    """Weighted means over tokens of KL(teacher || student) and of the cross entropy of the labels.
+    """Weighted means over tokens of the KL divergence of teacher and student and of the labels' cross entropy.
 
     Args:
         student_hidden, teacher_hidden: (batch, length, hidden), the last hidden states, which the heads read.
@@ -113,6 +121,7 @@ def distillation_loss(
             not given.
         temperature: Softens both distributions.
         kl_weight: Weight of the KL divergence.
+        divergence: See `kl_sum`.
         hard_weight: Weight of the cross entropy.
         answers_only: Whether the KL divergence counts only positions that predict an answer's token.
         include_padding: Whether padding counts, as it does upstream.
@@ -148,7 +157,7 @@ def distillation_loss(
             if kl_weight:
                 with torch.no_grad():
                     teacher_logits = teacher_head(teacher_hidden[chunk])
-                kl = kl_sum(logits[kl_mask[chunk]], teacher_logits[kl_mask[chunk]], temperature)
+                kl = kl_sum(logits[kl_mask[chunk]], teacher_logits[kl_mask[chunk]], temperature, divergence)
                 loss = kl_weight * kl / positions
             if hard_weight:
                 hard = F.cross_entropy(

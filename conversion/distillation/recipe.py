@@ -24,6 +24,7 @@ INITIALIZATIONS = ("mimic", "inherited", "scratch")
 STRATEGIES = ("head-interleaved", "tail-interleaved", "head-stacked", "tail-stacked", "measured")
 MOST_VALUES = 100_000  # of a recipe
 TRAINABLE = ("mixers", "mixers+o_proj", "decoder")
+DIVERGENCES = ("forward", "reverse")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class EndToEndStage(Stage):
             (all layers with MLPs and norms, and the attention layers of a hybrid).
         temperature: Softens both distributions.
         kl_weight: Weight of the KL divergence. With 0 the student learns from the labels alone and no teacher runs.
+        divergence: `forward`, KL(teacher || student), or `reverse`, KL(student || teacher).
         hard_weight: Weight of the answers' cross entropy beside it; in documents every token is an answer's.
         answers_only: Whether the KL divergence counts only where an answer's token is predicted.
         gradient_checkpointing: Recompute each layer's activations in the backward pass instead of storing them.
@@ -85,6 +87,7 @@ class EndToEndStage(Stage):
     trainable: str = "mixers"
     temperature: float = 1.0
     kl_weight: float = 1.0
+    divergence: str = "forward"
     hard_weight: float = 0.0
     answers_only: bool = False
     gradient_checkpointing: bool = False
@@ -93,6 +96,7 @@ class EndToEndStage(Stage):
     def __post_init__(self):
         super().__post_init__()
         _check_choice("trainable", self.trainable, TRAINABLE)
+        _check_choice("divergence", self.divergence, DIVERGENCES)
         if self.temperature <= 0 or self.hard_weight < 0 or self.logits_chunk < 1:
             raise ValueError(
                 f"temperature={self.temperature} must be above 0, hard_weight={self.hard_weight} at least 0 and "

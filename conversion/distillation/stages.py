@@ -273,6 +273,7 @@ def _distiller(run: Run, number: int, student: MmMambaForConditionalGeneration) 
         stage.trainable,
         temperature=stage.temperature,
         kl_weight=stage.kl_weight,
+        divergence=stage.divergence,
         hard_weight=stage.hard_weight,
         answers_only=stage.answers_only,
         include_padding=stage.include_padding,
