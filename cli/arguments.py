@@ -103,7 +103,7 @@ def distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cost", type=int, metavar="TOKENS", help="only compute the cost, for conversations of so many tokens"
     )
-    parser.add_argument("--only", choices=("seed", "1", "2", "3", "export"), help="run this step alone")
+    parser.add_argument("--only", choices=("seed", "1", "2", "3", "4", "export"), help="run this step alone")
 
 
 def push(parser: argparse.ArgumentParser) -> None:

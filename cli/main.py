@@ -25,7 +25,7 @@ COMMANDS = {
     ),
     "seed": ("make a student with Mamba-2 layers from a teacher", arguments.seed, "mmmamba.cli.seed"),
     "distill": (
-        "seed a student and train it in three stages",
+        "seed a student and train it in stages",
         arguments.distill,
         "mmmamba.conversion.distillation.run",
     ),

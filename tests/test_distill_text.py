@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from tiny_models import tiny_config
 
 from mmmamba.conversion.distillation import stages
+from mmmamba.conversion.distillation.data import open_data, pad
+from mmmamba.conversion.distillation.folder import RunFolder
 from mmmamba.conversion.distillation.recipe import load_recipe
 from mmmamba.conversion.distillation.run import distill
 from mmmamba.conversion.distillation.trainer import DistillationTrainer
@@ -165,6 +168,65 @@ def test_a_student_learns_from_labels_without_loading_a_teacher(recipe, tmp_path
     distill(recipe("run", data=texts, stages=[3], stage_3__kl_weight=0, stage_3__hard_weight=1))
     found = losses(tmp_path / "run", 3)
     assert found[-1] < found[0]
+
+
+def test_stage_4_fine_tunes_on_labels_of_its_own_data(recipe, teacher, tmp_path, texts, conversations, monkeypatch):
+    stage_4 = STAGE | {"data": conversations, "per_device_batch_size": 4}
+    distill(recipe("run", data=texts, stages=[3]))
+    with pytest.raises(ValueError, match="The recipe has no stage_4; add it"):
+        distill(recipe("run", data=texts, stages=[3]), "4")
+    # Added to a finished run, whose model is that of stage 3.
+    options = {"data": texts, "stages": [3, 4], "stage_4": stage_4}
+    with pytest.raises(ValueError, match="holds a run with another stages, stage_4;"):
+        distill(recipe("run", **options))
+    shutil.rmtree(tmp_path / "run" / "model")
+    monkeypatch.setattr(stages.Run, "teacher", property(lambda run: pytest.fail("the teacher was loaded")))
+    distill(recipe("run", **options))
+
+    # All four conversations are in each step, and the first step's loss is that of stage 3's student.
+    rows = open_data(conversations, byte_tokenizer())
+    batch = pad([rows[i] for i in range(4)], pad_token_id=0)
+    expected = []
+    for folder in (tmp_path / "run" / "stage-3" / "model", tmp_path / "run" / "stage-4" / "model"):
+        model = MmMambaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            expected.append(float(model(**batch).loss))
+    found = losses(tmp_path / "run", 4)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5) and expected[1] < found[-1] < found[0]
+    # The whole decoder trains, and nothing else; the finished model is stage 4's.
+    before, after = (load_file(tmp_path / "run" / f"stage-{n}" / "model" / "model.safetensors") for n in (3, 4))
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]) != (".layers." in name), name
+        assert torch.equal(tensor, weights(tmp_path / "run")[name]), name
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "stage 4: 4 steps" in card and "talk.jsonl" in card and "*.txt" in card.replace("\\", "")
+
+
+def test_stage_4_resumes_to_the_same_weights(recipe, tmp_path, texts, monkeypatch):
+    options = {"data": texts, "stages": [4], "stage_4": STAGE | {"gradient_checkpointing": True}}
+    distill(recipe("whole", **options))
+    assert stop_and_resume(recipe("cut", **options), 4, monkeypatch) == [0, 1, 2, 3, 2, 3]
+    same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_stage_4_starts_from_the_measured_placement_where_stage_3_is_missing(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    for made in (folder.seeded, folder.stage_model(2), folder.placed):
+        made.mkdir(parents=True)
+    assert folder.student_before(4, placed=True) == folder.placed
+    assert "stage 4 starts from the placement, without stage 3" in capsys.readouterr().out
+    folder.stage_model(3).mkdir(parents=True)
+    assert folder.student_before(4, placed=True) == folder.stage_model(3)
+    assert folder.student_before(3, placed=True) == folder.placed
+    assert folder.student_before(2, placed=True) == folder.seeded
+    assert folder.begun_stages() == [2, 3]
+
+
+def test_wrong_data_of_stage_4_are_found_before_anything_trains(recipe, tmp_path, texts):
+    for data, words in (([{"fil": "x"}], "did you mean file for fil"), ([{"file": "gone.jsonl"}], "does not exist")):
+        with pytest.raises((ValueError, OSError), match=words):
+            distill(recipe("run", data=texts, stages=[3, 4], stage_4=STAGE | {"data": data}))
+        assert not (tmp_path / "run" / "seeded").exists()
 
 
 def test_data_without_documents_or_with_pictures_only_are_refused_in_a_sentence(recipe, tmp_path):

@@ -10,7 +10,9 @@ from mmmamba.conversion.distillation.data.sources import DATASET_KEYS, DOCUMENT_
 from mmmamba.conversion.distillation.recipe import (
     RECIPES,
     EndToEndStage,
+    FineTuningStage,
     Recipe,
+    Stage,
     changed_keys,
     dump_recipe,
     load_recipe,
@@ -85,6 +87,11 @@ def test_overrides_reach_every_key():
         ("stage_3.divergence=backward", "divergence='backward' is unknown; choose one of forward, reverse"),
         ("stage_3.kl_weight=-1", "stage_3: kl_weight=-1.0 must be at least 0"),
         ("stage_3={steps: 5, learning_rate: 1, kl_weight: 0}", "kl_weight=0 and hard_weight=0 leave nothing to learn"),
+        ("stages=[4]", "needs stage_4, which is not given"),
+        ("stages=[3, 5]", "stages=[3, 5] must be some of 1, 2, 3 and 4"),
+        ("stage_4={steps: 5, learning_rate: 1, trainable: all}", "stage_4: trainable='all' is unknown; choose one of"),
+        ("stage_4={steps: 5, learning_rate: 1, logits_chunk: 0}", "stage_4: logits_chunk=0 must be at least 1"),
+        ("stage_4={steps: 5, learning_rate: 1, temperature: 2}", "no key stage_4.temperature"),
         ("row_tokens=1", "row_tokens=1 must be at least 2"),
         ("stage_1.row_tokens=0", "stage_1: row_tokens=0 must be at least 2"),
         ("initialization=random", "choose one of mimic, inherited, scratch"),
@@ -120,8 +127,9 @@ def test_the_guide_explains_every_key(tmp_path):
         {key for line in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", line.split("|")[1])}
         for table in re.findall(r"^\| key.*\n(?:\|.*\n)+", guide, re.MULTILINE)
     ]
-    ours = [{entry.name for entry in dataclasses.fields(kind)} for kind in (Recipe, EndToEndStage)]
-    assert tables == [*ours, {*FILE_KEYS, *DATASET_KEYS, *DOCUMENT_KEYS, "shapes"}]
+    stage_kinds = (Stage, EndToEndStage, FineTuningStage)
+    ours, *stages = ({entry.name for entry in dataclasses.fields(kind)} for kind in (Recipe, *stage_kinds))
+    assert tables == [ours, set.union(*stages), {*FILE_KEYS, *DATASET_KEYS, *DOCUMENT_KEYS, "shapes"}]
     (tmp_path / "my-recipe.yaml").write_text(re.search(r"```yaml\n(# my-recipe.yaml.*?)```", guide, re.DOTALL)[1])
     assert load_recipe(tmp_path / "my-recipe.yaml").strategy == "measured"
 
@@ -141,6 +149,20 @@ def test_a_recipes_cost_counts_what_each_stage_trains():
         alone = teacher[number - 1].operations
         assert (measured[number].operations - alone) * 4 == pytest.approx((fixed[number].operations - alone) * 6)
     assert measured["place"].tokens == 4 * 32 * 300
+
+
+def test_a_stage_without_teacher_costs_less_by_that_teacher():
+    labels = ["stage_3.kl_weight=0", "stage_3.hard_weight=1"]
+    fine_tuning = "stage_4={steps: 2500, learning_rate: 1e-3}"  # as many steps of as many conversations
+    with_teacher, without = (
+        load_recipe("shapes-hybrid", more) for more in ([], [*labels, fine_tuning, "stages=[3, 4]"])
+    )
+    config = load_teacher_config(with_teacher)
+    *_, whole = stage_costs(with_teacher, config, 300)
+    third, fourth = stage_costs(without, config, 300)
+    assert third.operations == fourth.operations and third.tokens == fourth.tokens == whole.tokens
+    # The teacher's forward is at least two operations per parameter of its layers and head, and token.
+    assert whole.operations - third.operations > 2 * whole.tokens * config.text_config.vocab_size * 128
 
 
 def test_a_written_recipe_is_the_same_recipe(tmp_path):

@@ -1,4 +1,7 @@
-"""Stage 3: the student's next-token distribution learns the teacher's (arXiv 2502.13145, section 3.3)."""
+"""Stage 3: the student's next-token distribution learns the teacher's (arXiv 2502.13145, section 3.3).
+
+Without a teacher it is stage 4, supervised fine-tuning on labels.
+"""
 
 import copy
 
@@ -11,7 +14,7 @@ from .losses import distillation_loss
 
 
 class EndToEndDistiller(nn.Module):
-    """Stage 3 as a module whose forward is the loss.
+    """Stages 3 and 4 as a module whose forward is the loss.
 
     Its parameters are the student's; the teacher is neither trained, nor saved, nor moved with it.
 

@@ -26,7 +26,7 @@ from mmmamba.conversion.publish import remove_partial_folders
 from mmmamba.conversion.shards import read_json, write_json
 
 from .checkpoints import MARKER, from_main_process
-from .recipe import SEEDING_KEYS, Recipe, changed_keys, dump_recipe, load_recipe
+from .recipe import SEEDING_KEYS, STAGES, Recipe, changed_keys, dump_recipe, load_recipe
 
 
 try:
@@ -49,23 +49,23 @@ class RunFolder:
         self.seeded, self.placed, self.model = (self.path / name for name in ("seeded", "placed", "model"))
 
     def stage(self, number: int) -> Path:
-        """The folder of stage 1, 2 or 3."""
+        """The folder of a stage."""
         return self.path / f"stage-{number}"
 
     def stage_model(self, number: int) -> Path:
-        """The student after stage 1, 2 or 3."""
+        """The student after a stage."""
         return self.stage(number) / "model"
 
     # --- state ---------------------------------------------------------------------------------------------------
 
     def is_finished(self, number: int) -> bool:
-        """Whether stage 1, 2 or 3 has its model."""
+        """Whether a stage has its model."""
         return self.stage_model(number).is_dir()
 
     def begun_stages(self) -> list[int]:
         """Stages that have a model, or a checkpoint to resume from."""
         checkpoint = f"checkpoints/checkpoint-*/{MARKER}"
-        return [n for n in (1, 2, 3) if self.is_finished(n) or any(self.stage(n).glob(checkpoint))]
+        return [n for n in STAGES if self.is_finished(n) or any(self.stage(n).glob(checkpoint))]
 
     def has(self, folder: Path, description: str) -> bool:
         """Whether a step's model folder exists, the same on every process; says so if it does."""
@@ -93,15 +93,15 @@ class RunFolder:
         """The newest student that a stage can start from, the same on every process; warns if a stage is missing.
 
         Args:
-            number: 1, 2 or 3.
-            placed: Whether the stage starts from the measured placement, if that exists.
+            number: Of the stage.
+            placed: Whether stage 3 and later ones start from the measured placement, if that exists.
 
         Raises:
             ValueError: if there is none.
         """
         candidates = [(f"stage {n}", self.stage_model(n), n) for n in range(number - 1, 0, -1)]
-        if placed:
-            candidates.insert(0, ("the placement", self.placed, 2))
+        if placed and number > 2:
+            candidates.insert(number - 3, ("the placement", self.placed, 2))
         candidates.append(("the seeded student", self.seeded, 0))
         found = from_main_process([i for i, (_, folder, _) in enumerate(candidates) if folder.is_dir()])
         if not found:
@@ -188,7 +188,7 @@ class RunFolder:
         if not begun and not self.placed.is_dir():
             keys = {entry.name for entry in fields(Recipe)}
             return keys - SEEDING_KEYS if self.seeded.is_dir() else keys
-        unused = {f"stage_{number}" for number in (1, 2, 3) if number not in begun}
+        unused = {"stages", *(f"stage_{number}" for number in STAGES if number not in begun)}
         return unused if self.placed.is_dir() else unused | {"held_out", "measure_batches"}
 
     def _lock(self) -> IO | None:

@@ -23,6 +23,7 @@ RECIPES = Path(__file__).with_name("recipes")
 INITIALIZATIONS = ("mimic", "inherited", "scratch")
 STRATEGIES = ("head-interleaved", "tail-interleaved", "head-stacked", "tail-stacked", "measured")
 MOST_VALUES = 100_000  # of a recipe
+STAGES = (1, 2, 3, 4)  # layer by layer (1, 2), end to end (3), supervised fine-tuning (4)
 TRAINABLE = ("mixers", "mixers+o_proj", "decoder")
 DIVERGENCES = ("forward", "reverse")
 
@@ -109,6 +110,27 @@ class EndToEndStage(Stage):
 
 
 @dataclass(frozen=True)
+class FineTuningStage(Stage):
+    """Stage 4's schedule: supervised fine-tuning on labels, without the teacher.
+
+    Args:
+        trainable, gradient_checkpointing, logits_chunk: As in stage 3.
+        data: What it trains on, as the recipe's `data`, which it is if not given.
+    """
+
+    trainable: str = "decoder"
+    gradient_checkpointing: bool = False
+    logits_chunk: int = 512
+    data: list | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_choice("trainable", self.trainable, TRAINABLE)
+        if self.logits_chunk < 1:
+            raise ValueError(f"logits_chunk={self.logits_chunk} must be at least 1.")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run.
 
@@ -125,8 +147,8 @@ class Recipe:
         initialization: `mimic` as published; `inherited` without the parameters that mimic linear attention; `scratch`
             without queries, keys and values, too.
         seed: Of new parameters, data order and all else that is random.
-        stages: Which of 1, 2 and 3 run.
-        stage_1, stage_2, stage_3: Their schedules.
+        stages: Which of 1 to 4 run.
+        stage_1, stage_2, stage_3, stage_4: Their schedules.
         betas: AdamW's.
         weight_decay: On matrices and convolutions.
         clip: Largest gradient norm; 0 for none.
@@ -160,6 +182,7 @@ class Recipe:
     stage_1: Stage | None = None
     stage_2: Stage | None = None
     stage_3: EndToEndStage | None = None
+    stage_4: FineTuningStage | None = None
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.05
     clip: float = 5.0
@@ -191,8 +214,8 @@ class Recipe:
             )
         if self.strategy is not None and self.attention_layers is not None:
             raise ValueError("attention_layers and strategy are two ways to say the same; give one of them.")
-        if sorted(set(self.stages)) != self.stages or not set(self.stages) <= {1, 2, 3}:
-            raise ValueError(f"stages={self.stages} must be some of 1, 2 and 3, in order, each once.")
+        if sorted(set(self.stages)) != self.stages or not set(self.stages) <= set(STAGES):
+            raise ValueError(f"stages={self.stages} must be some of 1, 2, 3 and 4, in order, each once.")
         for stage in self.stages:
             if self.stage(stage) is None:
                 raise ValueError(f"stages={self.stages} needs stage_{stage}, which is not given.")
@@ -211,8 +234,13 @@ class Recipe:
                     raise ValueError(f"{name}={getattr(self, name)} must be at least {minimum}.")
 
     def stage(self, number: int) -> Stage | None:
-        """The schedule of stage 1, 2 or 3."""
+        """The schedule of a stage, None if it is not given."""
         return getattr(self, f"stage_{number}")
+
+    def stage_data(self, number: int) -> list:
+        """What a stage trains on: its own `data`, else the recipe's."""
+        own = getattr(self.stage(number), "data", None)
+        return self.data if own is None else own
 
 
 MINIMUMS = {

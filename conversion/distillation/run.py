@@ -8,11 +8,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from .cost import cost_table, stage_costs
 from .folder import RunFolder
-from .recipe import Recipe, load_recipe
+from .recipe import STAGES, Recipe, load_recipe
 from .stages import Run, export, load_teacher_config, place, seed, train
 
 
-STEPS = ("seed", "1", "2", "3", "export")
+STEPS = ("seed", *map(str, STAGES), "export")
 
 
 def distill(recipe: Recipe, only: str | None = None) -> Path:
@@ -31,7 +31,7 @@ def distill(recipe: Recipe, only: str | None = None) -> Path:
     """
     run = Run(recipe)
     steps = STEPS if only is None else (only,)
-    stages = [n for n in (1, 2, 3) if str(n) in steps and (only is not None or n in recipe.stages)]
+    stages = [n for n in STAGES if str(n) in steps and (only is not None or n in recipe.stages)]
     with run.folder.claim(recipe):
         if not all(run.folder.is_finished(number) for number in stages):
             run.data.check()

@@ -1,4 +1,4 @@
-"""The steps of a run: seed a student, train it in stages 1, 2 and 3, place attention layers by measurement, export.
+"""The steps of a run: seed a student, train it in its stages, place attention layers by measurement, export.
 
 Each makes one model folder and does nothing if that exists.
 """
@@ -126,7 +126,7 @@ def seed(run: Run) -> None:
 
 
 def train(run: Run, number: int) -> None:
-    """Runs stage 1, 2 or 3, or resumes it, and makes `stage-N/`.
+    """Runs a stage, or resumes it, and makes `stage-N/`.
 
     Raises:
         ValueError: if the recipe has no such stage, or the run's folder is not ready for it.
@@ -140,7 +140,7 @@ def train(run: Run, number: int) -> None:
         run.folder.remove(checkpoints)
         return
     run.folder.check_order(number)
-    before = run.folder.student_before(number, placed=number == 3 and recipe.strategy == "measured")
+    before = run.folder.student_before(number, placed=recipe.strategy == "measured")
     dataset = run.data.for_stage(number)
     args = training_arguments(recipe, number, checkpoints)
     teacher_size = sum(spec.numel() for spec in expected_specs(run.teacher_config).values())
@@ -267,6 +267,10 @@ def _distiller(run: Run, number: int, student: MmMambaForConditionalGeneration) 
         # The second name is that of Transformers before 5.23.
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable()
+    if number == 4:
+        return EndToEndDistiller(
+            None, student, stage.trainable, kl_weight=0.0, hard_weight=1.0, chunk_size=stage.logits_chunk
+        )
     return EndToEndDistiller(
         run.teacher if stage.kl_weight else None,
         student,

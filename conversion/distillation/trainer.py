@@ -42,7 +42,7 @@ def training_arguments(recipe: Recipe, number: int, folder: Path) -> TrainingArg
 
     Args:
         recipe: Of the run.
-        number: 1, 2 or 3.
+        number: Of the stage.
         folder: Of the stage's checkpoints.
     """
     stage, seed = recipe.stage(number), recipe.seed + number

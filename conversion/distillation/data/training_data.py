@@ -39,14 +39,10 @@ class TrainingData:
         self.recipe = recipe
         self.processor = load_processor(teacher)
         self.collate = partial(pack if recipe.packing else pad, pad_token_id=_padding_token(self.processor))
-        self.uses_shapes = any("shapes" in entry for entry in recipe.data if isinstance(entry, dict))
-        if self.uses_shapes and recipe.data not in ([{"shapes": "train"}], [{"shapes": "recall"}]):
-            raise ValueError(
-                f"data={recipe.data} is more than the picture world; give `- shapes: train` alone (or `recall`)."
-            )
-        for entry in [*(() if self.uses_shapes else recipe.data), *(recipe.held_out or ())]:
+        own = [data for data in (recipe.data, recipe.stage_data(4)) if not _is_shapes(data)]
+        for entry in (entry for data in [*own, recipe.held_out or ()] for entry in data):
             check_entry(entry)
-        if recipe.strategy == "measured" and recipe.held_out is None and not self.uses_shapes:
+        if recipe.strategy == "measured" and recipe.held_out is None and not _is_shapes(recipe.data):
             raise ValueError("strategy='measured' needs held_out in the recipe: data that no stage trains on.")
 
     def check(self) -> None:
@@ -55,22 +51,24 @@ class TrainingData:
         Raises:
             ValueError, FileNotFoundError, ImportError: see `open_data`.
         """
-        if not self.uses_shapes:
-            if self.recipe.strategy == "measured":
-                self._open_held_out()
-            self.for_stage(1)
+        if self.recipe.strategy == "measured" and not _is_shapes(self.recipe.data):
+            self._open_held_out()
+        for stage in (1, 4) if self.recipe.stage_data(4) != self.recipe.data else (1,):
+            if not _is_shapes(self.recipe.stage_data(stage)):
+                self.for_stage(stage)
 
     def for_stage(self, stage: int) -> Dataset:
         """Rows to train on; each stage has another order, or other images. See `open_data` for errors."""
         recipe, seed = self.recipe, self.recipe.seed * 10 + stage
-        if self.uses_shapes:
-            return self._shapes("train", 1 + seed, recipe.stage(stage).per_device_batch_size)
-        return self._open(recipe.data, stage, seed)
+        data = recipe.stage_data(stage)
+        if _is_shapes(data):
+            return self._shapes(data, "train", 1 + seed, recipe.stage(stage).per_device_batch_size)
+        return self._open(data, stage, seed)
 
     def held_out(self, num_batches: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of rows that no stage trains on (and, in the picture world, that no score counts)."""
-        if self.uses_shapes:
-            dataset = self._shapes("test", 10**6, batch_size)
+        if _is_shapes(self.recipe.data):
+            dataset = self._shapes(self.recipe.data, "test", 10**6, batch_size)
         else:
             dataset = self._open_held_out()
         if isinstance(dataset, IterableDataset):
@@ -88,13 +86,22 @@ class TrainingData:
         row_tokens = getattr(self.recipe.stage(stage), "row_tokens", None) or self.recipe.row_tokens
         return open_data(data, self.processor, self.recipe.max_tokens, row_tokens, seed)
 
-    def _shapes(self, split: str, seed: int, batch_size: int) -> Dataset:
+    def _shapes(self, data: list, split: str, seed: int, batch_size: int) -> Dataset:
         from mmmamba.examples.shapes.data import Conversations
         from mmmamba.examples.shapes.recall import RecallConversations
 
-        if self.recipe.data == [{"shapes": "recall"}]:
+        if data == [{"shapes": "recall"}]:
             return RecallConversations(self.processor, seed, batch_size)
         return Conversations(self.processor, split, seed, batch_size)
+
+
+def _is_shapes(data: list) -> bool:
+    """Whether data are the picture world's. Raises ValueError if they are more than that."""
+    if not any("shapes" in entry for entry in data if isinstance(entry, dict)):
+        return False
+    if data not in ([{"shapes": "train"}], [{"shapes": "recall"}]):
+        raise ValueError(f"data={data} is more than the picture world; give `- shapes: train` alone (or `recall`).")
+    return True
 
 
 def load_processor(folder: Path) -> MmMambaProcessor | PreTrainedTokenizerBase:
