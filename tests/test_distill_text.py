@@ -14,7 +14,9 @@ from tiny_models import tiny_config
 
 from mmmamba.conversion.distillation import stages
 from mmmamba.conversion.distillation.data import open_data, pad
+from mmmamba.conversion.distillation.end_to_end import EndToEndDistiller
 from mmmamba.conversion.distillation.folder import RunFolder
+from mmmamba.conversion.distillation.on_policy import AnswerWriter
 from mmmamba.conversion.distillation.recipe import load_recipe
 from mmmamba.conversion.distillation.run import distill
 from mmmamba.conversion.distillation.trainer import DistillationTrainer
@@ -154,6 +156,77 @@ def test_rows_of_a_stage_are_as_long_as_it_says(recipe, tmp_path, texts):
     # Of two rows per step at most one is the document's shorter last.
     assert 4 * 2 * 16 - 4 * 15 <= results["stage_1"]["tokens"] <= 4 * 2 * 16
     assert 4 * 2 * 40 - 4 * 39 <= results["stage_2"]["tokens"] <= 4 * 2 * 40
+
+
+def test_a_length_curriculum_keeps_tokens_per_step_and_resumes(recipe, tmp_path, texts, monkeypatch):
+    shutil.rmtree(tmp_path / "texts")  # one long document, whose rows are all full
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("dog " * 2000)
+    lengths, plain = [], EndToEndDistiller.forward
+
+    def forward(self, **batch):
+        lengths.append(tuple(batch["input_ids"].shape))
+        return plain(self, **batch)
+
+    monkeypatch.setattr(EndToEndDistiller, "forward", forward)
+    options = {"data": texts, "stages": [3], "stage_3__row_tokens": [8, 16, 32], "stage_3__steps": 5}
+    distill(recipe("whole", **options))
+    steps = [lengths[i : i + 2] for i in range(0, len(lengths), 2)]  # of two micro-batches each
+    assert steps == [[(8, 8)] * 2] * 2 + [[(4, 16)] * 2] * 2 + [[(2, 32)] * 2]
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert results["stage_3"]["tokens"] == 5 * 4 * 32
+    assert stop_and_resume(recipe("cut", **options), 3, monkeypatch) == [0, 1, 2, 3, 2, 3, 4]
+    same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_run_on_the_students_own_answers_resumes_to_the_same_weights(
+    recipe, tmp_path, texts, conversations, packing, monkeypatch
+):
+    options = {"data": texts + conversations, "stages": [3], "packing": packing, "stage_3__on_policy": 0.5}
+    options |= {"stage_3__on_policy_tokens": 5, "stage_3__hard_weight": 0.5}
+    written, plain = [], AnswerWriter.__call__
+
+    def counting(self, student, batch, step, index):
+        made = plain(self, student, batch, step, index)
+        written.append((step, index, made is not batch))
+        return made
+
+    monkeypatch.setattr(AnswerWriter, "__call__", counting)
+    distill(recipe("whole", **options))
+    assert len(written) == 4 * 2 and {own for *_, own in written} == {True, False}
+    assert stop_and_resume(recipe("cut", **options), 3, monkeypatch) == [0, 1, 2, 3, 2, 3]
+    same_weights(tmp_path / "cut", tmp_path / "whole")
+    distill(recipe("off", **options | {"stage_3__on_policy": 0}))
+    before, after = weights(tmp_path / "whole"), weights(tmp_path / "off")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_own_answers_and_bf16_go_together(recipe, tmp_path, texts):
+    options = {"data": texts, "stages": [3], "stage_3__on_policy": 1, "stage_3__on_policy_tokens": 3}
+    distill(recipe("run", **options, precision="bf16", stage_3__gradient_checkpointing=True))
+    assert all(loss > 0 for loss in losses(tmp_path / "run", 3))
+
+
+def test_own_answers_and_sharded_weights_are_refused(recipe, texts, monkeypatch):
+    prepare = DistillationTrainer.create_accelerator_and_postprocess
+
+    def sharded(self):
+        prepare(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(DistillationTrainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(ValueError, match=r"^on_policy lets every process write answers of its own, [^\n]*$"):
+        distill(recipe("run", data=texts, stages=[3], stage_3__on_policy=0.5))
+
+
+def test_stage_2_that_aligns_outputs_trains_output_projections_and_resumes(recipe, tmp_path, texts, monkeypatch):
+    options = {"data": texts, "stages": [1, 2], "stage_2__align": "output"}
+    distill(recipe("whole", **options))
+    assert stop_and_resume(recipe("cut", **options), 2, monkeypatch) == [0, 1, 2, 3, 2, 3]
+    same_weights(tmp_path / "cut", tmp_path / "whole")
+    before, after = (load_file(tmp_path / "whole" / f"stage-{n}" / "model" / "model.safetensors") for n in (1, 2))
+    assert all(torch.equal(after[name], before[name]) != (".mamba." in name) for name in after)
 
 
 def test_a_placement_is_measured_on_documents(recipe, tmp_path, texts):

@@ -135,7 +135,7 @@ def gradients(distiller, batch, totals=None):
     return distiller.student_tensors(state)
 
 
-def true_layerwise_gradients(teacher, student, one_by_one):
+def true_layerwise_gradients(teacher, student, one_by_one, align="heads"):
     """By autograd over all layers at once, every conversation alone."""
     inputs, hooks = {}, []
     for index, layer in enumerate(teacher.model.layers):
@@ -143,19 +143,20 @@ def true_layerwise_gradients(teacher, student, one_by_one):
         def remember(module, args, kwargs, index=index):
             inputs[index] = args[0] if args else kwargs["hidden_states"]
 
-        def target(module, args, index=index):
-            inputs[-1 - index] = args[0]
+        def target(module, args, output, index=index):
+            inputs[-1 - index] = args[0] if align == "heads" else output
 
         hooks.append(layer.self_attn.register_forward_pre_hook(remember, with_kwargs=True))
-        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(target))
+        hooks.append(layer.self_attn.o_proj.register_forward_hook(target))
     squares, count = {index: 0.0 for index in mamba_mixers(student)}, 0
     for ids in one_by_one:
         with torch.no_grad():
             teacher(input_ids=ids[None])
         count += len(ids)
         for index, mixer in mamba_mixers(student).items():
-            heads = mixer.heads(inputs[index].clone())
-            squares[index] = squares[index] + (heads.flatten(2) - inputs[-1 - index]).square().mean(2).sum()
+            found = mixer.heads(inputs[index].clone()).flatten(2)
+            found = found if align == "heads" else found @ mixer.out_proj.weight.T
+            squares[index] = squares[index] + (found - inputs[-1 - index]).square().mean(2).sum()
     for hook in hooks:
         hook.remove()
     student.requires_grad_(True)
@@ -164,13 +165,15 @@ def true_layerwise_gradients(teacher, student, one_by_one):
     return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("align", ["heads", "output"])
 @pytest.mark.parametrize("collate", [pad, pack])
-def test_layerwise_gradients_are_those_of_all_layers_at_once(collate):
-    """Streaming, padding and packing change nothing."""
+def test_layerwise_gradients_are_those_of_all_layers_at_once(collate, align):
+    """Streaming, padding and packing change nothing. Output projections train if their outputs are compared."""
     teacher, student = pair(attention=(1,))
-    expected = true_layerwise_gradients(teacher, copy.deepcopy(student), [row["input_ids"] for row in rows()])
-    found = gradients(LayerwiseDistiller(teacher, student, 2), collate(rows(), pad_token_id=2))
-    assert set(found) == {name for name in expected if "out_proj" not in name}
+    ids = [row["input_ids"] for row in rows()]
+    expected = true_layerwise_gradients(teacher, copy.deepcopy(student), ids, align)
+    found = gradients(LayerwiseDistiller(teacher, student, 2, align=align), collate(rows(), pad_token_id=2))
+    assert set(found) == {name for name in expected if "out_proj" not in name or align == "output"}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9)
 

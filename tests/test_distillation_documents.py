@@ -18,6 +18,7 @@ from mmmamba.conversion.distillation.data import (
     pack,
     pad,
 )
+from mmmamba.conversion.distillation.data.curriculum import CurriculumSampler, LengthCurriculum
 from mmmamba.conversion.distillation.data.training_data import load_processor
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 
@@ -150,6 +151,41 @@ def test_documents_and_conversations_share_a_batch(processor, encoder, tmp_path)
     assert torch.equal(batch["pixel_values"], taken[2]["pixel_values"])
     assert torch.equal(packed["pixel_values"], taken[2]["pixel_values"])
     assert packed["labels"][0, 0] == -100 and torch.equal(packed["labels"][0, 1:20], taken[0]["labels"][1:])
+
+
+@pytest.mark.parametrize("collate", [pad, pack])
+def test_a_curriculum_reads_the_same_tokens_in_short_rows_first(collate, processor, tmp_path):
+    (tmp_path / "a.txt").write_text(STORY * 4)
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    data = [{"documents": str(tmp_path / "*.txt")}, {"file": str(write_lines(tmp_path / "a.jsonl", numbered(2)))}]
+    whole = open_data(data, processor, row_tokens=40)
+    curriculum = LengthCurriculum(whole, [10, 30, 40])
+    steps, rows_per_step = 7, 2
+    order = list(CurriculumSampler(curriculum, steps, rows_per_step, seed=3))
+    sampler = CurriculumSampler(curriculum, steps, rows_per_step, seed=3)
+    assert order == list(sampler) == list(sampler) and len(order) == len(sampler) == 14
+    assert sorted(index % len(whole) for index in order[: len(whole)]) == list(range(len(whole)))
+    assert order != list(CurriculumSampler(curriculum, steps, rows_per_step, seed=4))
+    for step in range(steps):
+        indices = order[step * rows_per_step : (step + 1) * rows_per_step]
+        length = [10, 30, 40][step * 3 // steps]
+        batch = collate([curriculum[index] for index in indices], pad_token_id=7)
+        expected = []
+        for row in (whole[index % len(whole)] for index in indices):
+            is_document = torch.equal(row["labels"], row["input_ids"])
+            ids = row["input_ids"]
+            cut = [ids[i : i + length] for i in range(0, len(ids), length)] if is_document else [ids]
+            expected += [one.tolist() for one in cut if len(one) > 1 or not is_document]
+        if collate is pad:
+            found = [r[m == 1].tolist() for r, m in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        else:
+            starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+            found = [part.tolist() for part in batch["input_ids"][0].tensor_split(starts[1:])]
+        assert found == expected
+        # However they are cut, so many rows of the dataset were read.
+        assert batch.get("num_rows", len(found)) == rows_per_step
+    bad = collate([curriculum[index] for index in range(len(whole))], pad_token_id=7)["bad_rows"]
+    assert bad == [(str(tmp_path / "b.txt"), "it is not UTF-8 text")]
 
 
 WRONG = [

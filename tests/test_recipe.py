@@ -9,6 +9,7 @@ from mmmamba.conversion.distillation.cost import stage_costs
 from mmmamba.conversion.distillation.data.sources import DATASET_KEYS, DOCUMENT_KEYS, FILE_KEYS
 from mmmamba.conversion.distillation.recipe import (
     RECIPES,
+    AlignmentStage,
     EndToEndStage,
     FineTuningStage,
     Recipe,
@@ -87,12 +88,25 @@ def test_overrides_reach_every_key():
         ("stage_3.divergence=backward", "divergence='backward' is unknown; choose one of forward, reverse"),
         ("stage_3.kl_weight=-1", "stage_3: kl_weight=-1.0 must be at least 0"),
         ("stage_3={steps: 5, learning_rate: 1, kl_weight: 0}", "kl_weight=0 and hard_weight=0 leave nothing to learn"),
+        ("stage_3.on_policy=2", "on_policy=2.0 must lie between 0 and 1"),
+        ("stage_3.on_policy_tokens=0", "on_policy_tokens=0 be at least 1"),
+        (
+            "stage_3={steps: 5, learning_rate: 1, kl_weight: 0, on_policy: 1}",
+            "needs a teacher to compare answers with",
+        ),
+        ("stage_1.align=output", "no key stage_1.align"),
+        ("stage_2.align=block", "stage_2: align='block' is unknown; choose one of heads, output"),
         ("stages=[4]", "needs stage_4, which is not given"),
         ("stages=[3, 5]", "stages=[3, 5] must be some of 1, 2, 3 and 4"),
         ("stage_4={steps: 5, learning_rate: 1, trainable: all}", "stage_4: trainable='all' is unknown; choose one of"),
         ("stage_4={steps: 5, learning_rate: 1, logits_chunk: 0}", "stage_4: logits_chunk=0 must be at least 1"),
         ("stage_4={steps: 5, learning_rate: 1, temperature: 2}", "no key stage_4.temperature"),
         ("row_tokens=1", "row_tokens=1 must be at least 2"),
+        ("stage_1.row_tokens=[64, 64]", "stage_1: row_tokens=[64, 64] must grow, each for at least one of steps=200"),
+        ("stage_1.row_tokens=[1, 64]", "stage_1: row_tokens=[1, 64] must be at least 2"),
+        ("stage_1.row_tokens=[]", "stage_1: row_tokens=[] must grow"),
+        ("stage_1.row_tokens=[64, x]", "stage_1.row_tokens[1]='x' in the recipe is of the wrong type; it must be int"),
+        ("stage_1.row_tokens=many", "stage_1.row_tokens='many' in the recipe is of the wrong type; it must be int"),
         ("stage_1.row_tokens=0", "stage_1: row_tokens=0 must be at least 2"),
         ("initialization=random", "choose one of mimic, inherited, scratch"),
         ("num_attention=2", "give both or neither"),
@@ -127,7 +141,7 @@ def test_the_guide_explains_every_key(tmp_path):
         {key for line in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", line.split("|")[1])}
         for table in re.findall(r"^\| key.*\n(?:\|.*\n)+", guide, re.MULTILINE)
     ]
-    stage_kinds = (Stage, EndToEndStage, FineTuningStage)
+    stage_kinds = (Stage, AlignmentStage, EndToEndStage, FineTuningStage)
     ours, *stages = ({entry.name for entry in dataclasses.fields(kind)} for kind in (Recipe, *stage_kinds))
     assert tables == [ours, set.union(*stages), {*FILE_KEYS, *DATASET_KEYS, *DOCUMENT_KEYS, "shapes"}]
     (tmp_path / "my-recipe.yaml").write_text(re.search(r"```yaml\n(# my-recipe.yaml.*?)```", guide, re.DOTALL)[1])
@@ -149,6 +163,16 @@ def test_a_recipes_cost_counts_what_each_stage_trains():
         alone = teacher[number - 1].operations
         assert (measured[number].operations - alone) * 4 == pytest.approx((fixed[number].operations - alone) * 6)
     assert measured["place"].tokens == 4 * 32 * 300
+
+
+def test_training_output_projections_in_stage_2_costs_three_products():
+    heads, output = (load_recipe("shapes-linear", [f"stage_2.align={align}"]) for align in ("heads", "output"))
+    config = load_teacher_config(heads)
+    found = [stage_costs(recipe, config, 300) for recipe in (heads, output)]
+    text, tokens = config.text_config, found[0][1].tokens
+    product = 2 * text.num_attention_heads * text.head_dim * text.hidden_size * text.num_hidden_layers
+    assert found[1][1].operations - found[0][1].operations == pytest.approx(3 * tokens * product)
+    assert found[1][0] == found[0][0] and found[1][2] == found[0][2]
 
 
 def test_a_stage_without_teacher_costs_less_by_that_teacher():

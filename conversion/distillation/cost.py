@@ -57,6 +57,8 @@ def stage_costs(recipe: Recipe, config: MmMambaConfig, tokens: int) -> list[Stag
         if number < 3:
             # No gradient of a layer's input: in_proj forward and its weight's gradient, the scan thrice.
             per_token = teacher + mamba_layers * (4 * in_proj + 3 * scan)
+            if number == 2 and stage.align == "output":  # forward, its weight's gradient and its input's
+                per_token += mamba_layers * 3 * 2 * query_width * hidden
         else:
             if measured and number == 3:
                 # The teacher and, once with each layer's replacement, the teacher again; both heads each time.

@@ -51,8 +51,8 @@ class EndToEndDistiller(nn.Module):
             parameter.requires_grad_(".layers." in name if trainable == "decoder" else in_mixer)
 
     def forward(self, num_items_in_batch: Tensor | None = None, **batch: Tensor) -> Tensor:
-        """See `distillation_loss`; `num_items_in_batch` are its totals, `batch` the models' inputs and `labels`."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        """See `distillation_loss`: `num_items_in_batch` are its totals, `batch` the models' inputs and its own."""
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "answer_mask")}
         teacher_hidden = teacher_head = None
         if self.teacher is not None:
             teacher_head = self.teacher.lm_head

@@ -24,23 +24,32 @@ def shift_labels(labels: Tensor) -> Tensor:
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
 
 
+def predicts_answer(batch: dict[str, Tensor]) -> Tensor:
+    """(batch, length) bool, true where the next token is an answer's: one with a label, or one in `answer_mask`."""
+    mask, labels = batch.get("answer_mask"), batch.get("labels")
+    if mask is not None:
+        return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    return torch.zeros_like(batch["input_ids"], dtype=torch.bool) if labels is None else shift_labels(labels) != -100
+
+
 def count_tokens(batch: dict[str, Tensor], include_padding: bool = False, extra_per_tile: int = 0) -> Tensor:
     """What means over a batch divide by.
 
     Args:
-        batch: `input_ids`, and `attention_mask`, `labels` and `pixel_values` if any.
+        batch: `input_ids`, and `attention_mask`, `labels`, `answer_mask` and `pixel_values` if any.
         include_padding: Whether padding counts.
         extra_per_tile: Positions of a tile in the embedding layers beyond its tokens, see `extra_positions_per_tile`.
 
     Returns:
-        (3,) int64: positions, those of them that predict an answer's token, and positions of the embedding layers.
+        (4,) int64: positions, those of them that predict an answer's token, positions of the embedding layers, and
+        positions whose next token has a label. The second and the last differ where a student wrote the answer.
     """
     mask = token_mask(batch)
     labels = batch.get("labels")
     positions = mask.numel() if include_padding else int(mask.sum())
-    answers = 0 if labels is None else int((shift_labels(labels) != -100).sum())
+    labelled = 0 if labels is None else int((shift_labels(labels) != -100).sum())
     tiles = 0 if batch.get("pixel_values") is None else len(batch["pixel_values"])
-    return torch.tensor([positions, answers, positions + tiles * extra_per_tile])
+    return torch.tensor([positions, int(predicts_answer(batch).sum()), positions + tiles * extra_per_tile, labelled])
 
 
 class _GradientsInForward(torch.autograd.Function):
@@ -116,9 +125,9 @@ def distillation_loss(
         student_head, teacher_head: From hidden states to logits; without gradients of their own. The teacher's two may
             be None if `kl_weight` is 0.
         batch: `input_ids` (batch, length), and `attention_mask` and `labels` of that shape if any; padding is left
-            out, and labels are -100 where there is no answer.
-        totals: (2 or more,), positions and answers that the means are over, see `count_tokens`; those of `batch` if
-            not given.
+            out, and labels are -100 where there is no answer. `answer_mask`, if there is one, says instead of the
+            labels which tokens are answers' (a student's own, for which there are no labels).
+        totals: (4,), what the means are over, see `count_tokens`; counted in `batch` if not given.
         temperature: Softens both distributions.
         kl_weight: Weight of the KL divergence.
         divergence: See `kl_sum`.
@@ -138,12 +147,12 @@ def distillation_loss(
         raise ValueError(f"answers_only={answers_only} and hard_weight={hard_weight} need labels; give them.")
     if totals is None:
         totals = count_tokens(batch, include_padding)
-    positions, answers = (total.clamp(min=1).to(student_hidden.device) for total in totals[:2])
+    positions, answers, _, labelled = totals.clamp(min=1).to(student_hidden.device)
 
     kl_mask = torch.ones_like(batch["input_ids"], dtype=torch.bool) if include_padding else token_mask(batch)
     targets = torch.full_like(batch["input_ids"], -100) if labels is None else shift_labels(labels)
     if answers_only:
-        kl_mask, positions = targets != -100, answers
+        kl_mask, positions = predicts_answer(batch), answers
     if not kl_weight:
         kl_mask = torch.zeros_like(kl_mask)
     used = kl_mask | (targets != -100) if hard_weight else kl_mask
@@ -163,7 +172,7 @@ def distillation_loss(
                 hard = F.cross_entropy(
                     logits.to(state_dtype(logits.dtype)), targets[chunk], ignore_index=-100, reduction="sum"
                 )
-                loss = loss + hard_weight * hard / answers
+                loss = loss + hard_weight * hard / labelled
             return loss
 
         return loss

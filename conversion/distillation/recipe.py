@@ -25,6 +25,7 @@ STRATEGIES = ("head-interleaved", "tail-interleaved", "head-stacked", "tail-stac
 MOST_VALUES = 100_000  # of a recipe
 STAGES = (1, 2, 3, 4)  # layer by layer (1, 2), end to end (3), supervised fine-tuning (4)
 TRAINABLE = ("mixers", "mixers+o_proj", "decoder")
+ALIGNMENTS = ("heads", "output")
 DIVERGENCES = ("forward", "reverse")
 
 
@@ -41,7 +42,9 @@ class Stage:
         per_device_batch_size: Conversations per micro-batch of a process.
         min_lr_ratio: See `decay`.
         include_padding: Whether losses are means over padding, too, as they are upstream.
-        row_tokens: Tokens of a row of a document; the recipe's if not given.
+        row_tokens: Tokens of a row of a document; the recipe's if not given. Several numbers, from short to long,
+            share the steps evenly, one after the other; then `batch_size` counts rows of the longest, and each of
+            them is cut into shorter ones, so that a step has as many tokens throughout. Conversations stay whole.
     """
 
     steps: int
@@ -52,7 +55,7 @@ class Stage:
     per_device_batch_size: int = 32
     min_lr_ratio: float = 0.0
     include_padding: bool = False
-    row_tokens: int | None = None
+    row_tokens: int | list[int] | None = None
 
     def __post_init__(self):
         for name in ("steps", "learning_rate", "batch_size", "per_device_batch_size"):
@@ -65,8 +68,27 @@ class Stage:
             )
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio={self.min_lr_ratio} must lie between 0 and 1.")
-        if self.row_tokens is not None and self.row_tokens < 2:
+        lengths = self.row_tokens if isinstance(self.row_tokens, list) else [self.row_tokens]
+        if not 0 < len(lengths) <= self.steps or sorted(set(lengths)) != lengths:
+            raise ValueError(f"row_tokens={lengths} must grow, each for at least one of steps={self.steps}.")
+        if self.row_tokens is not None and lengths[0] < 2:
             raise ValueError(f"row_tokens={self.row_tokens} must be at least 2.")
+
+
+@dataclass(frozen=True)
+class AlignmentStage(Stage):
+    """Stage 2's schedule and what it compares.
+
+    Args:
+        align: `heads`, before the output projection, as published; or `output`, behind it, and the output projection
+            trains, too (arXiv 2408.10189, 2505.03005).
+    """
+
+    align: str = "heads"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_choice("align", self.align, ALIGNMENTS)
 
 
 @dataclass(frozen=True)
@@ -81,6 +103,10 @@ class EndToEndStage(Stage):
         divergence: `forward`, KL(teacher || student), or `reverse`, KL(student || teacher).
         hard_weight: Weight of the answers' cross entropy beside it; in documents every token is an answer's.
         answers_only: Whether the KL divergence counts only where an answer's token is predicted.
+        on_policy: Share of the micro-batches whose answers the student writes itself (arXiv 2306.13649): those of
+            conversations from the first one on, and the second half of a row of a document.
+        on_policy_tokens: Most tokens of such an answer.
+        on_policy_temperature: Of sampling it; 0 for greedy answers.
         gradient_checkpointing: Recompute each layer's activations in the backward pass instead of storing them.
         logits_chunk: Positions whose logits exist at once.
     """
@@ -91,6 +117,9 @@ class EndToEndStage(Stage):
     divergence: str = "forward"
     hard_weight: float = 0.0
     answers_only: bool = False
+    on_policy: float = 0.0
+    on_policy_tokens: int = 128
+    on_policy_temperature: float = 1.0
     gradient_checkpointing: bool = False
     logits_chunk: int = 512
 
@@ -105,6 +134,15 @@ class EndToEndStage(Stage):
             )
         if self.kl_weight < 0:
             raise ValueError(f"kl_weight={self.kl_weight} must be at least 0.")
+        if not 0 <= self.on_policy <= 1 or self.on_policy_tokens < 1 or self.on_policy_temperature < 0:
+            raise ValueError(
+                f"on_policy={self.on_policy} must lie between 0 and 1, on_policy_tokens={self.on_policy_tokens} be at "
+                f"least 1 and on_policy_temperature={self.on_policy_temperature} at least 0."
+            )
+        if self.on_policy and not self.kl_weight:
+            raise ValueError(
+                f"on_policy={self.on_policy} needs a teacher to compare answers with; make kl_weight greater than 0."
+            )
         if not self.kl_weight and not self.hard_weight:
             raise ValueError("kl_weight=0 and hard_weight=0 leave nothing to learn; make one of them greater than 0.")
 
@@ -180,7 +218,7 @@ class Recipe:
     seed: int = 0
     stages: list[int] = field(default_factory=lambda: [1, 2, 3])
     stage_1: Stage | None = None
-    stage_2: Stage | None = None
+    stage_2: AlignmentStage | None = None
     stage_3: EndToEndStage | None = None
     stage_4: FineTuningStage | None = None
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -372,7 +410,9 @@ def _convert(kind, value, key: str):
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and type(None) in options:
         return None
-    (kind,) = (option for option in options if option is not type(None))
+    kinds = [option for option in options if option is not type(None)]
+    # Of several the one that fits; the first, which the error names, if none does.
+    kind = next((option for option in kinds if isinstance(value, typing.get_origin(option) or option)), kinds[0])
     if dataclasses.is_dataclass(kind):
         if isinstance(value, dict):
             return _from_dict(kind, value, f"{key}.")

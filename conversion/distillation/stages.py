@@ -33,11 +33,12 @@ from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 from .card import student_card
 from .checkpoints import MARKER, data_readers, last_checkpoint
-from .data import BadRowCounter, ConversationDataset
+from .data import BadRowCounter
 from .data.training_data import TrainingData
 from .end_to_end import EndToEndDistiller
 from .folder import RunFolder
 from .layerwise import LayerwiseDistiller
+from .on_policy import AnswerWriter
 from .placement import costliest_layers, replacement_kl
 from .recipe import Recipe, resolve_path
 from .trainer import DistillationTrainer, gradient_accumulation_steps, plot_losses, training_arguments
@@ -160,11 +161,12 @@ def train(run: Run, number: int) -> None:
         recipe.bad_share,
         folder / "bad_rows.jsonl",
         writes=run.is_main,
-        num_records=dataset.num_records if isinstance(dataset, ConversationDataset) else None,
+        num_records=getattr(dataset, "num_records", None),
         seen=int(checkpoint.name.removeprefix("checkpoint-")) * stage.batch_size if checkpoint else 0,
     )
+    writer = _answer_writer(run, number, args)
     trainer = DistillationTrainer(
-        distiller, args, dataset, run.data.collate, stage, recipe.precision, bad_rows, folder / "logs"
+        distiller, args, dataset, run.data.collate, stage, recipe.precision, bad_rows, folder / "logs", writer
     )
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -262,7 +264,8 @@ def export(run: Run) -> None:
 def _distiller(run: Run, number: int, student: MmMambaForConditionalGeneration) -> nn.Module:
     stage = run.recipe.stage(number)
     if number < 3:
-        return LayerwiseDistiller(run.teacher, student, number, stage.include_padding)
+        align = stage.align if number == 2 else "heads"
+        return LayerwiseDistiller(run.teacher, student, number, stage.include_padding, align)
     if stage.gradient_checkpointing:
         # The second name is that of Transformers before 5.23.
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
@@ -282,6 +285,24 @@ def _distiller(run: Run, number: int, student: MmMambaForConditionalGeneration) 
         answers_only=stage.answers_only,
         include_padding=stage.include_padding,
         chunk_size=stage.logits_chunk,
+    )
+
+
+def _answer_writer(run: Run, number: int, args: TrainingArguments) -> AnswerWriter | None:
+    stage = run.recipe.stage(number)
+    if number != 3 or not stage.on_policy:
+        return None
+    ends = run.teacher.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), run.data.tokenizer.eos_token_id} - {None}
+    return AnswerWriter(
+        stage.on_policy,
+        stage.on_policy_tokens,
+        stage.on_policy_temperature,
+        ends,
+        run.data.pad_token_id,
+        run.data.collate,
+        args.data_seed,
+        args.process_index,
     )
 
 

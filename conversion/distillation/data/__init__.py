@@ -9,7 +9,7 @@ In the order in which a record passes through them:
 - `formats`: what a record may look like, as messages and images;
 - `encoding`: messages and images to token ids, labels and tiles, which together are called a row;
 - `documents`: texts to rows, instead of these three;
-- `dataset`: rows by number, or as a stream;
+- `dataset`: rows by number, or as a stream; `curriculum`: short ones first;
 - `bad_rows`: counts records that cannot become rows and stops a run that meets too many;
 - `collate`: rows to a batch;
 - `sources`: the entries of a recipe's `data:`, and `training_data`: all that a run reads.

@@ -18,6 +18,8 @@ from mmmamba.processing_mmmamba import MmMambaProcessor
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer, MmMambaTokenizerFast
 
 from .collate import pack, pad
+from .curriculum import LengthCurriculum
+from .dataset import ConversationDataset
 from .sources import check_entry, open_data
 
 
@@ -30,6 +32,7 @@ class TrainingData:
 
     Attributes:
         collate: From a list of rows to a batch.
+        tokenizer, pad_token_id: The teacher's.
 
     Raises:
         ValueError: if the teacher has no tokenizer, or the recipe's data do not go together.
@@ -38,7 +41,11 @@ class TrainingData:
     def __init__(self, recipe: Recipe, teacher: Path):
         self.recipe = recipe
         self.processor = load_processor(teacher)
-        self.collate = partial(pack if recipe.packing else pad, pad_token_id=_padding_token(self.processor))
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        # It fills rows where nothing is read, so that any will do for a tokenizer that has none.
+        tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        self.pad_token_id = next(token for token in tokens if token is not None)
+        self.collate = partial(pack if recipe.packing else pad, pad_token_id=self.pad_token_id)
         own = [data for data in (recipe.data, recipe.stage_data(4)) if not _is_shapes(data)]
         for entry in (entry for data in [*own, recipe.held_out or ()] for entry in data):
             check_entry(entry)
@@ -63,7 +70,10 @@ class TrainingData:
         data = recipe.stage_data(stage)
         if _is_shapes(data):
             return self._shapes(data, "train", 1 + seed, recipe.stage(stage).per_device_batch_size)
-        return self._open(data, stage, seed)
+        dataset, row_tokens = self._open(data, stage, seed), getattr(recipe.stage(stage), "row_tokens", None)
+        if isinstance(row_tokens, list) and isinstance(dataset, ConversationDataset):
+            return LengthCurriculum(dataset, row_tokens)
+        return dataset
 
     def held_out(self, num_batches: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of rows that no stage trains on (and, in the picture world, that no score counts)."""
@@ -84,7 +94,8 @@ class TrainingData:
 
     def _open(self, data: list, stage: int, seed: int) -> Dataset:
         row_tokens = getattr(self.recipe.stage(stage), "row_tokens", None) or self.recipe.row_tokens
-        return open_data(data, self.processor, self.recipe.max_tokens, row_tokens, seed)
+        longest = row_tokens[-1] if isinstance(row_tokens, list) else row_tokens
+        return open_data(data, self.processor, self.recipe.max_tokens, longest, seed)
 
     def _shapes(self, data: list, split: str, seed: int, batch_size: int) -> Dataset:
         from mmmamba.examples.shapes.data import Conversations
@@ -133,9 +144,3 @@ def load_tokenizer(folder: Path, config: MmMambaConfig) -> PreTrainedTokenizerBa
     if kind in (MmMambaTokenizer, MmMambaTokenizerFast):  # which are two classes for one tokenizer
         kind = MmMambaTokenizer if (folder / "tokenizer.model").is_file() else MmMambaTokenizerFast
     return kind.from_pretrained(folder)
-
-
-def _padding_token(processor: MmMambaProcessor | PreTrainedTokenizerBase) -> int:
-    """What fills rows; masked, so that any token will do where a tokenizer has none for it."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
