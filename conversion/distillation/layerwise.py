@@ -114,7 +114,8 @@ class LayerwiseDistiller(nn.Module):
                 if observe is not None:
                     observe(int(layer), found, expected)
                 dtype = state_dtype(found.dtype)
-                squared = (found.to(dtype) - expected.to(dtype)).square().flatten(2).mean(2)  # (batch, length)
+                squared = (found.to(dtype) - expected.to(dtype)).square()
+                squared = squared.mean(tuple(range(2, squared.ndim)))  # (batch, length)
                 return squared[mask].sum() / positions
 
             with torch.set_grad_enabled(grad_enabled):

@@ -176,8 +176,9 @@ class ConversationEncoder:
                     part | {"text": as_text(part["text"], self.tokenizer)} if part["type"] == "text" else part
                     for part in content
                 ]
-                if self.image_processor is None:  # templates for text know strings only
-                    content = around + "".join(part["text"] for part in content) + around
+                if self._uses_offsets:  # templates of language models know strings only
+                    content = "".join(part.get("text", PLACEHOLDER) for part in content)
+                    content = around + content + around
                 elif around:
                     content[0] = {"type": "text", "text": around + content[0]["text"]}
                     content[-1] = {"type": "text", "text": content[-1]["text"] + around}
