@@ -300,7 +300,7 @@ def write_model_folder(
         folder: An existing folder.
         config: The model's configuration; its `auto_map` and `architectures` are set.
         name: What the model is called, for its card.
-        processor: Tokenizer, image processor and chat template to save, or an image processor alone.
+        processor: Tokenizer, image processor and chat template to save, or an image processor or a tokenizer alone.
         companions: A model folder of the same vocabulary to copy these files from instead.
         base_model: Name on the Hub of the model it comes from.
         origin: A sentence for the card on how it was made.
@@ -326,7 +326,7 @@ def write_model_files(
     folder = Path(folder)
     config.architectures = [MmMambaForConditionalGeneration.__name__]
     config.auto_map = dict(AUTO_MAP)
-    tokenizer = getattr(processor, "tokenizer", None)
+    tokenizer = processor if isinstance(processor, PreTrainedTokenizerBase) else getattr(processor, "tokenizer", None)
     generation = GenerationConfig(
         bos_token_id=config.text_config.bos_token_id,
         eos_token_id=config.text_config.eos_token_id,
@@ -369,4 +369,5 @@ def _set_token_ids(tokenizer: PreTrainedTokenizerBase, config: MmMambaConfig, ge
     for target in (config.text_config, generation):
         target.pad_token_id = tokenizer.pad_token_id
         if ends:
-            target.eos_token_id = ends[0]
+            others = target.eos_token_id if isinstance(target.eos_token_id, list) else []
+            target.eos_token_id = [ends[0], *(x for x in others if x != ends[0])] if others else ends[0]

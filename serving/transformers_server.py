@@ -351,7 +351,7 @@ def serve(model, folder: Path, names: list[str], listener: socket.socket, shutdo
         listener: A bound socket.
         shutdown_timeout: Seconds that answers may take after the signal.
     """
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)  # or a tokenizer, of a text-only model
     app = RequestGuard(build_app(LoadedModel(model, processor, names)))
     config = uvicorn.Config(app, timeout_graceful_shutdown=shutdown_timeout, log_level="info")
     server = uvicorn.Server(config)

@@ -86,7 +86,7 @@ class LayerwiseDistiller(nn.Module):
         if self.include_padding:
             inputs.pop("attention_mask", None)
         if totals is None:
-            extra_per_tile = self.teacher.config.vision_config.extra_positions_per_tile
+            extra_per_tile = self.teacher.config.extra_positions_per_tile
             totals = count_tokens(batch, self.include_padding, extra_per_tile)
         embedding, language = self._valid_positions(inputs)
         num_embedding_layers = self.teacher.config.text_config.num_embedding_layers

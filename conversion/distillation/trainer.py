@@ -146,7 +146,7 @@ class DistillationTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
         """(3,), see `count_tokens`, over all micro-batches and processes of the step."""
         tokens, num_rows, bad = torch.zeros(3, dtype=torch.long), 0, []
-        extra_per_tile = self.model.teacher.config.vision_config.extra_positions_per_tile
+        extra_per_tile = self.model.teacher.config.extra_positions_per_tile
         for batch in batch_samples:
             bad += batch.pop("bad_rows", [])
             packed = "position_ids" in batch
