@@ -9,7 +9,7 @@ from tqdm import tqdm
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.hovle import HOVLE, RELEASED, chat_template, open_upstream, read_upstream_config
 from mmmamba.conversion.layouts import Checkpoint
-from mmmamba.conversion.llama import LANGUAGE_MODELS, VisionPlan, find_gguf, open_language_model
+from mmmamba.conversion.llama import VisionPlan, check_language_model, find_gguf, open_language_model
 from mmmamba.conversion.publish import expected_specs, whole_folder, write_model_folder
 from mmmamba.conversion.shards import ShardWriter, is_finite, listed, read_json
 
@@ -148,13 +148,9 @@ def _open(source: Path, vision: VisionPlan | None) -> Checkpoint:
         raise ValueError(f"{source} is not a folder; give the folder of a downloaded checkpoint, or a GGUF file.")
     values = read_json(source / "config.json")
     kind = values.get("model_type")
-    if kind in LANGUAGE_MODELS:
-        return open_language_model(source, None, vision)
     if kind in (HOVLE[0], RELEASED[0], MmMambaConfig.model_type):
         if vision is not None:
             raise ValueError(f"{source} reads pictures already; leave out --vision.")
         return open_upstream(source, values)
-    raise ValueError(
-        f"config.json has model_type={kind!r}; expected {HOVLE[0]!r} (HoVLE), {RELEASED[0]!r} (mmMamba) or a "
-        f"Llama-shaped language model ({', '.join(LANGUAGE_MODELS)})."
-    )
+    check_language_model(kind)
+    return open_language_model(source, None, vision)

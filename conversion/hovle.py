@@ -1,4 +1,4 @@
-"""Upstream's checkpoints, HoVLE and released mmMamba: their config.json, tokenizer and templates in this package's terms."""
+"""Upstream's checkpoints (HoVLE, released mmMamba): config.json, tokenizer and templates in this package's terms."""
 
 import math
 import re

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -157,8 +158,7 @@ def open_language_model(source: Path, gguf: Path | None, vision: VisionPlan | No
     if gguf is None:
         tensors = ShardReader(folder)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-        tensors = LoadedTensors(model.state_dict())
+        tensors = LoadedTensors(_unpacked(folder, options))
     tokenizer, notes = _read_tokenizer(folder, original, options, with_pictures=vision is not None)
     config = language_model_config(original)
     if (folder / "generation_config.json").is_file():
@@ -194,6 +194,19 @@ def open_language_model(source: Path, gguf: Path | None, vision: VisionPlan | No
     )
 
 
+def _unpacked(folder: Path, options: dict) -> dict[str, Tensor]:
+    """The tensors of a GGUF file in fp32."""
+    if hasattr(transformers, "GgufConfig"):  # since 5.24 weights may stay packed
+        options = {**options, "quantization_config": transformers.GgufConfig(dequantize=True)}
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).state_dict()
+    except Exception as error:  # readers of files raise nearly anything
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{options['gguf_file']} is no GGUF file that Transformers can read ({reason:.300})."
+        ) from None
+
+
 def _need_gguf() -> None:
     try:
         import gguf  # noqa: F401
@@ -213,13 +226,20 @@ def _read_config(folder: Path, options: dict) -> PreTrainedConfig:
     except Exception as error:  # Transformers and its validators raise nearly anything
         reason = " ".join(str(getattr(error, "__cause__", None) or error).split())
         raise ValueError(f"{folder} has a configuration that Transformers cannot read ({reason}).") from None
-    if config.model_type not in LANGUAGE_MODELS:
-        reason = OTHER_MODELS.get(config.model_type, "is not Llama-shaped")
-        raise ValueError(
-            f"model_type={config.model_type!r} {reason}, which this network does not; known are "
-            f"{', '.join(LANGUAGE_MODELS)}."
-        )
+    check_language_model(config.model_type)
     return config
+
+
+def check_language_model(model_type: str) -> None:
+    """Raises ValueError for a model that this network cannot be, saying what it has that this has not."""
+    if model_type in LANGUAGE_MODELS:
+        return
+    reason = OTHER_MODELS.get(model_type)
+    reason = "is not known here" if reason is None else f"{reason}, which this network does not"
+    raise ValueError(
+        f"model_type={model_type!r} {reason}; give HoVLE (internvl_chat), the released mmMamba (mmMamba_chat) or a "
+        f"language model of Llama's shape ({', '.join(LANGUAGE_MODELS)})."
+    )
 
 
 def language_model_config(original: PreTrainedConfig) -> MmMambaConfig:
@@ -240,7 +260,10 @@ def language_model_config(original: PreTrainedConfig) -> MmMambaConfig:
 
     biases, output_bias = LANGUAGE_MODELS[original.model_type]
     window = getattr(original, "sliding_window", None)
-    if getattr(original, "use_sliding_window", window is not None) and (window or 0) < original.max_position_embeddings:
+    if (
+        getattr(original, "use_sliding_window", window is not None)
+        and (window or 0) < original.max_position_embeddings
+    ):
         refuse("sliding_window", "attention to the last tokens only")
     if any(kind != "full_attention" for kind in getattr(original, "layer_types", None) or ()):
         refuse("layer_types", "layers of several kinds")
@@ -431,4 +454,3 @@ def text_tokenizer(theirs: PreTrainedTokenizerBase, with_pictures: bool = False)
         clean_up_tokenization_spaces=theirs.clean_up_tokenization_spaces,
         **{name: token for name, token in named.items() if token is not None},
     )
-

@@ -1,4 +1,4 @@
-"""Llama-shaped language models become teachers: the same logits, the same ids, and a student can be carved out of them."""
+"""Llama-shaped language models become teachers: same logits, same ids, and students can be carved out of them."""
 
 import json
 import shutil
@@ -56,7 +56,13 @@ TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TEXTS = ("The  capital of\n\n France <|im_end|> is Paris. 'tis 3.14!", "é 中文 😀\t  ", "", "x", "<unused> a<|im_start|>b")
+TEXTS = (
+    "The  capital of\n\n France <|im_end|> is Paris. 'tis 3.14!",
+    "é 中文 😀\t  ",
+    "",
+    "x",
+    "<unused> a<|im_start|>b",
+)
 
 
 def tokenizer():
@@ -64,7 +70,10 @@ def tokenizer():
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator(["the capital of France is Paris and what is the time"] * 3, trainer)
     backend.add_tokens(["<unused>"])
@@ -187,7 +196,9 @@ def test_ids_and_rendered_chats_are_those_of_the_source(folders):
 def test_typed_control_tokens_stay_text(folders):
     ours = load_tokenizer(folders[1])
     ids = ours.apply_chat_template([{"role": "user", "content": "a<|im_end|>b<unused>c"}])["input_ids"]
-    assert ids.count(ours.convert_tokens_to_ids("<|im_end|>")) == 1 and ours.convert_tokens_to_ids("<unused>") not in ids
+    assert (
+        ids.count(ours.convert_tokens_to_ids("<|im_end|>")) == 1 and ours.convert_tokens_to_ids("<unused>") not in ids
+    )
     assert "a<|im_end|>b<unused>c" in ours.decode(ids)
 
 
@@ -223,7 +234,10 @@ def test_a_student_is_seeded_and_keeps_the_biases_that_its_mixers_can_have(kind,
     expected = torch.cat([attention.v_proj(x), attention.k_proj(x), attention.q_proj(x)], dim=-1)
     torch.testing.assert_close(before_activation.transpose(1, 2), expected)
     assert model(input_ids=prompt()).logits.isfinite().all()
-    assert load_tokenizer(tmp_path / "student")("x")["input_ids"] == load_tokenizer(tmp_path / "teacher")("x")["input_ids"]
+    assert (
+        load_tokenizer(tmp_path / "student")("x")["input_ids"]
+        == load_tokenizer(tmp_path / "teacher")("x")["input_ids"]
+    )
 
 
 def test_a_saved_copy_loads_without_the_package(folders, tmp_path):
@@ -272,7 +286,9 @@ def test_pictures_are_read_and_their_embedding_learns(with_vision):
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     gradients = [p.grad for name, p in model.named_parameters() if "vision_embeddings" in name or "o_proj" in name]
     assert gradients and all(gradient.abs().max() > 0 for gradient in gradients)
-    answer = model.chat(processor.tokenizer, inputs["pixel_values"], "What?", {"max_new_tokens": 3, "do_sample": False})
+    answer = model.chat(
+        processor.tokenizer, inputs["pixel_values"], "What?", {"max_new_tokens": 3, "do_sample": False}
+    )
     assert isinstance(answer, str)
 
 
@@ -328,12 +344,12 @@ def write_gguf(file):
 
 def test_a_gguf_file_gives_the_logits_of_transformers_own_reader(tmp_path):
     write_gguf(tmp_path / "model.gguf")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float64).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).eval()
     convert(tmp_path / "model.gguf", tmp_path / "ours")
-    ids = prompt()
+    ids = prompt(vocabulary=theirs.config.vocab_size)
     with torch.no_grad():
         expected = theirs(ids).logits
-    torch.testing.assert_close(logits(tmp_path / "ours", ids), expected, **FP32)
+    torch.testing.assert_close(logits(tmp_path / "ours", ids), expected.double(), **FP32)
     original = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     for text in TEXTS:
         assert load_tokenizer(tmp_path / "ours")(text)["input_ids"] == original(text)["input_ids"]
