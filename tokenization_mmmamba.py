@@ -1,7 +1,8 @@
 """The tokenizer of InternLM2, with special tokens for turns and pictures; and those of other language models.
 
 Of InternLM2's there are two: `MmMambaTokenizerFast` on the `tokenizers` library, which `AutoTokenizer` loads, and
-`MmMambaTokenizer` on SentencePiece. Both give the same ids. Special tokens are split off first; each text between them is encoded by
+`MmMambaTokenizer` on SentencePiece. Both give the same ids. Special tokens are split off first; each text between them
+is encoded by
 itself, so the dummy prefix stands before it. Checked against upstream's tokenizer on the fixture `tokenizer`.
 """
 
