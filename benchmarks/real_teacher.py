@@ -1,12 +1,12 @@
 """A teacher that we did not train, on text that we did not make: SmolLM2-135M-Instruct carved, with its controls.
 
-    python benchmarks/real_teacher.py run            # all experiments, one per CPU core at a time; resumes what stopped
+    python benchmarks/real_teacher.py run            # all experiments, one per CPU core at a time; resumes
     python benchmarks/real_teacher.py run losses     # one group of them
     python benchmarks/real_teacher.py report         # tables and plots of the finished ones
 
-Weights and texts are fetched from package registries (see `smollm2/text.py`). Every experiment is `mmmamba distill` with
-the recipe `smollm2` and some overrides, which `runs/real-teacher/NAME-SEED/recipe.yaml` records; all have the same number
-of tokens but those that say otherwise.
+Weights and texts are fetched from package registries (see `smollm2/text.py`). Every experiment is `mmmamba distill`
+with `smollm2/recipe.yaml` and some overrides, which `runs/real-teacher/NAME-SEED/recipe.yaml` records; all have the
+same number of tokens but those that say otherwise.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def read_scores(name: str, seed: int) -> dict | None:
 
 
 def run_experiment(name: str, overrides: list[str], seed: int) -> bool:
-    """Runs and scores an experiment, unless it is finished, in subprocesses of one thread; returns whether it succeeded."""
+    """Runs and scores an experiment, unless it is finished, in subprocesses of one thread; returns its success."""
     if read_scores(name, seed) is not None:
         return True
     folder = experiment_folder(name, seed)

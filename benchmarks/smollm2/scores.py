@@ -1,4 +1,4 @@
-"""What a student of a language model is worth, beside its teacher: on held-out text, in recall, and in conversations."""
+"""What a student of a language model is worth beside its teacher: on held-out text, in recall, in conversations."""
 
 import json
 import math

