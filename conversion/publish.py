@@ -224,12 +224,7 @@ def model_card(
         license="mit",
         library_name="transformers",
         pipeline_tag="text-generation" if text_only else "image-text-to-text",
-        tags=[
-            "mmmamba",
-            *([] if text_only else ["multimodal"]),
-            "custom_code",
-            *(["mamba2"] if "linear_attention" in kinds else []),
-        ],
+        tags=tags,
         base_model=base,
         base_model_relation=source.base_model_relation if base else None,
         datasets=datasets or None,
