@@ -70,9 +70,17 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
 
 def convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="SRC", help="folder with config.json, safetensors and, if any, the tokenizer"
+        "source", metavar="SRC", help="folder with config.json, safetensors and, if any, the tokenizer; or a GGUF file"
     )
     parser.add_argument("destination", metavar="DST", help="model folder to make; must not exist")
+    parser.add_argument(
+        "--vision",
+        type=int,
+        metavar="N",
+        help="let a language model read pictures: add a patch embedding and N embedding layers, to be trained",
+    )
+    parser.add_argument("--image-size", type=positive, default=448, help="with --vision: pixels of a tile's side")
+    parser.add_argument("--patch-size", type=positive, default=14, help="with --vision: pixels of a patch's side")
 
 
 def seed(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ COMMANDS = {
     "app": ("open a page to talk to a model in the browser", arguments.app, "mmmamba.cli.app"),
     "evaluate": ("score a model on the picture world", arguments.evaluate, "mmmamba.examples.shapes.evaluate"),
     "convert": (
-        "convert a HoVLE or released mmMamba checkpoint into a model folder",
+        "convert a HoVLE, released mmMamba or Llama-shaped checkpoint into a model folder",
         arguments.convert,
         "mmmamba.cli.convert",
     ),

@@ -42,7 +42,7 @@ class EndToEndDistiller(nn.Module):
             teacher = teacher.eval().requires_grad_(False)
         learns_from_teacher = options.get("kl_weight", 1.0) > 0
         object.__setattr__(self, "teacher", teacher if learns_from_teacher else None)  # no submodule
-        self.extra_positions_per_tile = student.config.vision_config.extra_positions_per_tile
+        self.extra_positions_per_tile = student.config.extra_positions_per_tile
         self.student, self.options = student, options
         if student.lm_head.weight is student.model.embed_tokens.weight:  # a checkpoint takes no tensor under two names
             student.lm_head = copy.deepcopy(student.lm_head)

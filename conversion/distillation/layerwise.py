@@ -55,7 +55,7 @@ class LayerwiseDistiller(nn.Module):
         super().__init__()
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))  # no submodule
         self.include_padding, self.align = include_padding, align
-        self.extra_positions_per_tile = teacher.config.vision_config.extra_positions_per_tile
+        self.extra_positions_per_tile = teacher.config.extra_positions_per_tile
         self.mixers = nn.ModuleDict({str(index): mixer for index, mixer in mamba_mixers(student).items()})
         for mixer in self.mixers.values():
             mixer.requires_grad_(True)

@@ -141,4 +141,4 @@ def cut_to_prompt(row: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
 
 
 def _num_tiles(ids: Tensor, config: Any) -> int:
-    return int((ids == config.image_token_id).sum()) // config.vision_config.tokens_per_tile
+    return int((ids == config.image_token_id).sum()) // config.tokens_per_tile

@@ -126,7 +126,7 @@ def load_processor(folder: Path) -> MmMambaProcessor | PreTrainedTokenizerBase:
     if not (folder / "preprocessor_config.json").is_file():
         return tokenizer
     image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
-    return MmMambaProcessor(image_processor, tokenizer, tokens_per_tile=config.vision_config.tokens_per_tile)
+    return MmMambaProcessor(image_processor, tokenizer, tokens_per_tile=config.tokens_per_tile)
 
 
 def load_tokenizer(folder: Path, config: MmMambaConfig) -> PreTrainedTokenizerBase:
