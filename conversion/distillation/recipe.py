@@ -203,10 +203,6 @@ MINIMUMS = {
     0: ("seed", "weight_decay", "clip", "workers", "evaluate"),
     1: ("measure_batches", "max_tokens", "save_every", "log_every"),
 }
-# Keys that change no weight, so that they may differ when a run is resumed.
-KEYS_WITHOUT_EFFECT = {"output", "name", "bad_share", "workers", "save_every", "log_every", "evaluate", "base_model"}
-# Keys that the seeded student depends on.
-SEEDING_KEYS = {"teacher", "attention_layers", "num_attention", "strategy", "initialization", "seed"}
 
 
 def load_recipe(source: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -252,15 +248,6 @@ def load_recipe(source: str | Path, overrides: typing.Sequence[str] = ()) -> Rec
 def dump_recipe(recipe: Recipe, file: Path) -> None:
     """Writes a recipe with every value, given or default."""
     write_text(file, yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
-
-
-def changed_keys(old: Recipe, new: Recipe, ignore: typing.Collection[str] = ()) -> list[str]:
-    """Keys that affect the weights and differ between two recipes, without those in `ignore`."""
-    return [
-        entry.name
-        for entry in dataclasses.fields(Recipe)
-        if entry.name not in {*KEYS_WITHOUT_EFFECT, *ignore} and getattr(old, entry.name) != getattr(new, entry.name)
-    ]
 
 
 def resolve_path(path: str) -> Path:
