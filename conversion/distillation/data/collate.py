@@ -15,8 +15,8 @@ def pad(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
         pad_token_id: Fills `input_ids`.
 
     Returns:
-        `input_ids`, `attention_mask`, `labels` (batch, length) int64; `pixel_values` (tiles, 3, size, size) fp32, of
-        all rows in order, if there are any; `bad_rows`, a list of (name, reason), if there are any.
+        `input_ids`, `attention_mask`, `labels` (batch, length) int64; `pixel_values` (tiles, 3, size, size) as in the
+        rows, of all of them in order, if there are any; `bad_rows`, a list of (name, reason), if there are any.
     """
     length = max(len(row["input_ids"]) for row in rows)
     batch: dict[str, Any] = {
@@ -55,6 +55,6 @@ def pack(rows: Sequence[dict[str, Any]], pad_token_id: int | None = None) -> dic
 
 
 def _images_and_bad_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    tiles = torch.cat([row["pixel_values"] for row in rows])
+    tiles = [row["pixel_values"] for row in rows if len(row.get("pixel_values", ()))]
     bad = [one for row in rows for one in row.get("bad_rows", [])]
-    return ({"pixel_values": tiles} if len(tiles) else {}) | ({"bad_rows": bad} if bad else {})
+    return ({"pixel_values": torch.cat(tiles)} if tiles else {}) | ({"bad_rows": bad} if bad else {})

@@ -10,9 +10,10 @@ import torch
 from mmmamba.conversion.distillation.recipe import resolve_path
 from mmmamba.processing_mmmamba import MmMambaProcessor
 
-from .dataset import ConversationDataset, ConversationStream
+from .dataset import ConversationDataset
 from .encoding import ConversationEncoder
 from .records import RecordFile, RecordTable, check_repeat, open_files
+from .stream import ConversationStream
 
 
 FILE_KEYS = ("file", "root", "image_paths", "repeat")

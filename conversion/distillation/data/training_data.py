@@ -16,6 +16,7 @@ from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 
 from .collate import pack, pad
 from .sources import check_entry, open_data
+from .tiles import TileNormalizer
 
 
 class TrainingData:
@@ -26,7 +27,8 @@ class TrainingData:
         teacher: Model folder; its tokenizer, chat template and image processor encode them.
 
     Attributes:
-        collate: From a list of rows to a batch.
+        collate: From a list of rows to a batch, whose tiles are levels of pixels.
+        normalize: From these, (tiles, 3, size, size) uint8, to what models read, fp32.
 
     Raises:
         ValueError: if the teacher has no tokenizer, or the recipe's data do not go together.
@@ -35,6 +37,7 @@ class TrainingData:
     def __init__(self, recipe: Recipe, teacher: Path):
         self.recipe = recipe
         self.processor = load_processor(teacher)
+        self.normalize = TileNormalizer(self.processor.image_processor)
         self.collate = partial(pack if recipe.packing else pad, pad_token_id=self.processor.tokenizer.pad_token_id)
         self.uses_shapes = any("shapes" in entry for entry in recipe.data if isinstance(entry, dict))
         if self.uses_shapes and recipe.data not in ([{"shapes": "train"}], [{"shapes": "recall"}]):
@@ -61,13 +64,13 @@ class TrainingData:
         """Rows to train on; each stage has another order, or other images. See `open_data` for errors."""
         recipe, seed = self.recipe, self.recipe.seed * 10 + stage
         if self.uses_shapes:
-            return self._shapes("train", 1 + seed, recipe.stage(stage).per_device_batch_size)
+            return self._shapes("train", 1 + seed, recipe.stage(stage).batch_size)
         return open_data(recipe.data, self.processor, max_tokens=recipe.max_tokens, seed=seed)
 
     def held_out(self, num_batches: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of conversations that no stage trains on (and, in the picture world, that no score counts)."""
         if self.uses_shapes:
-            dataset = self._shapes("test", 10**6, batch_size)
+            dataset = self._shapes("test", 10**6, self.recipe.stage(3).batch_size)
         else:
             dataset = self._open_held_out()
         if isinstance(dataset, IterableDataset):
@@ -76,6 +79,8 @@ class TrainingData:
             rows = (dataset[i % len(dataset)] for i in count())
         for _ in range(num_batches):
             batch = self.collate(list(islice(rows, batch_size)))
+            if "pixel_values" in batch:
+                batch["pixel_values"] = self.normalize(batch["pixel_values"])
             yield {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
     def _open_held_out(self) -> Dataset:
