@@ -109,7 +109,16 @@ def distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a recipe of the package, e.g. shapes-linear")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as stage_3.steps=100 output=runs/mine")
     parser.add_argument(
-        "--cost", type=int, metavar="TOKENS", help="only compute the cost, for conversations of so many tokens"
+        "--cost",
+        type=int,
+        metavar="TOKENS",
+        help="only compute time, memory and disk, for conversations of so many tokens",
+    )
+    parser.add_argument(
+        "--check-data",
+        type=positive,
+        metavar="N",
+        help="only read N rows: how many are bad and why, how long they are; needs no weights",
     )
     parser.add_argument("--only", choices=("seed", "1", "2", "3", "4", "export"), help="run this step alone")
 

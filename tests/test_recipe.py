@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from mmmamba.conversion.distillation.changes import changed_keys, with_absolute_paths
 from mmmamba.conversion.distillation.cost import stage_costs
 from mmmamba.conversion.distillation.data.sources import DATASET_KEYS, DOCUMENT_KEYS, FILE_KEYS
 from mmmamba.conversion.distillation.recipe import (
@@ -14,7 +15,6 @@ from mmmamba.conversion.distillation.recipe import (
     FineTuningStage,
     Recipe,
     Stage,
-    changed_keys,
     dump_recipe,
     load_recipe,
 )
@@ -194,4 +194,45 @@ def test_a_written_recipe_is_the_same_recipe(tmp_path):
     dump_recipe(recipe, tmp_path / "recipe.yaml")
     again = load_recipe(tmp_path / "recipe.yaml")
     assert again == recipe and changed_keys(again, recipe) == []
-    assert changed_keys(recipe, load_recipe("shapes-hybrid", ["output=x", "seed=3"])) == ["seed", "stage_2"]
+    changed = load_recipe("shapes-hybrid", ["output=x", "seed=3", "stage_3.learning_rate=1"])
+    assert changed_keys(recipe, changed) == ["seed", "stage_2.steps", "stage_3.learning_rate"]
+    assert changed_keys(recipe, changed, ignore=["stage_2"]) == ["seed", "stage_3.learning_rate"]
+
+
+def test_what_moves_memory_against_time_may_always_change():
+    old = load_recipe("shapes-hybrid")
+    moved = ["workers=3", "attn_implementation=sdpa", "stage_3.logits_chunk=64", "stage_3.gradient_checkpointing=true"]
+    moved += [f"stage_{number}.per_device_batch_size=4" for number in (1, 2, 3)]
+    assert changed_keys(old, load_recipe("shapes-hybrid", moved)) == []
+
+
+def test_paths_are_compared_by_where_they_lead(tmp_path, monkeypatch):
+    for name in ("teacher", "data", "data/images"):
+        (tmp_path / name).mkdir()
+    for name in ("train.jsonl", "other.jsonl", "held.jsonl"):
+        (tmp_path / "data" / name).write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+
+    def recipe(teacher="teacher", file="data/train.jsonl", root="data/images", held="data/held.jsonl", repeat=1):
+        return load_recipe(
+            "shapes-linear",
+            [
+                f"teacher={teacher}",
+                f"data=[{{file: {file}, root: {root}, repeat: {repeat}}}, {{dataset: a/b, data_files: x.json}}]",
+                f"held_out=[{{dataset: json, data_files: [{held}, 'https://x/y.json']}}]",
+            ],
+        )
+
+    recorded = with_absolute_paths(recipe())
+    assert recorded.data[1]["data_files"] == "x.json"  # a file of a repository
+    assert recorded.held_out[0]["data_files"] == [str(tmp_path / "data" / "held.jsonl"), "https://x/y.json"]
+    monkeypatch.chdir(tmp_path / "data")
+    same = recipe("../teacher", "./train.jsonl", tmp_path / "data" / "images", "held.jsonl")
+    assert changed_keys(recorded, same) == []
+    assert changed_keys(recorded, recipe("images", "train.jsonl", "images", "held.jsonl")) == ["teacher"]
+    assert changed_keys(recorded, recipe("../teacher", "other.jsonl", "images", "held.jsonl")) == ["data"]
+    assert changed_keys(recorded, recipe("../teacher", "train.jsonl", "images", "held.jsonl", 2)) == ["data"]
+    assert changed_keys(recorded, recipe("../teacher", "train.jsonl", "images", "train.jsonl")) == ["held_out"]
+    # What was moved is not called another file.
+    (tmp_path / "data" / "train.jsonl").rename(tmp_path / "moved.jsonl")
+    assert changed_keys(recorded, recipe("../teacher", "../moved.jsonl", "images", "held.jsonl")) == []

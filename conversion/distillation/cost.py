@@ -75,7 +75,7 @@ def stage_costs(recipe: Recipe, config: MmMambaConfig, tokens: int) -> list[Stag
                 trained += layers * 2 * mlp + (layers - mamba_layers) * 2 * hidden * (2 * query_width + 2 * key_width)
             # The student's head and layers forward and backward; the teacher's forward, if it runs.
             per_token = 2 * 2 * head + 2 * student + recomputed + trained
-            if number == 3 and stage.kl_weight:
+            if recipe.needs_teacher(number):
                 per_token += teacher + 2 * head
         costs.append(StageCost(number, total_tokens, total_tokens * per_token))
     return costs

@@ -31,6 +31,7 @@ class AnswerWriter:
         collate: From rows to a batch.
         seed: Of choices and samples.
         process_index: Which of the processes this is.
+        normalize: From the tiles of a batch to those that models read.
     """
 
     share: float
@@ -41,6 +42,7 @@ class AnswerWriter:
     collate: Callable[[list[dict]], dict]
     seed: int
     process_index: int = 0
+    normalize: Callable[[Tensor], Tensor] | None = None
 
     def __call__(
         self, student: MmMambaForConditionalGeneration, batch: dict[str, Any], step: int, index: int
@@ -85,6 +87,9 @@ class AnswerWriter:
             ids[row, -lengths[row] :] = prompt["input_ids"]
             mask[row, -lengths[row] :] = 1
         tiles = [prompt["pixel_values"] for prompt in prompts if len(prompt.get("pixel_values", ()))]
+        pixel_values = torch.cat(tiles) if tiles else None
+        if tiles and self.normalize is not None:
+            pixel_values = self.normalize(pixel_values)
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         options = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
@@ -100,7 +105,7 @@ class AnswerWriter:
                 ids,
                 options,
                 attention_mask=mask,
-                pixel_values=torch.cat(tiles) if tiles else None,
+                pixel_values=pixel_values,
             )
         finally:
             student.train(training)

@@ -275,6 +275,10 @@ class Recipe:
         """The schedule of a stage, None if it is not given."""
         return getattr(self, f"stage_{number}")
 
+    def needs_teacher(self, number: int) -> bool:
+        """Whether the teacher runs in a stage."""
+        return number < 3 or (number == 3 and self.stage(number).kl_weight > 0)
+
     def stage_data(self, number: int) -> list:
         """What a stage trains on: its own `data`, else the recipe's."""
         own = getattr(self.stage(number), "data", None)
@@ -286,10 +290,6 @@ MINIMUMS = {
     1: ("measure_batches", "max_tokens", "save_every", "log_every"),
     2: ("row_tokens",),
 }
-# Keys that change no weight, so that they may differ when a run is resumed.
-KEYS_WITHOUT_EFFECT = {"output", "name", "bad_share", "workers", "save_every", "log_every", "evaluate", "base_model"}
-# Keys that the seeded student depends on.
-SEEDING_KEYS = {"teacher", "attention_layers", "num_attention", "strategy", "initialization", "seed"}
 
 
 def load_recipe(source: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -335,15 +335,6 @@ def load_recipe(source: str | Path, overrides: typing.Sequence[str] = ()) -> Rec
 def dump_recipe(recipe: Recipe, file: Path) -> None:
     """Writes a recipe with every value, given or default."""
     write_text(file, yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
-
-
-def changed_keys(old: Recipe, new: Recipe, ignore: typing.Collection[str] = ()) -> list[str]:
-    """Keys that affect the weights and differ between two recipes, without those in `ignore`."""
-    return [
-        entry.name
-        for entry in dataclasses.fields(Recipe)
-        if entry.name not in {*KEYS_WITHOUT_EFFECT, *ignore} and getattr(old, entry.name) != getattr(new, entry.name)
-    ]
 
 
 def resolve_path(path: str) -> Path:

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .checkpoints import MarkCompleteCheckpoints
-from .data import BadRowCounter
+from .data import BadRowCounter, ConversationStream, StreamLoader, TileNormalizer
 from .data.curriculum import CurriculumSampler, LengthCurriculum
 from .losses import count_tokens
 from .on_policy import AnswerWriter
@@ -96,6 +96,7 @@ class DistillationTrainer(Trainer):
         args: See `training_arguments`.
         dataset: See `TrainingData.for_stage`.
         collate: From rows to a batch.
+        normalize: From the tiles of a batch to those that models read.
         stage: Its schedule.
         precision: `bf16` (autocast) or `fp32`.
         bad_rows: Counts the rows that could not be read.
@@ -112,6 +113,7 @@ class DistillationTrainer(Trainer):
         args: TrainingArguments,
         dataset: Dataset,
         collate: Callable[[list[dict]], dict],
+        normalize: TileNormalizer,
         stage: Stage,
         precision: str,
         bad_rows: BadRowCounter,
@@ -119,7 +121,9 @@ class DistillationTrainer(Trainer):
         answer_writer: AnswerWriter | None = None,
     ):
         self.bad_rows, self.include_padding, self.precision = bad_rows, stage.include_padding, precision
-        self.answer_writer = answer_writer
+        self.answer_writer, self.normalize = answer_writer, normalize
+        # A stream begins where its checkpoint says; of other data the Trainer skips what was read.
+        args.ignore_data_skip = isinstance(dataset, ConversationStream)
         super().__init__(distiller, args, data_collator=collate, train_dataset=dataset)
         if answer_writer is not None and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
@@ -146,17 +150,13 @@ class DistillationTrainer(Trainer):
             return CurriculumSampler(self.train_dataset, args.max_steps, batch_size, args.data_seed)
         return repeating_sampler(self.train_dataset, args.max_steps * batch_size, args.data_seed)
 
-    def get_train_dataloader(self) -> DataLoader:
-        if not isinstance(self.train_dataset, IterableDataset):
+    def get_train_dataloader(self) -> DataLoader | StreamLoader:
+        if not isinstance(self.train_dataset, ConversationStream):
             return super().get_train_dataloader()
         # A stream splits itself between processes, so that each row is decoded by one of them only.
-        return DataLoader(
-            self.train_dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            pin_memory=self.args.dataloader_pin_memory,
+        args = self.args
+        return StreamLoader(
+            self.train_dataset, args.per_device_train_batch_size, self.data_collator, args.dataloader_num_workers
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
@@ -186,6 +186,8 @@ class DistillationTrainer(Trainer):
         return counts[:4].clamp(min=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "pixel_values" in inputs:
+            inputs = inputs | {"pixel_values": self.normalize(inputs["pixel_values"])}
         with self._autocast():
             loss = model(**inputs, num_items_in_batch=num_items_in_batch)
         # Data parallelism averages gradients over processes, but this loss is already divided by the counts of all.

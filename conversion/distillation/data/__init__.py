@@ -9,18 +9,20 @@ In the order in which a record passes through them:
 - `formats`: what a record may look like, as messages and images;
 - `encoding`: messages and images to token ids, labels and tiles, which together are called a row;
 - `documents`: texts to rows, instead of these three;
-- `dataset`: rows by number, or as a stream; `curriculum`: short ones first;
+- `dataset`: rows by number; `curriculum`: short ones first; `stream`: rows of streaming datasets, without end;
 - `bad_rows`: counts records that cannot become rows and stops a run that meets too many;
-- `collate`: rows to a batch;
+- `collate`: rows to a batch; `tiles`: its tiles, normalised on the device;
 - `sources`: the entries of a recipe's `data:`, and `training_data`: all that a run reads.
 """
 
 from .bad_rows import BadRowCounter
 from .collate import pack, pad
-from .dataset import ConversationDataset, ConversationStream, UnusableData
+from .dataset import ConversationDataset, UnusableData
 from .encoding import ConversationEncoder
 from .formats import BadRow
 from .sources import check_entry, open_data
+from .stream import ConversationStream, StreamLoader
+from .tiles import TileNormalizer
 
 
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "ConversationDataset",
     "ConversationEncoder",
     "ConversationStream",
+    "StreamLoader",
+    "TileNormalizer",
     "UnusableData",
     "check_entry",
     "open_data",

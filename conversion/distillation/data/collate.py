@@ -15,9 +15,9 @@ def pad(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
         pad_token_id: Fills `input_ids`.
 
     Returns:
-        `input_ids`, `attention_mask`, `labels` (batch, length) int64; `pixel_values` (tiles, 3, size, size) fp32, of
-        all rows in order, if there are any; `bad_rows`, a list of (name, reason), if there are any; `num_rows` before
-        a `LengthCurriculum` cut them, if it did.
+        `input_ids`, `attention_mask`, `labels` (batch, length) int64; `pixel_values` (tiles, 3, size, size) as in the
+        rows, of all of them in order, if there are any; `bad_rows`, a list of (name, reason), if there are any;
+        `num_rows` before a `LengthCurriculum` cut them, if it did.
     """
     rows, added = _without_groups(rows)
     length = max(len(row["input_ids"]) for row in rows)

@@ -88,8 +88,8 @@ class ConversationEncoder:
 
         Returns:
             `input_ids` (length,) int64; `labels` (length,) int64, -100 but on the answers' tokens and the token that
-            ends each answer; `pixel_values` (tiles, 3, size, size) fp32, with 0 tiles if there are no images, and not
-            there without an image processor.
+            ends each answer; `pixel_values` (tiles, 3, size, size) fp32, or uint8 if the image processor does not
+            normalise, with 0 tiles if there are no images, and not there without an image processor.
 
         Raises:
             BadRow: if the record cannot become a row, in one sentence.
@@ -108,7 +108,9 @@ class ConversationEncoder:
                 vision = self.image_processor(images, return_tensors="pt", **limit)
             except ValueError as error:
                 raise BadRow(f"its images cannot be cut into tiles ({error_reason(error)})") from None
-            num_patches, pixel_values = vision["num_patches"].tolist(), vision["pixel_values"].float()
+            num_patches, pixel_values = vision["num_patches"].tolist(), vision["pixel_values"]
+            if pixel_values.dtype != torch.uint8:
+                pixel_values = pixel_values.float()
         pieces = self._render(conversation.messages, conversation.literal_placeholders)
         row = self._as_row(*self._encode(expand_placeholders(pieces, num_patches, self.tokens_per_tile)))
         return row | {"pixel_values": pixel_values}

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from mmmamba.conversion.distillation.recipe import resolve_path
 from mmmamba.processing_mmmamba import MmMambaProcessor
 
-from .dataset import ConversationDataset, ConversationStream
+from .dataset import ConversationDataset
 from .documents import DocumentRows, open_document_column, open_document_files
 from .encoding import ConversationEncoder
 from .records import RecordFile, RecordTable, check_repeat, open_files
+from .stream import ConversationStream
 
 
 FILE_KEYS = ("file", "root", "image_paths", "repeat")

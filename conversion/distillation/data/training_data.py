@@ -21,6 +21,7 @@ from .collate import pack, pad
 from .curriculum import LengthCurriculum
 from .dataset import ConversationDataset
 from .sources import check_entry, open_data
+from .tiles import TileNormalizer
 
 
 class TrainingData:
@@ -31,7 +32,8 @@ class TrainingData:
         teacher: Model folder; its tokenizer, chat template and image processor, if it has one, encode them.
 
     Attributes:
-        collate: From a list of rows to a batch.
+        collate: From a list of rows to a batch, whose tiles are levels of pixels.
+        normalize: From these, (tiles, 3, size, size) uint8, to what models read, fp32; None without image processor.
         tokenizer, pad_token_id: The teacher's.
 
     Raises:
@@ -41,6 +43,8 @@ class TrainingData:
     def __init__(self, recipe: Recipe, teacher: Path):
         self.recipe = recipe
         self.processor = load_processor(teacher)
+        image_processor = getattr(self.processor, "image_processor", None)
+        self.normalize = None if image_processor is None else TileNormalizer(image_processor)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         # It fills rows where nothing is read, so that any will do for a tokenizer that has none.
         tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
@@ -69,7 +73,7 @@ class TrainingData:
         recipe, seed = self.recipe, self.recipe.seed * 10 + stage
         data = recipe.stage_data(stage)
         if _is_shapes(data):
-            return self._shapes(data, "train", 1 + seed, recipe.stage(stage).per_device_batch_size)
+            return self._shapes(data, "train", 1 + seed, recipe.stage(stage).batch_size)
         dataset, row_tokens = self._open(data, stage, seed), getattr(recipe.stage(stage), "row_tokens", None)
         if isinstance(row_tokens, list) and isinstance(dataset, ConversationDataset):
             return LengthCurriculum(dataset, row_tokens)
@@ -78,7 +82,7 @@ class TrainingData:
     def held_out(self, num_batches: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of rows that no stage trains on (and, in the picture world, that no score counts)."""
         if _is_shapes(self.recipe.data):
-            dataset = self._shapes(self.recipe.data, "test", 10**6, batch_size)
+            dataset = self._shapes(self.recipe.data, "test", 10**6, self.recipe.stage(3).batch_size)
         else:
             dataset = self._open_held_out()
         if isinstance(dataset, IterableDataset):
@@ -87,6 +91,8 @@ class TrainingData:
             rows = (dataset[i % len(dataset)] for i in count())
         for _ in range(num_batches):
             batch = self.collate(list(islice(rows, batch_size)))
+            if "pixel_values" in batch:
+                batch["pixel_values"] = self.normalize(batch["pixel_values"])
             yield {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
     def _open_held_out(self) -> Dataset:
