@@ -12,6 +12,7 @@ from conversations import turns, write_lines
 from safetensors.torch import load_file
 from tiny_models import tiny_config
 
+from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.distillation import stages
 from mmmamba.conversion.distillation.data import open_data, pad
 from mmmamba.conversion.distillation.end_to_end import EndToEndDistiller
@@ -20,8 +21,10 @@ from mmmamba.conversion.distillation.on_policy import AnswerWriter
 from mmmamba.conversion.distillation.recipe import load_recipe
 from mmmamba.conversion.distillation.run import distill
 from mmmamba.conversion.distillation.trainer import DistillationTrainer
+from mmmamba.conversion.llama import text_tokenizer
 from mmmamba.conversion.publish import write_model_folder
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+from mmmamba.tokenization_mmmamba import load_tokenizer
 
 
 STAGE = {"steps": 4, "learning_rate": 1e-2, "warmup": 1, "decay": 2, "batch_size": 4, "per_device_batch_size": 2}
@@ -200,6 +203,27 @@ def test_a_run_on_the_students_own_answers_resumes_to_the_same_weights(
     distill(recipe("off", **options | {"stage_3__on_policy": 0}))
     before, after = weights(tmp_path / "whole"), weights(tmp_path / "off")
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_text_only_teacher_runs_through_all_stages(recipe, tmp_path, texts, conversations):
+    """As `mmmamba convert` makes it of a language model."""
+    tokenizer = text_tokenizer(byte_tokenizer())
+    config = tiny_config("teacher", vocab_size=len(tokenizer), eos_token_id=0)
+    config = MmMambaConfig(text_config=config.text_config, vision_config=None, image_token_id=None)
+    torch.manual_seed(0)
+    model = MmMambaForConditionalGeneration._from_config(config, dtype=torch.float32)
+    folder = tmp_path / "text-only"
+    model.save_pretrained(folder)
+    write_model_folder(folder, model.config, "text-only", tokenizer)
+    lines = [{"image": "a.png", "conversations": turns("What?", "This")}]
+    data = [*texts, *conversations, {"file": str(write_lines(tmp_path / "pictures.jsonl", lines))}]
+    options = {"teacher": str(folder), "data": data, "stages": [1, 2, 3, 4], "stage_4": STAGE, "bad_share": 1}
+    distill(recipe("run", **options, stage_3__on_policy=0.5, stage_3__on_policy_tokens=4))
+    found = MmMambaForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
+    assert found.config.vision_config is None
+    assert type(load_tokenizer(tmp_path / "run" / "model")) is type(tokenizer)
+    bad = (tmp_path / "run" / "stage-1" / "bad_rows.jsonl").read_text()
+    assert "its folder has no image processor" in bad
 
 
 def test_own_answers_and_bf16_go_together(recipe, tmp_path, texts):

@@ -20,6 +20,7 @@ from mmmamba.conversion.distillation.data import (
 )
 from mmmamba.conversion.distillation.data.curriculum import CurriculumSampler, LengthCurriculum
 from mmmamba.conversion.distillation.data.training_data import load_processor
+from mmmamba.conversion.llama import text_tokenizer
 from mmmamba.tokenization_mmmamba import MmMambaTokenizer
 
 
@@ -41,9 +42,12 @@ def ids_of(rows):
     return [rows[i]["input_ids"].tolist() for i in range(len(rows))]
 
 
-@pytest.fixture(params=["ours", "another", "another with a beginning token"])
+@pytest.fixture(params=["ours", "another", "another with a beginning token", "an adapted one"])
 def any_tokenizer(request, processor):
-    return processor.tokenizer if request.param == "ours" else byte_tokenizer(bos="beginning" in request.param)
+    if request.param == "ours":
+        return processor.tokenizer
+    tokenizer = byte_tokenizer(bos="beginning" in request.param)
+    return text_tokenizer(tokenizer) if "adapted" in request.param else tokenizer
 
 
 @pytest.mark.parametrize("row_tokens", [2, 7, 500])
@@ -223,22 +227,25 @@ CONVERSATIONS = {
 }
 
 
+@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("texts", CONVERSATIONS.values(), ids=CONVERSATIONS)
-def test_any_fast_tokenizers_conversations_are_those_of_transformers(texts):
+def test_any_fast_tokenizers_conversations_are_those_of_transformers(texts, adapted):
     tokenizer = byte_tokenizer()
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     expected = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     parts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    encoder = ConversationEncoder(text_tokenizer(tokenizer) if adapted else tokenizer)
     for record in ({"conversations": turns(*texts)}, {"messages": messages}, {"messages": parts}):
-        row = ConversationEncoder(tokenizer)(record)
+        row = encoder(record)
         assert row.keys() == {"input_ids", "labels"}
         assert row["input_ids"].tolist() == expected["input_ids"]
         masked = row["input_ids"].masked_fill(torch.tensor(expected["assistant_masks"]) == 0, -100)
         assert row["labels"].tolist() == masked.tolist()
 
 
-def test_what_is_typed_stays_text_with_any_fast_tokenizer():
-    tokenizer = byte_tokenizer()
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_is_typed_stays_text_with_any_fast_tokenizer(adapted):
+    tokenizer = text_tokenizer(byte_tokenizer()) if adapted else byte_tokenizer()
     encoder, special = ConversationEncoder(tokenizer), set(tokenizer.all_special_ids)
     harmless = encoder({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No"}]})
     for texts in ((TYPED, "No"), ("Hi", TYPED), (TYPED, TYPED)):

@@ -178,7 +178,7 @@ class ConversationEncoder:
                     part | {"text": as_text(part["text"], self.tokenizer)} if part["type"] == "text" else part
                     for part in content
                 ]
-                if self._uses_offsets:  # templates of language models know strings only
+                if not self._sanitizes:  # other models' templates may know strings only
                     content = "".join(part.get("text", PLACEHOLDER) for part in content)
                     content = around + content + around
                 elif around:
