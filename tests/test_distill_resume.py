@@ -1,15 +1,18 @@
 """What may change when a run goes on, who may go on with it, and how a stream is taken up where it stopped."""
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from functools import partial
 
 import pytest
 import torch
 from distill_runs import (
+    ACCUMULATION,
     make_teacher,
     quick_runs,
     results,
@@ -22,6 +25,7 @@ from distill_runs import (
 from forked import run_ranks
 
 from mmmamba.conversion.distillation import lock
+from mmmamba.conversion.distillation import run as command
 from mmmamba.conversion.distillation.data.encoding import ConversationEncoder
 from mmmamba.conversion.distillation.folder import RunFolder
 from mmmamba.conversion.distillation.lock import ProcessLock
@@ -224,24 +228,14 @@ def test_a_checkpoint_of_another_kind_of_launch_is_refused_in_a_sentence(recipe,
 
 def warn_on_every_rank(recipe, folder):
     """A run in which something warns, with what each rank prints in a file."""
-    import sys
-    import warnings
-
-    from transformers.utils import logging
-
-    from mmmamba.conversion.distillation import run
-
-    def train(*_):
-        warnings.warn("a warning", stacklevel=1)
-        logging.get_logger("transformers.anything").warning("a logged warning")
-
-    run.train = train
+    command.train = lambda *_: logging.getLogger("transformers.anything").warning("a logged warning")
     with (folder / f"{os.environ['RANK']}.txt").open("w") as sys.stderr:
-        logging.get_logger("transformers").handlers[0].setStream(sys.stderr)
+        handlers = logging.getLogger("transformers").handlers
+        next(one for one in handlers if type(one) is logging.StreamHandler).setStream(sys.stderr)
         distill(recipe, "1")
 
 
 def test_warnings_are_the_main_processs(recipe, tmp_path):
-    run_ranks(warn_on_every_rank, tmp_path, recipe(tmp_path / "run"), tmp_path)
+    run_ranks(warn_on_every_rank, tmp_path, recipe(tmp_path / "run", *ACCUMULATION), tmp_path)
     assert (tmp_path / "0.txt").read_text().count("a logged warning") == 1
     assert (tmp_path / "1.txt").read_text() == ""

@@ -73,14 +73,15 @@ def allow_cpus(environment):
     AcceleratorState.__init__ = init
 
 
-def run_and_resume(environment, whole, cut):
+def start(environment, recipe, stop_in_stage=None):
+    """One start of a run, which may be stopped in the fourth step of a stage."""
     allow_cpus(environment)
-    distill(whole)
+    if stop_in_stage is not None:
+        stop(recipe, step=3, stage=stop_in_stage)
+        return
+    distill(recipe)
     kind = AcceleratorState().distributed_type
     assert kind == (DistributedType.FSDP if "FSDP_VERSION" in environment else DistributedType.DEEPSPEED)
-    for stage in (1, 3):
-        stop(cut, step=3, stage=stage)
-    distill(cut)
 
 
 def refuse(environment, cut, message):
@@ -94,7 +95,10 @@ def test_sharded_runs_resume_to_the_same_weights_as_those_of_one_process(environ
     if environment is ZERO2 and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed: `pip install deepspeed`, which builds it, is not for `make test`")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run_ranks(run_and_resume, tmp_path, environment, recipe(whole, *OPTIONS), recipe(cut, *OPTIONS))
+    starts = [(recipe(whole, *OPTIONS), None), *((recipe(cut, *OPTIONS), stage) for stage in (1, 3, None))]
+    for number, one in enumerate(starts):
+        (tmp_path / str(number)).mkdir()
+        run_ranks(start, tmp_path / str(number), environment, *one)
     same_weights(cut, whole)
     for number in (1, 2, 3):
         one, two = (results(run)[f"stage_{number}"] for run in (alone, whole))

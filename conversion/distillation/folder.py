@@ -173,7 +173,7 @@ class RunFolder:
             holder = lock.acquire()
             if holder is None and rank == 0:
                 holder = left_behind(self.path, num_processes)
-        holder = next((one for one in gather_object([holder]) if one is not None), None)
+        holder = next(filter(None, gather_object([holder])), None)
         if holder is not None:
             lock.release()
             raise ValueError(
