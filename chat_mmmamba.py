@@ -309,7 +309,7 @@ class ChatMixin:
             question,
             history,
             num_patches_list,
-            self.config.vision_config.tokens_per_tile,
+            self.config.tokens_per_tile,
             system_message=system_message,
         )
 
@@ -345,7 +345,7 @@ class ChatMixin:
     @property
     def num_image_token(self) -> int:
         """Decoder rows of a tile. Setting it to another number raises ValueError."""
-        return self.config.vision_config.tokens_per_tile
+        return self.config.tokens_per_tile
 
     @num_image_token.setter
     def num_image_token(self, value: int):

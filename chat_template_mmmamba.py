@@ -85,7 +85,8 @@ def as_text(text: str, tokenizer) -> str:
     text = MARKS.sub("", check_text(text))
     tokens = sorted([*tokenizer.get_added_vocab(), PLACEHOLDER, VIDEO_PLACEHOLDER], key=len, reverse=True)
     tokens = [token for token in tokens if not RESERVED_PIECE.fullmatch(token)]
-    patterns = [*map(re.escape, tokens), *([RESERVED_PIECE.pattern] if tokenizer.has_reserved_pieces else [])]
+    has_reserved_pieces = getattr(tokenizer, "has_reserved_pieces", False)
+    patterns = [*map(re.escape, tokens), *([RESERVED_PIECE.pattern] if has_reserved_pieces else [])]
 
     def mark(match: re.Match) -> str:
         token = match[0]
@@ -95,7 +96,7 @@ def as_text(text: str, tokenizer) -> str:
 
     text = re.sub("|".join(patterns), mark, text)
     # A token must not come from the end of this text and the beginning of the next.
-    if tokenizer.has_reserved_pieces and START_OF_RESERVED_PIECE.search(text):
+    if has_reserved_pieces and START_OF_RESERVED_PIECE.search(text):
         return text + BOUNDARY_MARK
     starts = any(text.endswith(token[:length]) for token in tokens for length in range(1, len(token)))
     return text + PLAIN_TEXT_MARK if starts else text

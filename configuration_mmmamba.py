@@ -147,6 +147,8 @@ class MmMambaTextConfig(PreTrainedConfig):
         rms_norm_eps: Epsilon of the RMS norms of the language layers.
         embedding_rms_norm_eps: The same for the embedding layers; `rms_norm_eps` if not given.
         normalize_embedding_output: Whether hidden states are divided by their L2 norm between the two stacks.
+        attention_bias: Whether queries, keys and values of attention layers have biases.
+        attention_output_bias: Whether their output projection has one; as `attention_bias` if not given.
         conv_kernel: Taps of the mixer's causal convolution.
         ssm_chunk_size: Steps of a chunk of the chunked scan.
         ssm_norm_eps: Epsilon of the mixer's gated norm.
@@ -179,6 +181,7 @@ class MmMambaTextConfig(PreTrainedConfig):
     normalize_embedding_output: bool = False
     attention_dropout: float = 0.0
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
     mlp_bias: bool = False
     conv_kernel: int = 2
     ssm_chunk_size: int = 128
@@ -201,6 +204,8 @@ class MmMambaTextConfig(PreTrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": 1_000_000.0}
         if self.embedding_rope_parameters is None:
             self.embedding_rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
         if self.embedding_rms_norm_eps is None:
             self.embedding_rms_norm_eps = self.rms_norm_eps
         super().__post_init__(**kwargs)
@@ -264,7 +269,8 @@ class MmMambaConfig(PreTrainedConfig):
 
     Args:
         text_config: `MmMambaTextConfig`, or its fields as a dict.
-        vision_config: `MmMambaVisionConfig`, or its fields as a dict.
+        vision_config: `MmMambaVisionConfig`, or its fields as a dict; None for a model that reads text only, if
+            `image_token_id` is None, too.
         image_token_id: Id of `<IMG_CONTEXT>`, whose embeddings are replaced by those of the pictures.
     """
 
@@ -274,14 +280,15 @@ class MmMambaConfig(PreTrainedConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
-    image_token_id: int = 92546
+    image_token_id: int | None = 92546
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
         _check_inherited(self, kwargs)
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = MmMambaTextConfig(**(self.text_config or {}))
-        if not isinstance(self.vision_config, PreTrainedConfig):
+        reads_pictures = self.image_token_id is not None or self.vision_config is not None
+        if reads_pictures and not isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = MmMambaVisionConfig(**(self.vision_config or {}))
         super().__post_init__(**kwargs)
 
@@ -289,6 +296,21 @@ class MmMambaConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """The decoder's; vLLM asks here whether a model has Mamba-2 layers at all."""
         return self.text_config.layer_types
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Decoder positions of one tile in the prompt; 0 for a model that reads text only."""
+        return 0 if self.vision_config is None else self.vision_config.tokens_per_tile
+
+    @property
+    def extra_positions_per_tile(self) -> int:
+        """See `MmMambaVisionConfig`; 0 for a model that reads text only."""
+        return 0 if self.vision_config is None else self.vision_config.extra_positions_per_tile
+
+    @property
+    def shuffles_behind(self) -> bool:
+        """Whether patches are shuffled behind the embedding layers (HoVLE-HD)."""
+        return self.vision_config is not None and self.vision_config.patches_per_token > 1
 
     @property
     def ssm_implementation(self) -> str:
@@ -302,16 +324,22 @@ class MmMambaConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses an image token outside the vocabulary, and HoVLE-HD without embedding layers. Raises ValueError."""
-        if not 0 <= self.image_token_id < self.text_config.vocab_size:
+        if self.image_token_id is None:
+            if self.vision_config is not None:
+                raise ValueError(
+                    "image_token_id=None is for models that read text only, but there is a vision_config; give the id "
+                    "of <IMG_CONTEXT>, or vision_config=None."
+                )
+        elif not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"image_token_id={self.image_token_id} lies outside the vocabulary of {self.text_config.vocab_size} "
                 "tokens; give the id of <IMG_CONTEXT>."
             )
-        if self.vision_config.patches_per_token > 1 and self.text_config.num_embedding_layers == 0:
+        if self.shuffles_behind and self.text_config.num_embedding_layers == 0:
             raise ValueError(
                 "pixel_shuffle_loc='post' shuffles behind the embedding layers, but num_embedding_layers=0; use 'pre'."
             )
-        if self.vision_config.patches_per_token > 1 and self.text_config.normalize_embedding_output:
+        if self.shuffles_behind and self.text_config.normalize_embedding_output:
             raise ValueError(
                 "pixel_shuffle_loc='post' with normalize_embedding_output=True is not supported: no published model "
                 "has both, so which comes first is not known."

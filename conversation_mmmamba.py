@@ -249,7 +249,7 @@ class ConversationState:
         if num_patches_list and PLACEHOLDER not in text:
             text = (PLACEHOLDER + "\n") * len(num_patches_list) + text
         said = PLACEHOLDER.join(as_text(part, self.tokenizer) for part in text.split(PLACEHOLDER))
-        (said,) = expand_placeholders([said], num_patches_list, self.model.config.vision_config.tokens_per_tile)
+        (said,) = expand_placeholders([said], num_patches_list, self.model.config.tokens_per_tile)
         if not self.in_turn:
             begin = "turn" if self.turns else "start"
             said, end = (self._template[begin] + said, end) if said else (self._template[f"empty {begin}"], "")

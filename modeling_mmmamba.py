@@ -141,7 +141,7 @@ class MmMambaAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
-        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_output_bias)
 
     def forward(
         self,
@@ -360,7 +360,8 @@ class MmMambaModel(MmMambaPreTrainedModel):
     def __init__(self, config: MmMambaConfig):
         super().__init__(config)
         text = config.text_config
-        self.vision_embeddings = MmMambaVisionEmbeddings(config.vision_config, text.hidden_size)
+        if config.vision_config is not None:
+            self.vision_embeddings = MmMambaVisionEmbeddings(config.vision_config, text.hidden_size)
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList([MmMambaDecoderLayer(text, i) for i in range(text.num_hidden_layers)])
         self.norm = MmMambaRMSNorm(text, text.rms_norm_eps)
@@ -368,7 +369,6 @@ class MmMambaModel(MmMambaPreTrainedModel):
         embedding.rope_parameters = text.embedding_rope_parameters
         self.embedding_rotary_emb = MmMambaRotaryEmbedding(embedding)
         self.rotary_emb = MmMambaRotaryEmbedding(text)
-        self.shuffles_behind = config.vision_config.patches_per_token > 1  # HoVLE-HD
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -420,7 +420,7 @@ class MmMambaModel(MmMambaPreTrainedModel):
         Raises: ValueError, if image tokens are no whole lines of tiles, or the cache cannot hold patches.
         """
         before = None if cache is None else cache.image_places
-        if not self.shuffles_behind or (places is None and before is None):
+        if not self.config.shuffles_behind or (places is None and before is None):
             return None
         if cache is not None and not cache.can_hold_patches:
             raise ValueError(
@@ -469,9 +469,9 @@ class MmMambaModel(MmMambaPreTrainedModel):
             mm_encoder_outputs = {"image": self.get_image_features(pixel_values)}
         image_outputs = (mm_encoder_outputs or {}).get("image")
         image_rows = None if image_outputs is None else image_outputs.pooler_output
-        patches_given = image_rows is not None and self.shuffles_behind
+        patches_given = image_rows is not None and self.config.shuffles_behind
         places = self.image_places(input_ids, inputs_embeds) if patches_given else None
-        inputs_embeds = self.embed(input_ids, inputs_embeds, None if self.shuffles_behind else image_rows)
+        inputs_embeds = self.embed(input_ids, inputs_embeds, None if patches_given else image_rows)
 
         cache = past_key_values if cache is None else cache
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():

@@ -41,10 +41,14 @@ def as_tiles(
     Raises:
         ValueError: if it is none of these, or pictures have other numbers of tiles than `num_patches_list` says.
     """
-    if isinstance(pixel_values, Tensor) and pixel_values.is_floating_point() and pixel_values.ndim == 4:
-        return pixel_values, num_patches_list
     if pixel_values is None or (isinstance(pixel_values, (list, tuple)) and not pixel_values):
         return None, num_patches_list
+    if config.vision_config is None:
+        raise ValueError(
+            "The model reads text only (it has no vision_config), but there are pictures; leave them out."
+        )
+    if isinstance(pixel_values, Tensor) and pixel_values.is_floating_point() and pixel_values.ndim == 4:
+        return pixel_values, num_patches_list
     if isinstance(pixel_values, (np.ndarray, Tensor)) and pixel_values.ndim == 4 and _has_levels(pixel_values):
         pixel_values = list(pixel_values)  # such as a video's frames
     is_list = isinstance(pixel_values, (list, tuple))

@@ -76,7 +76,7 @@ def check_conversation(
     """
     config = model.config.text_config
     read = len(tensors["ids"]) if "ids" in tensors and tensors["ids"].ndim else 0
-    places = tensors.get("image_places") if model.model.shuffles_behind else None
+    places = tensors.get("image_places") if model.config.shuffles_behind else None
     expected = {"ids": [read]} | expected_shapes(config, read, places)
     remedy = "save the conversation again"
     if {name: list(tensor.shape) for name, tensor in tensors.items()} != expected or tensors["ids"].ndim != 1:

@@ -1,7 +1,8 @@
-"""The tokenizer of InternLM2, with special tokens for turns and pictures.
+"""The tokenizer of InternLM2, with special tokens for turns and pictures; and those of other language models.
 
-There are two: `MmMambaTokenizerFast` on the `tokenizers` library, which `AutoTokenizer` loads, and `MmMambaTokenizer`
-on SentencePiece. Both give the same ids. Special tokens are split off first; each text between them is encoded by
+Of InternLM2's there are two: `MmMambaTokenizerFast` on the `tokenizers` library, which `AutoTokenizer` loads, and
+`MmMambaTokenizer` on SentencePiece. Both give the same ids. Special tokens are split off first; each text between them
+is encoded by
 itself, so the dummy prefix stands before it. Checked against upstream's tokenizer on the fixture `tokenizer`.
 """
 
@@ -282,6 +283,52 @@ class MmMambaTokenizerFast(_TokenizerMixin, TokenizersBackend):
         return files
 
 
+class MmMambaTextTokenizer(ChatTemplateMixin, TokenizersBackend):
+    """The tokenizer of any other language model, on the `tokenizers` library: same ids, same chat template.
+
+    `tokenizer.json` and `tokenizer_config.json` say all of it; see `adapted_backend` for what differs in the former.
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json"}  # noqa: RUF012
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+    padding_side = "left"
+    has_reserved_pieces = False
+
+    @cached_property
+    def splits_at_spaces(self) -> bool:
+        """Whether a text can be cut before a space that follows none, and its parts encoded apart."""
+        pre_tokenizer = self.backend_tokenizer.pre_tokenizer
+        if pre_tokenizer is None:
+            return not any(SPACE in piece.lstrip(SPACE) for piece in self.get_vocab())
+        # Pre-tokenizers split by kinds of characters.
+        kinds = ("ab", "é", "中", "12", "!?", "'s", "_", "\n")
+        cut = [pre_tokenizer.pre_tokenize_str(f"{left} {right}") for left in kinds[:-1] for right in kinds]
+        lengths = [len(left) for left in kinds[:-1] for _ in kinds]
+        return all(
+            any(start == length for _, (start, _) in pieces) for pieces, length in zip(cut, lengths, strict=True)
+        )
+
+
+def load_tokenizer(folder: str | Path, **kwargs) -> "MmMambaTokenizerFast | MmMambaTextTokenizer":
+    """The tokenizer of a model folder: of the class that its tokenizer_config.json names."""
+    config = json.loads(Path(folder, "tokenizer_config.json").read_text(encoding="utf-8"))
+    is_text = config.get("tokenizer_class") == MmMambaTextTokenizer.__name__
+    return (MmMambaTextTokenizer if is_text else MmMambaTokenizerFast).from_pretrained(folder, **kwargs)
+
+
+def adapted_backend(backend: Tokenizer) -> Tokenizer:
+    """A copy that encodes marked control tokens as plain text (see `as_text`), and all else as before.
+
+    The mark is removed by the normalizer, which must not happen before added tokens are looked for.
+    """
+    values = json.loads(backend.to_str())
+    mark = {"type": "Replace", "pattern": {"String": PLAIN_TEXT_MARK}, "content": ""}
+    others = [] if values["normalizer"] is None else [values["normalizer"]]
+    values["normalizer"] = {"type": "Sequence", "normalizers": [mark, *others]}
+    values["added_tokens"] = [token | {"normalized": False} for token in values["added_tokens"]]
+    return Tokenizer.from_str(json.dumps(values))
+
+
 def read_tokenizer_file(file: str | Path) -> Tokenizer:
     """The tokenizer in a tokenizer.json. Raises ValueError if it is damaged."""
     try:
@@ -376,7 +423,7 @@ def backend_from_sentencepiece(
     return backend
 
 
-for _tokenizer in (MmMambaTokenizer, MmMambaTokenizerFast):
+for _tokenizer in (MmMambaTokenizer, MmMambaTokenizerFast, MmMambaTextTokenizer):
     _tokenizer.register_for_auto_class()
 
-__all__ = ["MmMambaTokenizer", "MmMambaTokenizerFast"]
+__all__ = ["MmMambaTextTokenizer", "MmMambaTokenizer", "MmMambaTokenizerFast", "load_tokenizer"]

@@ -70,9 +70,17 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
 
 def convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="SRC", help="folder with config.json, safetensors and, if any, the tokenizer"
+        "source", metavar="SRC", help="folder with config.json, safetensors and, if any, the tokenizer; or a GGUF file"
     )
     parser.add_argument("destination", metavar="DST", help="model folder to make; must not exist")
+    parser.add_argument(
+        "--vision",
+        type=int,
+        metavar="N",
+        help="let a language model read pictures: add a patch embedding and N embedding layers, to be trained",
+    )
+    parser.add_argument("--image-size", type=positive, default=448, help="with --vision: pixels of a tile's side")
+    parser.add_argument("--patch-size", type=positive, default=14, help="with --vision: pixels of a patch's side")
 
 
 def seed(parser: argparse.ArgumentParser) -> None:
@@ -101,9 +109,18 @@ def distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a recipe of the package, e.g. shapes-linear")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as stage_3.steps=100 output=runs/mine")
     parser.add_argument(
-        "--cost", type=int, metavar="TOKENS", help="only compute the cost, for conversations of so many tokens"
+        "--cost",
+        type=int,
+        metavar="TOKENS",
+        help="only compute time, memory and disk, for conversations of so many tokens",
     )
-    parser.add_argument("--only", choices=("seed", "1", "2", "3", "export"), help="run this step alone")
+    parser.add_argument(
+        "--check-data",
+        type=positive,
+        metavar="N",
+        help="only read N rows: how many are bad and why, how long they are; needs no weights",
+    )
+    parser.add_argument("--only", choices=("seed", "1", "2", "3", "4", "export"), help="run this step alone")
 
 
 def push(parser: argparse.ArgumentParser) -> None:

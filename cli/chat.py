@@ -20,7 +20,7 @@ from mmmamba.conversion.publish import check_model_folder
 from mmmamba.examples.shapes.clip import write_clip
 from mmmamba.examples.shapes.world import conversation
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
-from mmmamba.tokenization_mmmamba import MmMambaTokenizerFast
+from mmmamba.tokenization_mmmamba import load_tokenizer
 from mmmamba.video_processing_mmmamba import MmMambaVideoProcessor
 from mmmamba.video_reading_mmmamba import check_sampling
 
@@ -109,9 +109,11 @@ class Chat:
         # Many CPUs have no instructions for half precision.
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
         self.model = load_model(folder, device, dtype)
-        self.tokenizer = MmMambaTokenizerFast.from_pretrained(folder)
-        self.image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
-        self.video_processor = MmMambaVideoProcessor.from_pretrained(folder)
+        self.tokenizer = load_tokenizer(folder)
+        self.reads_pictures = self.model.config.vision_config is not None
+        if self.reads_pictures:
+            self.image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
+            self.video_processor = MmMambaVideoProcessor.from_pretrained(folder)
         self.sampling = sampling
         self.generation_config = {"max_new_tokens": max_new_tokens, "do_sample": False}
         self.start()
@@ -128,6 +130,7 @@ class Chat:
     def add_images(self, images: Sequence[Image.Image]) -> None:
         """Adds images to the next question: in front of it, or where it says `<image>`."""
         if images:
+            self._check_pictures()
             inputs = self.image_processor(list(images), return_tensors="pt")
             tiles = inputs["pixel_values"]
             self.pixel_values = tiles if self.pixel_values is None else torch.cat([self.pixel_values, tiles])
@@ -135,7 +138,12 @@ class Chat:
 
     def read_video(self, path: Path) -> None:
         """Shows a video; the model reads it now."""
+        self._check_pictures()
         read_video(self.state, self.video_processor, path, **self.sampling)
+
+    def _check_pictures(self) -> None:
+        if not self.reads_pictures:
+            raise ValueError("This model reads text only; leave out pictures and videos.")
 
     def ask(self, question: str, remember: bool = True) -> str:
         """Prints the answer while it is generated and returns it.

@@ -2,13 +2,16 @@
 
 import argparse
 
-from mmmamba.conversion.convert import convert
+from mmmamba.conversion.convert import VisionPlan, convert
 from mmmamba.conversion.shards import listed
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs `mmmamba convert` and lists the tensors that have no place in the new layout."""
-    report = convert(args.source, args.destination, progress=True)
+    vision = None
+    if args.vision is not None:
+        vision = VisionPlan(args.vision, image_size=args.image_size, patch_size=args.patch_size)
+    report = convert(args.source, args.destination, progress=True, vision=vision)
     for reason in dict.fromkeys(report.left_out.values()):
         names = [name for name in report.left_out if report.left_out[name] == reason]
         print(f"left out: {listed(names, most=3)} ({reason})")

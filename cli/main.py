@@ -19,13 +19,13 @@ COMMANDS = {
     "app": ("open a page to talk to a model in the browser", arguments.app, "mmmamba.cli.app"),
     "evaluate": ("score a model on the picture world", arguments.evaluate, "mmmamba.examples.shapes.evaluate"),
     "convert": (
-        "convert a HoVLE or released mmMamba checkpoint into a model folder",
+        "convert a HoVLE, released mmMamba or Llama-shaped checkpoint into a model folder",
         arguments.convert,
         "mmmamba.cli.convert",
     ),
     "seed": ("make a student with Mamba-2 layers from a teacher", arguments.seed, "mmmamba.cli.seed"),
     "distill": (
-        "seed a student and train it in three stages",
+        "seed a student and train it in stages",
         arguments.distill,
         "mmmamba.conversion.distillation.run",
     ),

@@ -8,12 +8,12 @@ checked against tensors that upstream's own code produced (tests/golden).
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmmamba.configuration_mmmamba import MmMambaTextConfig
+from mmmamba.configuration_mmmamba import MmMambaConfig, MmMambaTextConfig
 
 
 class Operation(NamedTuple):
@@ -29,6 +29,36 @@ class Rule(NamedTuple):
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     operation: Operation
+
+
+class Checkpoint(NamedTuple):
+    """What is to be converted.
+
+    Attributes:
+        config: The model in this package's terms.
+        tensors: A `ShardReader`, or what reads tensors like one.
+        rules: How tensors become ours.
+        reason_unused: Why a tensor that no rule reads is left out, by its name; None if it is not known to be unused.
+        unused_rows: The same for rows of tensors that are used.
+        new: Our tensors that the checkpoint does not have.
+        processor: Processor, image processor or tokenizer, as `write_model_folder` takes them.
+        chat_template: To be written even without a tokenizer.
+        base_model: The model's name on the Hub, if known.
+        origin: A sentence on where the model comes from.
+        notes: What the folder lacks and how to add it.
+    """
+
+    config: MmMambaConfig
+    tensors: Any
+    rules: list[Rule]
+    reason_unused: Callable[[str], str | None]
+    unused_rows: dict[str, str] = {}  # noqa: RUF012
+    new: dict[str, Tensor] = {}  # noqa: RUF012
+    processor: Any = None
+    chat_template: str | None = None
+    base_model: str | None = None
+    origin: str = ""
+    notes: list[str] = []  # noqa: RUF012
 
 
 def _identity(tensors, config):

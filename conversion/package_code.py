@@ -18,7 +18,7 @@ CLASSES = {
     "image_processing_mmmamba": ["MmMambaImageProcessor", "MmMambaImageProcessorPil"],
     "modeling_mmmamba": ["MmMambaForConditionalGeneration"],
     "processing_mmmamba": ["MmMambaProcessor"],
-    "tokenization_mmmamba": ["MmMambaTokenizer", "MmMambaTokenizerFast"],
+    "tokenization_mmmamba": ["MmMambaTextTokenizer", "MmMambaTokenizer", "MmMambaTokenizerFast"],
     "video_processing_mmmamba": ["MmMambaVideoProcessor"],
 }
 SOURCE = '"""The code of this model is that of the package `mmmamba`, which must be installed."""\n\n' + "".join(

@@ -65,6 +65,28 @@ answer = model.generate(**inputs.to(model.device), max_new_tokens=64)[:, inputs[
 print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 ```
 {sections}"""
+TEXT_CARD = """---
+{metadata}
+---
+
+# {name}
+
+A language model: one causal decoder of {layers} layers ({mixers}).
+It reads text only. Method: [Multimodal Mamba](https://arxiv.org/abs/2502.13145).
+{origin}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = {path}  # this folder, or its name on the Hub
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+
+messages = [{{"role": "user", "content": "What is the capital of France?"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs.to(model.device), max_new_tokens=64)[:, inputs["input_ids"].shape[1] :]
+print(tokenizer.batch_decode(answer, skip_special_tokens=True)[0])
+```
+{sections}"""
 # The Hub's names of how a model comes from its base model.
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 
@@ -188,7 +210,7 @@ def model_card(
         provenance: These two and more; replaces them.
     """
     source = provenance or Provenance(base_model=base_model, base_model_relation=None, origin=origin)
-    kinds = config.text_config.layer_types
+    kinds, text_only = config.text_config.layer_types, config.vision_config is None
     base = source.base_model if _is_hub_name(source.base_model) else None
     # `datasets` looks for a name in the working directory first.
     datasets = [name for name in source.datasets if _is_hub_name(name) and not Path(name).exists()]
@@ -196,11 +218,13 @@ def model_card(
     results = [
         replace(x, metric_value=getattr(x.metric_value, "item", lambda x=x: x.metric_value)()) for x in source.results
     ]
+    tags = ["mmmamba", *(() if text_only else ("multimodal",)), "custom_code"]
+    tags += ["mamba2"] if "linear_attention" in kinds else []
     metadata = ModelCardData(
         license="mit",
         library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        tags=["mmmamba", "multimodal", "custom_code", *(["mamba2"] if "linear_attention" in kinds else [])],
+        pipeline_tag="text-generation" if text_only else "image-text-to-text",
+        tags=tags,
         base_model=base,
         base_model_relation=source.base_model_relation if base else None,
         datasets=datasets or None,
@@ -208,7 +232,7 @@ def model_card(
         model_name=" ".join(name.split()) if results else None,
     )
     sections = [*_training_section(source, datasets), *_results_section(results)]
-    return CARD.format(
+    return (TEXT_CARD if text_only else CARD).format(
         metadata=metadata.to_yaml().strip(),
         name=_escape(name),
         path=json.dumps(name, ensure_ascii=False),  # a string of JSON is one of Python, too
@@ -300,7 +324,7 @@ def write_model_folder(
         folder: An existing folder.
         config: The model's configuration; its `auto_map` and `architectures` are set.
         name: What the model is called, for its card.
-        processor: Tokenizer, image processor and chat template to save, or an image processor alone.
+        processor: Tokenizer, image processor and chat template to save, or an image processor or a tokenizer alone.
         companions: A model folder of the same vocabulary to copy these files from instead.
         base_model: Name on the Hub of the model it comes from.
         origin: A sentence for the card on how it was made.
@@ -326,7 +350,7 @@ def write_model_files(
     folder = Path(folder)
     config.architectures = [MmMambaForConditionalGeneration.__name__]
     config.auto_map = dict(AUTO_MAP)
-    tokenizer = getattr(processor, "tokenizer", None)
+    tokenizer = processor if isinstance(processor, PreTrainedTokenizerBase) else getattr(processor, "tokenizer", None)
     generation = GenerationConfig(
         bos_token_id=config.text_config.bos_token_id,
         eos_token_id=config.text_config.eos_token_id,
@@ -369,4 +393,5 @@ def _set_token_ids(tokenizer: PreTrainedTokenizerBase, config: MmMambaConfig, ge
     for target in (config.text_config, generation):
         target.pad_token_id = tokenizer.pad_token_id
         if ends:
-            target.eos_token_id = ends[0]
+            others = target.eos_token_id if isinstance(target.eos_token_id, list) else []
+            target.eos_token_id = [ends[0], *(x for x in others if x != ends[0])] if others else ends[0]

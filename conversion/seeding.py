@@ -23,6 +23,7 @@ STRATEGIES = ("head-interleaved", "tail-interleaved", "head-stacked", "tail-stac
 GATE_GAIN = 2**-2.5
 STEP_SIZE_RANGE = (1e-3, 1e-1)
 _ATTENTION_WEIGHTS = tuple(f"self_attn.{name}_proj.weight" for name in "qkvo")
+_ATTENTION_BIASES = tuple(f"self_attn.{name}_proj.bias" for name in "vkq")
 
 
 def attention_layers(num_layers: int, num_attention: int, strategy: str) -> list[int]:
@@ -60,6 +61,7 @@ def seed_mixer(
     seed: int = 0,
     layer: int = 0,
     initialization: str = "mimic",
+    biases: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The parameters of one Mamba-2 mixer, from one attention layer.
 
@@ -74,6 +76,8 @@ def seed_mixer(
         layer: Index of the layer.
         initialization: `mimic` as published; `inherited` starts convolution, decays and gate as a Mamba-2 model from
             scratch does; `scratch` queries, keys and values, too (the ablations of arXiv 2502.13145, table 4).
+        biases: Of values, keys and queries, in this order, each of as many elements as its projection has rows. The
+            convolution's bias becomes theirs, as its last tap is 1: the mixer's own projection has none.
 
     Returns:
         `in_proj.weight` (rows v, k, q, gate, dt), `conv1d.{weight,bias}`, `A_log`, `dt_bias`, `norm.weight` and
@@ -93,6 +97,8 @@ def seed_mixer(
     A_log = torch.ones(num_heads, device="cpu")
     kernel, bias = torch.zeros(channels, 1, conv_kernel, device="cpu"), torch.zeros(channels, device="cpu")
     kernel[..., -1] = 1
+    if biases is not None:
+        bias = torch.cat([x.float() for x in biases])
     if initialization != "mimic":
         # The published initial values of Mamba-2 (arXiv 2405.21060): torch's own for projections and convolution.
         A_log = A_log.uniform_(1, 16, generator=generator).log()
@@ -121,13 +127,19 @@ def seeded_config(config: MmMambaConfig, attention: Collection[int]) -> MmMambaC
     """A copy of the teacher's configuration where all layers but `attention` are Mamba-2.
 
     Raises:
-        ValueError: if the teacher has Mamba-2 layers already, or a layer does not exist.
+        ValueError: if the teacher has Mamba-2 layers already, or biases that mixers cannot have, or a layer does not
+            exist.
     """
     layer_types = config.text_config.layer_types
     if linear := [index for index, kind in enumerate(layer_types) if kind != "full_attention"]:
         raise ValueError(
             f"The teacher's layers {listed([str(i) for i in linear])} are Mamba-2 already; seed from a model whose "
             "layers are all attention."
+        )
+    if config.text_config.attention_output_bias and len(set(attention)) < len(layer_types):
+        raise ValueError(
+            "The teacher has attention_output_bias=True, and a Mamba-2 mixer has no bias behind its heads to inherit "
+            "it; give a teacher without."
         )
     if absent := sorted(index for index in attention if not 0 <= index < len(layer_types)):
         raise ValueError(
@@ -223,7 +235,8 @@ def seed_folder(
                     writer.write(name, read(name))
                     progress_bar.update()
             for layer in _seeded_layers(student):
-                sources = {name: read(name) for name in _attention_names(layer)}
+                names = _attention_names(layer, student.text_config.attention_bias)
+                sources = {name: read(name) for name in names}
                 for name, tensor in _seed_layer(sources, student, layer, seed, initialization).items():
                     writer.write(name, tensor)
                     progress_bar.update()
@@ -259,8 +272,9 @@ def _check_weights(reader: ShardReader, config: MmMambaConfig) -> None:
         )
 
 
-def _attention_names(layer: int) -> list[str]:
-    return [f"model.layers.{layer}.{name}" for name in _ATTENTION_WEIGHTS]
+def _attention_names(layer: int, has_biases: bool) -> list[str]:
+    names = _ATTENTION_WEIGHTS + (_ATTENTION_BIASES if has_biases else ())
+    return [f"model.layers.{layer}.{name}" for name in names]
 
 
 def _seeded_layers(student: MmMambaConfig) -> list[int]:
@@ -270,19 +284,22 @@ def _seeded_layers(student: MmMambaConfig) -> list[int]:
 
 def _replaced_names(student: MmMambaConfig) -> set[str]:
     """The teacher's tensors that seeding replaces."""
-    return {name for layer in _seeded_layers(student) for name in _attention_names(layer)}
+    has_biases = student.text_config.attention_bias
+    return {name for layer in _seeded_layers(student) for name in _attention_names(layer, has_biases)}
 
 
 def _seed_layer(
     tensors: Mapping[str, Tensor], student: MmMambaConfig, layer: int, seed: int, initialization: str = "mimic"
 ) -> dict[str, Tensor]:
     text = student.text_config
+    weights = [tensors[name] for name in _attention_names(layer, text.attention_bias)]
     mixer = seed_mixer(
-        *(tensors[name] for name in _attention_names(layer)),
+        *weights[:4],
         num_heads=text.num_attention_heads,
         conv_kernel=text.conv_kernel,
         seed=seed,
         layer=layer,
         initialization=initialization,
+        biases=tuple(weights[4:]) or None,
     )
     return {f"model.layers.{layer}.mamba.{name}": tensor for name, tensor in mixer.items()}

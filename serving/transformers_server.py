@@ -51,7 +51,7 @@ class LoadedModel:
         self.loaded_at = int(time.time())
 
     def get_model_modality(self, model, processor=None) -> Modality:
-        return Modality.VLM
+        return Modality.LLM if model.config.vision_config is None else Modality.VLM
 
     def listed(self) -> dict:
         """The answer of `/v1/models`."""
@@ -59,6 +59,11 @@ class LoadedModel:
             {"id": name, "object": "model", "created": self.loaded_at, "owned_by": "mmmamba"} for name in self.names
         ]
         return {"object": "list", "data": entries}
+
+
+def tokenizer_of(processor):
+    """A processor's tokenizer; a model that reads text only has a tokenizer for a processor."""
+    return getattr(processor, "tokenizer", processor)
 
 
 class _Answers:
@@ -94,7 +99,7 @@ class _Answers:
         body["response_format"] = await asyncio.to_thread(
             answers.Grammar.of,
             body.get("response_format"),
-            processor.tokenizer,
+            tokenizer_of(processor),
             model.config.get_text_config().vocab_size,
         )
         with tempfile.TemporaryDirectory(prefix="mmmamba-") as folder:  # for videos, until they are encoded
@@ -104,7 +109,7 @@ class _Answers:
     def _pieces(self, model, processor, inputs, config, gen_manager) -> AsyncIterator[answers.Piece]:
         settings = config.__dict__.pop("answer_options")
         submit = gen_manager.async_submit
-        return settings, answers.pieces(model, processor.tokenizer, inputs, config, settings, submit)
+        return settings, answers.pieces(model, tokenizer_of(processor), inputs, config, settings, submit)
 
     async def _non_streaming(
         self, request_id, model, processor, model_id, inputs, gen_config, gen_manager, *args, **kwargs
@@ -193,12 +198,12 @@ class ChatHandler(_Answers, ChatCompletionHandler):
         return {
             "index": index,
             "message": {"role": "assistant", "content": "".join(piece.text for piece in found)},
-            "logprobs": _logprobs(found, processor.tokenizer) if settings.logprobs else None,
+            "logprobs": _logprobs(found, tokenizer_of(processor)) if settings.logprobs else None,
             "finish_reason": found[-1].finish_reason,
         }
 
     def _chunk(self, piece: answers.Piece, processor, settings) -> dict:
-        logprobs = _logprobs([piece], processor.tokenizer) if piece.logprob is not None else None
+        logprobs = _logprobs([piece], tokenizer_of(processor)) if piece.logprob is not None else None
         delta = {"content": piece.text} if piece.text or logprobs else {}
         return {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
@@ -222,7 +227,7 @@ class TextHandler(_Answers, CompletionHandler):
         return {
             "index": index,
             "text": "".join(piece.text for piece in found),
-            "logprobs": _text_logprobs(found, processor.tokenizer) if settings.logprobs else None,
+            "logprobs": _text_logprobs(found, tokenizer_of(processor)) if settings.logprobs else None,
             "finish_reason": found[-1].finish_reason,
         }
 
@@ -351,7 +356,7 @@ def serve(model, folder: Path, names: list[str], listener: socket.socket, shutdo
         listener: A bound socket.
         shutdown_timeout: Seconds that answers may take after the signal.
     """
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)  # or a tokenizer, of a text-only model
     app = RequestGuard(build_app(LoadedModel(model, processor, names)))
     config = uvicorn.Config(app, timeout_graceful_shutdown=shutdown_timeout, log_level="info")
     server = uvicorn.Server(config)

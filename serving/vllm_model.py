@@ -65,7 +65,7 @@ class MmMambaDecoderLayer(nn.Module):
                 config.max_position_embeddings,
                 quant_config,
                 bias=config.attention_bias,
-                bias_o_proj=config.attention_bias,
+                bias_o_proj=config.attention_output_bias,
                 cache_config=vllm_config.cache_config,
                 prefix=f"{prefix}.self_attn",
             )
@@ -104,7 +104,7 @@ class MmMambaModel(nn.Module):
         self.config = text = config.text_config
         first, last = get_pp_group().is_first_rank, get_pp_group().is_last_rank
         self.vision_embeddings, self.embed_tokens, self.norm = PPMissingLayer(), PPMissingLayer(), PPMissingLayer()
-        if first:
+        if first and config.vision_config is not None:
             self.vision_embeddings = MmMambaVisionEmbeddings(config.vision_config, text.hidden_size)
         if first or (last and config.tie_word_embeddings):
             self.embed_tokens = VocabParallelEmbedding(
@@ -206,14 +206,15 @@ class MmMambaForConditionalGeneration(
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
         text = config.text_config
-        if config.vision_config.patches_per_token > 1:
+        if config.shuffles_behind:
             raise ValueError(
                 "HoVLE-HD (pixel_shuffle_loc='post') cannot be served by vLLM: its sequences get shorter behind the "
                 "embedding layers. Serve it by `mmmamba serve DIR --engine transformers`."
             )
         text.mamba_chunk_size = text.ssm_chunk_size  # where vLLM's kernels look for it
         self.quant_config = vllm_config.quant_config
-        self.configure_mm_token_handling(text.vocab_size, [config.image_token_id])
+        if config.vision_config is not None:
+            self.configure_mm_token_handling(text.vocab_size, [config.image_token_id])
         with self._mark_language_model(vllm_config):
             self.model = MmMambaModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = PPMissingLayer()

@@ -34,7 +34,7 @@ class MmMambaProcessingInfo(BaseProcessingInfo):
     """What vLLM asks about pictures and videos before there are any."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {"image": None, "video": None}
+        return {} if self.get_hf_config().vision_config is None else {"image": None, "video": None}
 
     def largest_picture(self) -> ImageSize:
         """A picture that is cut into the most tiles."""

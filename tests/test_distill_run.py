@@ -5,7 +5,6 @@ The models and their training are tiny, so that a run takes seconds; what else t
 
 import argparse
 import copy
-import gc
 import io
 import json
 import multiprocessing
@@ -14,18 +13,27 @@ import re
 import shutil
 import signal
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from distill_runs import (
+    ACCUMULATION,
+    SMALL,
+    make_teacher,
+    quick_runs,
+    results,
+    same_weights,
+    small_recipe,
+    weights,
+    write_conversations,
+)
 from forked import kill_this_process, run_killed, run_ranks
 from safetensors.torch import load_file
-from tiny_models import tiny_config
 
 import mmmamba
 from mmmamba.cli import arguments
-from mmmamba.configuration_mmmamba import MmMambaVisionConfig
 from mmmamba.conversion.distillation import run as command
 from mmmamba.conversion.distillation import stages, trainer
 from mmmamba.conversion.distillation.data.training_data import TrainingData
@@ -35,93 +43,28 @@ from mmmamba.conversion.distillation.recipe import load_recipe
 from mmmamba.conversion.distillation.run import distill
 from mmmamba.conversion.distillation.trainer import DistillationTrainer
 from mmmamba.conversion.shards import ShardWriter
-from mmmamba.examples.shapes.data import Conversations
 from mmmamba.examples.shapes.evaluate import evaluate
-from mmmamba.examples.shapes.folder import make_processor, save
-from mmmamba.examples.shapes.world import TILE, example
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 
 SHAPES_TEACHER = Path(mmmamba.__file__).parent / "examples" / "shapes" / "teacher"
-# Few steps, small batches, no bf16: quick, and equal to the last bit where it should be.
-SMALL = [
-    "precision=fp32", "dtype=float32", "save_every=2", "log_every=1", "evaluate=0", "workers=0",
-    *(
-        f"stage_{n}.{key}={value}"
-        for n in (1, 2, 3)
-        for key, value in {"steps": 4, "warmup": 1, "decay": 2, "batch_size": 2, "per_device_batch_size": 2}.items()
-    ),
-]  # fmt: skip
-ACCUMULATION = [f"stage_{n}.batch_size=4" for n in (1, 2, 3)]  # two micro-batches per step
 
 
 @pytest.fixture(scope="module", autouse=True)
 def without_delays():
-    """One thread and no GPU, so that forked processes compute the same; no plots, no row encoded twice."""
-    plain, rows = Conversations.row, {}
-
-    def row(self, index):
-        key = (self.split, self.seed, index)
-        if key not in rows:
-            rows[key] = plain(self, index)
-        return rows[key]
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # Accelerate collects garbage often, and what Transformers has imported takes long to go through
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(stages, "plot_losses", lambda *_: None)
-        patch.setattr(Conversations, "pool", 2)
-        patch.setattr(Conversations, "row", row)
-        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+    with quick_runs():
         yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A random teacher of the picture world: four narrow layers."""
-    processor = make_processor()
-    image_token, end_of_turn = processor.tokenizer.convert_tokens_to_ids(["<IMG_CONTEXT>", "<|im_end|>"])
-    config = tiny_config(
-        "teacher", image_token, vocab_size=len(processor.tokenizer), eos_token_id=end_of_turn, initializer_range=0.1
-    )
-    config.vision_config = MmMambaVisionConfig(image_size=TILE, patch_size=12, use_pixel_shuffle=True)
-    torch.manual_seed(0)
-    model = MmMambaForConditionalGeneration._from_config(config, dtype=torch.float32)
-    folder = tmp_path_factory.mktemp("teacher") / "tiny"
-    save(model, folder, "tiny", "Random.")
-    return folder
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def recipe(teacher):
     """From a run's folder and overrides to a recipe."""
-
-    def make(folder, *overrides):
-        return load_recipe("shapes-hybrid", [*SMALL, f"teacher={teacher}", f"output={folder}", *overrides])
-
-    return make
-
-
-def weights(run):
-    return load_file(run / "model" / "model.safetensors")
-
-
-def results(run):
-    return json.loads((run / "results.json").read_text())
-
-
-def same_weights(run, other):
-    """Equal to the last bit."""
-    one, two = weights(run), weights(other)
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, two[name]), name
+    return partial(small_recipe, teacher)
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +206,7 @@ def test_a_finished_run_is_left_alone_and_another_recipe_refused(finished, recip
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     distill(recipe(folder, *ACCUMULATION))
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
-    with pytest.raises(ValueError, match="holds a run with another seed, stage_3; give another output=FOLDER"):
+    with pytest.raises(ValueError, match=r"holds a run with another seed, stage_3\.steps; give another output=FOLDER"):
         distill(recipe(folder, *ACCUMULATION, "seed=1", "stage_3.steps=6"))
 
 
@@ -280,7 +223,7 @@ def test_two_runs_in_one_folder_do_not_mix(recipe, tmp_path):
     other = context.Process(target=hold, args=(folder, recipe(folder), theirs), daemon=True)
     other.start()
     assert ours.recv() == "claimed"
-    with pytest.raises(ValueError, match=r"^Another process is running in \S*run; wait for it, or give another "):
+    with pytest.raises(ValueError, match=rf"^Another start is running in \S*run: process {other.pid} on \S+, there "):
         distill(recipe(folder), "seed")
     assert not (folder / "seeded").exists()
     os.kill(other.pid, signal.SIGKILL)
@@ -308,21 +251,7 @@ def test_stages_can_be_run_one_by_one(finished, recipe, tmp_path):
 
 @pytest.fixture
 def conversations(tmp_path):
-    """Five conversations of a user, one of them without its image, as JSON Lines."""
-    lines = []
-    for index in range(5):
-        one = example("train", 0, index)
-        images = [f"{index}-{i}.png" for i in range(len(one.pictures))]
-        for name, picture in zip(images, one.pictures, strict=True):
-            if index != 3:
-                picture.draw().save(tmp_path / name)
-        turns = [
-            {"from": "human", "value": "<image>" * len(images) + "\n" + one.question},
-            {"from": "gpt", "value": one.answer},
-        ]
-        lines.append(json.dumps({"image": images, "conversations": turns}))
-    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
-    return tmp_path / "train.jsonl"
+    return write_conversations(tmp_path)
 
 
 def stop_and_resume(recipe, monkeypatch):
@@ -552,7 +481,7 @@ def test_nothing_is_exported_before_the_last_stage(recipe, tmp_path):
     # What has not begun may be changed; what has, not.
     others = ["stage_3.logits_chunk=64", "stage_2.steps=6"]
     distill(recipe(folder, *others), "seed")
-    with pytest.raises(ValueError, match="holds a run with another stage_1;"):
+    with pytest.raises(ValueError, match=r"holds a run with another stage_1\.learning_rate;"):
         distill(recipe(folder, *others, "stage_1.learning_rate=1"), "seed")
 
 

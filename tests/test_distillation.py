@@ -135,7 +135,7 @@ def gradients(distiller, batch, totals=None):
     return distiller.student_tensors(state)
 
 
-def true_layerwise_gradients(teacher, student, one_by_one):
+def true_layerwise_gradients(teacher, student, one_by_one, align="heads"):
     """By autograd over all layers at once, every conversation alone."""
     inputs, hooks = {}, []
     for index, layer in enumerate(teacher.model.layers):
@@ -143,19 +143,20 @@ def true_layerwise_gradients(teacher, student, one_by_one):
         def remember(module, args, kwargs, index=index):
             inputs[index] = args[0] if args else kwargs["hidden_states"]
 
-        def target(module, args, index=index):
-            inputs[-1 - index] = args[0]
+        def target(module, args, output, index=index):
+            inputs[-1 - index] = args[0] if align == "heads" else output
 
         hooks.append(layer.self_attn.register_forward_pre_hook(remember, with_kwargs=True))
-        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(target))
+        hooks.append(layer.self_attn.o_proj.register_forward_hook(target))
     squares, count = {index: 0.0 for index in mamba_mixers(student)}, 0
     for ids in one_by_one:
         with torch.no_grad():
             teacher(input_ids=ids[None])
         count += len(ids)
         for index, mixer in mamba_mixers(student).items():
-            heads = mixer.heads(inputs[index].clone())
-            squares[index] = squares[index] + (heads.flatten(2) - inputs[-1 - index]).square().mean(2).sum()
+            found = mixer.heads(inputs[index].clone()).flatten(2)
+            found = found if align == "heads" else found @ mixer.out_proj.weight.T
+            squares[index] = squares[index] + (found - inputs[-1 - index]).square().mean(2).sum()
     for hook in hooks:
         hook.remove()
     student.requires_grad_(True)
@@ -164,13 +165,15 @@ def true_layerwise_gradients(teacher, student, one_by_one):
     return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("align", ["heads", "output"])
 @pytest.mark.parametrize("collate", [pad, pack])
-def test_layerwise_gradients_are_those_of_all_layers_at_once(collate):
-    """Streaming, padding and packing change nothing."""
+def test_layerwise_gradients_are_those_of_all_layers_at_once(collate, align):
+    """Streaming, padding and packing change nothing. Output projections train if their outputs are compared."""
     teacher, student = pair(attention=(1,))
-    expected = true_layerwise_gradients(teacher, copy.deepcopy(student), [row["input_ids"] for row in rows()])
-    found = gradients(LayerwiseDistiller(teacher, student, 2), collate(rows(), pad_token_id=2))
-    assert set(found) == {name for name in expected if "out_proj" not in name}
+    ids = [row["input_ids"] for row in rows()]
+    expected = true_layerwise_gradients(teacher, copy.deepcopy(student), ids, align)
+    found = gradients(LayerwiseDistiller(teacher, student, 2, align=align), collate(rows(), pad_token_id=2))
+    assert set(found) == {name for name in expected if "out_proj" not in name or align == "output"}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9)
 
@@ -234,6 +237,54 @@ def test_stage_3_in_chunks_is_the_plain_loss_of_each_conversation_alone(collate,
     for name, parameter in student.named_parameters():
         if name in names:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-7, atol=1e-9)
+
+
+def test_reverse_divergence_is_that_of_the_student_from_the_teacher():
+    """arXiv 2306.08543, eq. 1: the student's expectation of log student - log teacher, in plain fp64."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 9, 13).double().requires_grad_(), 3 * torch.randn(2, 9, 13).double()
+    batch = {"input_ids": torch.zeros(2, 9, dtype=torch.long), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    batch["attention_mask"][1, 5:] = 0
+    head, options = torch.nn.Identity(), {"divergence": "reverse", "temperature": 1.7, "chunk_size": 4}
+
+    def plain(student):
+        total = 0.0
+        for q, p, valid in zip(
+            student.flatten(0, 1), teacher.flatten(0, 1), batch["attention_mask"].flatten(), strict=True
+        ):
+            q, p = ((x / 1.7).exp() / (x / 1.7).exp().sum() for x in (q, p))
+            total = total + valid * (q * (q.log() - p.log())).sum() * 1.7**2
+        return total / 14
+
+    def ours(student):
+        return distillation_loss(student, teacher, head, head, batch, **options)
+
+    torch.testing.assert_close(ours(student), plain(student), rtol=1e-12, atol=0)
+    found, expected = (torch.autograd.grad(loss(student), student)[0] for loss in (ours, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda x: kl_sum(x, teacher, 1.7, "reverse"), student)
+    assert not torch.isclose(ours(student), distillation_loss(student, teacher, head, head, batch, temperature=1.7))
+    # In half precision it is computed in fp32.
+    half, wide = (kl_sum(student.to(x), teacher.to(x), 1.7, "reverse") for x in (torch.bfloat16, torch.float32))
+    assert half.dtype == torch.float32 and torch.isclose(half, wide, rtol=0.02)
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.25])
+def test_stage_3_weighs_both_losses_and_learns_from_labels_without_a_teacher(kl_weight):
+    teacher, student = pair(attention=(1,))
+    batch = pad(rows(), pad_token_id=2)
+    with torch.no_grad():
+        logits, truth = student(**batch).logits, teacher(**batch).logits
+    valid, targets = batch["attention_mask"].bool(), batch["labels"][:, 1:]
+    p, q = truth[valid].log_softmax(-1), logits[valid].log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean()
+    hard = -logits[:, :-1][targets != -100].log_softmax(-1).gather(1, targets[targets != -100][:, None]).mean()
+    if not kl_weight:
+        teacher.model.forward = None  # must not run, even if it is there
+    for model in [teacher] if kl_weight else [teacher, None]:
+        distiller = EndToEndDistiller(model, student, kl_weight=kl_weight, hard_weight=0.5, chunk_size=7)
+        torch.testing.assert_close(distiller(**batch), kl_weight * kl + 0.5 * hard)
+        assert all(gradient.abs().max() > 0 for gradient in gradients(distiller, batch).values())
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -9,14 +9,16 @@ import sys
 
 import pytest
 import torch
-from conversations import answers_of, numbered, picture, same, turns, write_lines
+from conversations import answers_of, numbered, picture, processor_with, same, turns, write_lines
 from torch.utils.data import DataLoader
 
+from mmmamba.conversion.convert import chat_template
 from mmmamba.conversion.distillation.data import (
     BadRowCounter,
     ConversationDataset,
     ConversationEncoder,
     ConversationStream,
+    TileNormalizer,
     UnusableData,
     dataset,
     open_data,
@@ -532,3 +534,28 @@ def test_packing_concatenates_rows(rows):
     assert all((row["labels"] != -100).all() for row in labelled)
     assert torch.equal(batch["pixel_values"], torch.cat([row["pixel_values"] for row in rows]))
     assert set(pack(rows[:1])) == {"input_ids", "position_ids", "labels"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"image_mean": (0.1, 0.5, 0.77), "image_std": (1 / 3, 0.9, 0.11)},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 127.5},
+    ],
+)
+def test_tiles_travel_as_levels_and_are_normalised_to_the_last_bit(options):
+    made = processor_with(chat_template("internlm2-chat"))
+    for name, value in options.items():
+        setattr(made.image_processor, name, value)
+    images = [picture(96, 48), picture(), picture(40, 90)]
+    expected = made.image_processor(images, return_tensors="pt")["pixel_values"].float()
+    normalize = TileNormalizer(made.image_processor)
+    record = {"image": images, "conversations": turns("<image><image><image>What?", "This")}
+    row = ConversationEncoder(made)(record)
+    text = ConversationEncoder(made)({"conversations": turns("Hi", "Ho")})
+    for batch in (pad([text, row], 2), pack([row, text])):
+        assert batch["pixel_values"].dtype == torch.uint8
+        assert torch.equal(normalize(batch["pixel_values"]), expected)
+    assert normalize(expected) is expected

@@ -5,13 +5,16 @@ import re
 
 import pytest
 
+from mmmamba.conversion.distillation.changes import changed_keys, with_absolute_paths
 from mmmamba.conversion.distillation.cost import stage_costs
-from mmmamba.conversion.distillation.data.sources import DATASET_KEYS, FILE_KEYS
+from mmmamba.conversion.distillation.data.sources import DATASET_KEYS, DOCUMENT_KEYS, FILE_KEYS
 from mmmamba.conversion.distillation.recipe import (
     RECIPES,
+    AlignmentStage,
     EndToEndStage,
+    FineTuningStage,
     Recipe,
-    changed_keys,
+    Stage,
     dump_recipe,
     load_recipe,
 )
@@ -82,6 +85,29 @@ def test_overrides_reach_every_key():
         ("stage_1.warmup=1000", "do not fit into steps=200"),
         ("stage_3.trainable=head", "trainable='head' is unknown; choose one of mixers,"),
         ("stage_3.temperature=0", "temperature=0.0 must be above 0"),
+        ("stage_3.divergence=backward", "divergence='backward' is unknown; choose one of forward, reverse"),
+        ("stage_3.kl_weight=-1", "stage_3: kl_weight=-1.0 must be at least 0"),
+        ("stage_3={steps: 5, learning_rate: 1, kl_weight: 0}", "kl_weight=0 and hard_weight=0 leave nothing to learn"),
+        ("stage_3.on_policy=2", "on_policy=2.0 must lie between 0 and 1"),
+        ("stage_3.on_policy_tokens=0", "on_policy_tokens=0 be at least 1"),
+        (
+            "stage_3={steps: 5, learning_rate: 1, kl_weight: 0, on_policy: 1}",
+            "needs a teacher to compare answers with",
+        ),
+        ("stage_1.align=output", "no key stage_1.align"),
+        ("stage_2.align=block", "stage_2: align='block' is unknown; choose one of heads, output"),
+        ("stages=[4]", "needs stage_4, which is not given"),
+        ("stages=[3, 5]", "stages=[3, 5] must be some of 1, 2, 3 and 4"),
+        ("stage_4={steps: 5, learning_rate: 1, trainable: all}", "stage_4: trainable='all' is unknown; choose one of"),
+        ("stage_4={steps: 5, learning_rate: 1, logits_chunk: 0}", "stage_4: logits_chunk=0 must be at least 1"),
+        ("stage_4={steps: 5, learning_rate: 1, temperature: 2}", "no key stage_4.temperature"),
+        ("row_tokens=1", "row_tokens=1 must be at least 2"),
+        ("stage_1.row_tokens=[64, 64]", "stage_1: row_tokens=[64, 64] must grow, each for at least one of steps=200"),
+        ("stage_1.row_tokens=[1, 64]", "stage_1: row_tokens=[1, 64] must be at least 2"),
+        ("stage_1.row_tokens=[]", "stage_1: row_tokens=[] must grow"),
+        ("stage_1.row_tokens=[64, x]", "stage_1.row_tokens[1]='x' in the recipe is of the wrong type; it must be int"),
+        ("stage_1.row_tokens=many", "stage_1.row_tokens='many' in the recipe is of the wrong type; it must be int"),
+        ("stage_1.row_tokens=0", "stage_1: row_tokens=0 must be at least 2"),
         ("initialization=random", "choose one of mimic, inherited, scratch"),
         ("num_attention=2", "give both or neither"),
         ("stages=[3, 1]", "in order, each once"),
@@ -115,8 +141,9 @@ def test_the_guide_explains_every_key(tmp_path):
         {key for line in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", line.split("|")[1])}
         for table in re.findall(r"^\| key.*\n(?:\|.*\n)+", guide, re.MULTILINE)
     ]
-    ours = [{entry.name for entry in dataclasses.fields(kind)} for kind in (Recipe, EndToEndStage)]
-    assert tables == [*ours, {*FILE_KEYS, *DATASET_KEYS, "shapes"}]
+    stage_kinds = (Stage, AlignmentStage, EndToEndStage, FineTuningStage)
+    ours, *stages = ({entry.name for entry in dataclasses.fields(kind)} for kind in (Recipe, *stage_kinds))
+    assert tables == [ours, set.union(*stages), {*FILE_KEYS, *DATASET_KEYS, *DOCUMENT_KEYS, "shapes"}]
     (tmp_path / "my-recipe.yaml").write_text(re.search(r"```yaml\n(# my-recipe.yaml.*?)```", guide, re.DOTALL)[1])
     assert load_recipe(tmp_path / "my-recipe.yaml").strategy == "measured"
 
@@ -138,9 +165,74 @@ def test_a_recipes_cost_counts_what_each_stage_trains():
     assert measured["place"].tokens == 4 * 32 * 300
 
 
+def test_training_output_projections_in_stage_2_costs_three_products():
+    heads, output = (load_recipe("shapes-linear", [f"stage_2.align={align}"]) for align in ("heads", "output"))
+    config = load_teacher_config(heads)
+    found = [stage_costs(recipe, config, 300) for recipe in (heads, output)]
+    text, tokens = config.text_config, found[0][1].tokens
+    product = 2 * text.num_attention_heads * text.head_dim * text.hidden_size * text.num_hidden_layers
+    assert found[1][1].operations - found[0][1].operations == pytest.approx(3 * tokens * product)
+    assert found[1][0] == found[0][0] and found[1][2] == found[0][2]
+
+
+def test_a_stage_without_teacher_costs_less_by_that_teacher():
+    labels = ["stage_3.kl_weight=0", "stage_3.hard_weight=1"]
+    fine_tuning = "stage_4={steps: 2500, learning_rate: 1e-3}"  # as many steps of as many conversations
+    with_teacher, without = (
+        load_recipe("shapes-hybrid", more) for more in ([], [*labels, fine_tuning, "stages=[3, 4]"])
+    )
+    config = load_teacher_config(with_teacher)
+    *_, whole = stage_costs(with_teacher, config, 300)
+    third, fourth = stage_costs(without, config, 300)
+    assert third.operations == fourth.operations and third.tokens == fourth.tokens == whole.tokens
+    # The teacher's forward is at least two operations per parameter of its layers and head, and token.
+    assert whole.operations - third.operations > 2 * whole.tokens * config.text_config.vocab_size * 128
+
+
 def test_a_written_recipe_is_the_same_recipe(tmp_path):
     recipe = load_recipe("shapes-hybrid", ["stage_2.steps=500"])
     dump_recipe(recipe, tmp_path / "recipe.yaml")
     again = load_recipe(tmp_path / "recipe.yaml")
     assert again == recipe and changed_keys(again, recipe) == []
-    assert changed_keys(recipe, load_recipe("shapes-hybrid", ["output=x", "seed=3"])) == ["seed", "stage_2"]
+    changed = load_recipe("shapes-hybrid", ["output=x", "seed=3", "stage_3.learning_rate=1"])
+    assert changed_keys(recipe, changed) == ["seed", "stage_2.steps", "stage_3.learning_rate"]
+    assert changed_keys(recipe, changed, ignore=["stage_2"]) == ["seed", "stage_3.learning_rate"]
+
+
+def test_what_moves_memory_against_time_may_always_change():
+    old = load_recipe("shapes-hybrid")
+    moved = ["workers=3", "attn_implementation=sdpa", "stage_3.logits_chunk=64", "stage_3.gradient_checkpointing=true"]
+    moved += [f"stage_{number}.per_device_batch_size=4" for number in (1, 2, 3)]
+    assert changed_keys(old, load_recipe("shapes-hybrid", moved)) == []
+
+
+def test_paths_are_compared_by_where_they_lead(tmp_path, monkeypatch):
+    for name in ("teacher", "data", "data/images"):
+        (tmp_path / name).mkdir()
+    for name in ("train.jsonl", "other.jsonl", "held.jsonl"):
+        (tmp_path / "data" / name).write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+
+    def recipe(teacher="teacher", file="data/train.jsonl", root="data/images", held="data/held.jsonl", repeat=1):
+        return load_recipe(
+            "shapes-linear",
+            [
+                f"teacher={teacher}",
+                f"data=[{{file: {file}, root: {root}, repeat: {repeat}}}, {{dataset: a/b, data_files: x.json}}]",
+                f"held_out=[{{dataset: json, data_files: [{held}, 'https://x/y.json']}}]",
+            ],
+        )
+
+    recorded = with_absolute_paths(recipe())
+    assert recorded.data[1]["data_files"] == "x.json"  # a file of a repository
+    assert recorded.held_out[0]["data_files"] == [str(tmp_path / "data" / "held.jsonl"), "https://x/y.json"]
+    monkeypatch.chdir(tmp_path / "data")
+    same = recipe("../teacher", "./train.jsonl", tmp_path / "data" / "images", "held.jsonl")
+    assert changed_keys(recorded, same) == []
+    assert changed_keys(recorded, recipe("images", "train.jsonl", "images", "held.jsonl")) == ["teacher"]
+    assert changed_keys(recorded, recipe("../teacher", "other.jsonl", "images", "held.jsonl")) == ["data"]
+    assert changed_keys(recorded, recipe("../teacher", "train.jsonl", "images", "held.jsonl", 2)) == ["data"]
+    assert changed_keys(recorded, recipe("../teacher", "train.jsonl", "images", "train.jsonl")) == ["held_out"]
+    # What was moved is not called another file.
+    (tmp_path / "data" / "train.jsonl").rename(tmp_path / "moved.jsonl")
+    assert changed_keys(recorded, recipe("../teacher", "../moved.jsonl", "images", "held.jsonl")) == []

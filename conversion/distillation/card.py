@@ -8,7 +8,7 @@ from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.publish import Provenance, model_card
 
 from .data.sources import local_files
-from .recipe import Recipe, resolve_path
+from .recipe import STAGES, Recipe, resolve_path
 
 
 def student_card(name: str, config: MmMambaConfig, recipe: Recipe, results: dict[str, Any]) -> str:
@@ -20,9 +20,10 @@ def student_card(name: str, config: MmMambaConfig, recipe: Recipe, results: dict
         recipe: Names the teacher, the base model and the data.
         results: The content of results.json: what each stage did, and scores if there are any.
     """
-    stages = {n: results[f"stage_{n}"] for n in (1, 2, 3) if f"stage_{n}" in results}
+    stages = {n: results[f"stage_{n}"] for n in STAGES if f"stage_{n}" in results}
     training = [f"stage {n}: {stage['steps']:,} steps, {stage['tokens']:,} tokens" for n, stage in stages.items()]
-    entries = [entry for entry in recipe.data if isinstance(entry, dict)]
+    data = [*recipe.data, *(recipe.stage_data(4) if 4 in stages and recipe.stage_data(4) != recipe.data else ())]
+    entries = [entry for entry in data if isinstance(entry, dict)]
     scores = results.get("scores")
     evaluation = scores and EvalResult(
         task_type="image-text-to-text",
@@ -46,4 +47,5 @@ def _local_data(entry: dict[str, Any]) -> list[str]:
     """What an entry of `data` reads that is not on the Hub."""
     if "shapes" in entry:
         return ["the shapes picture world"]
-    return [str(entry["file"])] if "file" in entry else local_files(entry)
+    names = [str(entry[kind]) for kind in ("file", "documents") if kind in entry]
+    return names or local_files(entry)

@@ -1,17 +1,22 @@
 """Checkpoints of the Trainer that a kill cannot leave half-written: a marker file is written last.
 
-checkpoints/checkpoint-500/complete    {"processes": 8, "workers": 1}, how the data were read
+checkpoints/checkpoint-500/complete       {"processes": 8, "launch": "one process or DDP"}, how it was written
+                           stream-0.json  if the data are a stream: where process 0 stands in it
 """
 
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback, TrainingArguments
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, broadcast_object_list
+from transformers import TrainerCallback
 
-from mmmamba.conversion.shards import write_json
+from mmmamba.conversion.shards import read_json, write_json
+
+from .data.stream import StreamLoader
 
 
 MARKER = "complete"
@@ -19,7 +24,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class MarkCompleteCheckpoints(TrainerCallback):
-    """Marks a checkpoint once every process has written its part of it, with how many processes there were."""
+    """Adds to a checkpoint where its stream stands, and marks it once every process has written its part of it."""
 
     def on_step_end(self, args, state, control, **kwargs):
         # The last step is followed by the finished model. A run that resumed there would take a step too many.
@@ -27,15 +32,60 @@ class MarkCompleteCheckpoints(TrainerCallback):
             control.should_save = False
         return control
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args, state, control, train_dataloader=None, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if isinstance(train_dataloader, StreamLoader):
+            write_json(stream_file(folder), train_dataloader.state_dict())
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, data_readers(args))
+            write_json(folder / MARKER, launch())
 
 
-def data_readers(args: TrainingArguments) -> dict[str, int]:
-    """What the order of a stream depends on: processes, and each process's DataLoader workers."""
-    return {"processes": args.world_size, "workers": args.dataloader_num_workers}
+def launch() -> dict[str, Any]:
+    """How many processes there are, and which kind of launch, on which a checkpoint's files depend."""
+    state = AcceleratorState()
+    kind = "one process or DDP"
+    if state.distributed_type == DistributedType.FSDP:
+        plugin = state.fsdp_plugin
+        kind = f"FSDP{plugin.fsdp_version} ({plugin.state_dict_type.name})"
+    elif state.distributed_type == DistributedType.DEEPSPEED:
+        kind = f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
+    return {"processes": state.num_processes, "launch": kind}
+
+
+def check_launch(checkpoint: Path) -> str | None:
+    """What to warn of when this launch resumes a checkpoint, if anything.
+
+    Raises:
+        ValueError: if it cannot, as a launch of another kind wrote the checkpoint.
+    """
+    before, now = read_json(checkpoint / MARKER), launch()
+    advice = f"start it as before, or remove {checkpoint.parent} to train the stage from its first step"
+    if before.get("launch", now["launch"]) != now["launch"]:
+        raise ValueError(
+            f"{checkpoint} was written under {before['launch']} and this start is {now['launch']}, which cannot read "
+            f"it; {advice}."
+        )
+    if before["processes"] == now["processes"]:
+        return None
+    for condition, what in (
+        (now["launch"].startswith("DeepSpeed"), "its optimiser state is in as many parts"),
+        (stream_file(checkpoint, 0).is_file(), "a stream is split among them"),
+    ):
+        if condition:
+            raise ValueError(
+                f"{checkpoint} was written by {before['processes']} processes and this start has "
+                f"{now['processes']}, but {what}; {advice}."
+            )
+    return (
+        f"WARNING: {before['processes']} processes wrote it and {now['processes']} resume it; sums may differ in "
+        "their last digits."
+    )
+
+
+def stream_file(checkpoint: Path, process_index: int | None = None) -> Path:
+    """Where a checkpoint says how far a process, this one if not given, has read a stream."""
+    return checkpoint / f"stream-{PartialState().process_index if process_index is None else process_index}.json"
 
 
 def last_checkpoint(folder: Path) -> Path | None:

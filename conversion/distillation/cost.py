@@ -57,8 +57,10 @@ def stage_costs(recipe: Recipe, config: MmMambaConfig, tokens: int) -> list[Stag
         if number < 3:
             # No gradient of a layer's input: in_proj forward and its weight's gradient, the scan thrice.
             per_token = teacher + mamba_layers * (4 * in_proj + 3 * scan)
+            if number == 2 and stage.align == "output":  # forward, its weight's gradient and its input's
+                per_token += mamba_layers * 3 * 2 * query_width * hidden
         else:
-            if measured:
+            if measured and number == 3:
                 # The teacher and, once with each layer's replacement, the teacher again; both heads each time.
                 placement_tokens = recipe.measure_batches * stage.batch_size * tokens
                 per_token = (layers + 1) * teacher + layers * 2 * 2 * head
@@ -71,8 +73,10 @@ def stage_costs(recipe: Recipe, config: MmMambaConfig, tokens: int) -> list[Stag
                 trained += mamba_layers * 2 * query_width * hidden
             if stage.trainable == "decoder":
                 trained += layers * 2 * mlp + (layers - mamba_layers) * 2 * hidden * (2 * query_width + 2 * key_width)
-            # Both heads forward, the student's backward; the student's layers forward and backward.
-            per_token = teacher + 3 * 2 * head + 2 * student + recomputed + trained
+            # The student's head and layers forward and backward; the teacher's forward, if it runs.
+            per_token = 2 * 2 * head + 2 * student + recomputed + trained
+            if recipe.needs_teacher(number):
+                per_token += teacher + 2 * head
         costs.append(StageCost(number, total_tokens, total_tokens * per_token))
     return costs
 

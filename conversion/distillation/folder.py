@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -25,14 +25,10 @@ from accelerate.utils import gather_object
 from mmmamba.conversion.publish import remove_partial_folders
 from mmmamba.conversion.shards import read_json, write_json
 
+from .changes import SEEDING_KEYS, changed_keys, with_absolute_paths
 from .checkpoints import MARKER, from_main_process
-from .recipe import SEEDING_KEYS, Recipe, changed_keys, dump_recipe, load_recipe
-
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
+from .lock import ProcessLock, is_lock_file, left_behind
+from .recipe import STAGES, Recipe, dump_recipe, load_recipe
 
 
 class RunFolder:
@@ -49,23 +45,23 @@ class RunFolder:
         self.seeded, self.placed, self.model = (self.path / name for name in ("seeded", "placed", "model"))
 
     def stage(self, number: int) -> Path:
-        """The folder of stage 1, 2 or 3."""
+        """The folder of a stage."""
         return self.path / f"stage-{number}"
 
     def stage_model(self, number: int) -> Path:
-        """The student after stage 1, 2 or 3."""
+        """The student after a stage."""
         return self.stage(number) / "model"
 
     # --- state ---------------------------------------------------------------------------------------------------
 
     def is_finished(self, number: int) -> bool:
-        """Whether stage 1, 2 or 3 has its model."""
+        """Whether a stage has its model."""
         return self.stage_model(number).is_dir()
 
     def begun_stages(self) -> list[int]:
         """Stages that have a model, or a checkpoint to resume from."""
         checkpoint = f"checkpoints/checkpoint-*/{MARKER}"
-        return [n for n in (1, 2, 3) if self.is_finished(n) or any(self.stage(n).glob(checkpoint))]
+        return [n for n in STAGES if self.is_finished(n) or any(self.stage(n).glob(checkpoint))]
 
     def has(self, folder: Path, description: str) -> bool:
         """Whether a step's model folder exists, the same on every process; says so if it does."""
@@ -93,15 +89,15 @@ class RunFolder:
         """The newest student that a stage can start from, the same on every process; warns if a stage is missing.
 
         Args:
-            number: 1, 2 or 3.
-            placed: Whether the stage starts from the measured placement, if that exists.
+            number: Of the stage.
+            placed: Whether stage 3 and later ones start from the measured placement, if that exists.
 
         Raises:
             ValueError: if there is none.
         """
         candidates = [(f"stage {n}", self.stage_model(n), n) for n in range(number - 1, 0, -1)]
-        if placed:
-            candidates.insert(0, ("the placement", self.placed, 2))
+        if placed and number > 2:
+            candidates.insert(number - 3, ("the placement", self.placed, 2))
         candidates.append(("the seeded student", self.seeded, 0))
         found = from_main_process([i for i, (_, folder, _) in enumerate(candidates) if folder.is_dir()])
         if not found:
@@ -137,27 +133,30 @@ class RunFolder:
 
     @contextmanager
     def claim(self, recipe: Recipe) -> Iterator[None]:
-        """Makes the folder this recipe's, and no other process's, for the length of a `with` block.
+        """Makes the folder this recipe's, and no other launch's, for the length of a `with` block.
 
         Raises:
-            ValueError: if it holds a run with another recipe, or another process is running in it.
+            ValueError: if another launch is running in it, or it holds a run with another recipe.
             FileExistsError: if it is no run's folder.
             FileNotFoundError: if not all processes share it.
         """
-        self._check_recipe(recipe)
-        PartialState().wait_for_everyone()
-        lock, problem = None, None
-        if PartialState().is_main_process:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = self._lock()
-            if lock is None:
-                problem = f"Another process is running in {self.path}; wait for it, or give another output=FOLDER."
-            else:
-                dump_recipe(recipe, self.recipe_file)
-                remove_partial_folders(self.path)
+        process, problem = PartialState(), None
+        if process.is_main_process:
+            problem = self._check_is_run()
+            if problem is None:
+                self.path.mkdir(parents=True, exist_ok=True)
         if problem := from_main_process(problem):
-            raise ValueError(problem)
+            raise FileExistsError(problem)
+        lock = self._lock(process.process_index, process.num_processes)
         try:
+            # Only now: what another launch is writing is not to be removed.
+            if process.is_main_process:
+                problem = self._check_recipe(recipe)
+                if problem is None:
+                    dump_recipe(with_absolute_paths(recipe), self.recipe_file)
+                    remove_partial_folders(self.path)
+            if problem := from_main_process(problem):
+                raise ValueError(problem)
             if not all(gather_object([self.recipe_file.is_file()])):
                 raise FileNotFoundError(
                     f"Not every process sees {self.recipe_file}, which the first one wrote; give an output=FOLDER "
@@ -165,20 +164,58 @@ class RunFolder:
                 )
             yield
         finally:
-            if lock is not None:
-                lock.close()
+            lock.release()
 
-    def _check_recipe(self, recipe: Recipe) -> None:
-        if self.recipe_file.is_file():
-            if changed := changed_keys(load_recipe(self.recipe_file), recipe, ignore=self._unused_keys()):
-                raise ValueError(
-                    f"{self.path} holds a run with another {', '.join(changed)}; give another output=FOLDER, or "
-                    "remove this one to start anew."
-                )
-        elif self.path.is_dir() and any(
-            file.name not in (".lock", ".recipe.yaml.new") for file in self.path.iterdir()
-        ):
-            raise FileExistsError(f"{self.path} exists and is no run; give another output=FOLDER.")
+    def _lock(self, rank: int, num_processes: int) -> ProcessLock:
+        """This process's lock, taken; a ValueError on all processes if one of them cannot take its own."""
+        lock, holder = ProcessLock(self.path, rank), None
+        if self.path.is_dir():  # if not, the machines do not share it, which `claim` reports
+            holder = lock.acquire()
+            if holder is None and rank == 0:
+                holder = left_behind(self.path, num_processes)
+        holder = next(filter(None, gather_object([holder])), None)
+        if holder is not None:
+            lock.release()
+            raise ValueError(
+                f"Another start is running in {self.path}: {holder}; wait for it or end it, or give another "
+                "output=FOLDER."
+            )
+        if rank == 0 and not lock.sees_other_machines:
+            print(
+                f"WARNING: the file system of {self.path} has no locks, so a second start on another machine would "
+                "not be noticed."
+            )
+        return lock
+
+    def _check_is_run(self) -> str | None:
+        if self.recipe_file.is_file() or not self.path.is_dir():
+            return None
+        files = [file.name for file in self.path.iterdir()]
+        if all(name == ".recipe.yaml.new" or is_lock_file(name) for name in files):
+            return None
+        return f"{self.path} exists and is no run; give another output=FOLDER."
+
+    def _check_recipe(self, recipe: Recipe) -> str | None:
+        """What is wrong with going on here with this recipe; None if nothing is."""
+        if not self.recipe_file.is_file():
+            return None
+        try:
+            changed = changed_keys(load_recipe(self.recipe_file), recipe, ignore=self._unused_keys())
+        except ValueError as error:  # raised here, it would leave the other processes waiting
+            return f"{self.recipe_file}: {error}"
+        if not changed:
+            return None
+        again = f"remove {self.path} to start anew"
+        stages = {key.split(".")[0].replace("_", "-") for key in changed}
+        if all(name.startswith("stage-") for name in stages) and not self.model.is_dir():
+            first = min(int(name[-1]) for name in stages)
+            made = [f"{self.path / f'stage-{n}'}" for n in self.begun_stages() if n >= first]
+            made += [str(self.placed)] * (first < 3 and self.placed.is_dir())
+            again = f"remove {' and '.join(made)} to train from stage {first} on again"
+        return (
+            f"{self.path} holds a run with another {', '.join(changed)}; give another output=FOLDER, set "
+            f"{'it' if len(changed) == 1 else 'them'} as in {self.recipe_file}, or {again}."
+        )
 
     def _unused_keys(self) -> set[str]:
         """Keys that nothing depends on yet. After running out of memory at once, a stage may get other settings."""
@@ -188,20 +225,5 @@ class RunFolder:
         if not begun and not self.placed.is_dir():
             keys = {entry.name for entry in fields(Recipe)}
             return keys - SEEDING_KEYS if self.seeded.is_dir() else keys
-        unused = {f"stage_{number}" for number in (1, 2, 3) if number not in begun}
+        unused = {"stages", *(f"stage_{number}" for number in STAGES if number not in begun)}
         return unused if self.placed.is_dir() else unused | {"held_out", "measure_batches"}
-
-    def _lock(self) -> IO | None:
-        """The locked file `.lock`, which the system unlocks when this process ends; None if another one has it."""
-        file = (self.path / ".lock").open("w")
-        if fcntl is None:
-            return file
-        try:
-            # Not `flock`, which DataLoader workers inherit and hold until they notice that their parent was killed.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.close()
-            return None
-        except OSError:  # a file system without locks
-            pass
-        return file

@@ -1,8 +1,8 @@
 """Stages 1 and 2: every mixer learns the output of its layer's attention (arXiv 2502.13145, section 3.3).
 
 The teacher runs once. At each layer the student's mixer gets the input of the teacher's attention and is compared with
-the teacher's heads before the output projection. Its gradients are computed at once, so only one layer's activations
-are in memory at a time, and the student never runs as a whole.
+the teacher's heads before the output projection, or with the attention's output behind it. Its gradients are computed
+at once, so only one layer's activations are in memory at a time, and the student never runs as a whole.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,23 +33,33 @@ class LayerwiseDistiller(nn.Module):
 
     Args:
         teacher: A model whose layers are attention wherever the student's are Mamba-2.
-        student: Its mixers are trained, but for their output projections.
+        student: Its mixers are trained; their output projections only with `align="output"`.
         stage: 1 freezes the inherited value, key and query rows of `in_proj`; 2 trains them, too.
         include_padding: Whether padding counts, as it does upstream.
+        align: What is compared: `heads`, before the output projection, as published; or `output`, behind it, of the
+            whole mixer, as in MOHAWK (arXiv 2408.10189, section 3.2) and RADLADS (arXiv 2505.03005, step 1).
     """
 
     # FSDP shards it as one unit: a layer's gradients are computed inside this module's forward.
     _no_split_modules: list[str] = []  # noqa: RUF012
     accepts_loss_kwargs = True
 
-    def __init__(self, teacher, student: MmMambaForConditionalGeneration, stage: int, include_padding: bool = False):
+    def __init__(
+        self,
+        teacher: MmMambaForConditionalGeneration,
+        student: MmMambaForConditionalGeneration,
+        stage: int,
+        include_padding: bool = False,
+        align: str = "heads",
+    ):
         super().__init__()
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))  # no submodule
-        self.include_padding = include_padding
+        self.include_padding, self.align = include_padding, align
+        self.extra_positions_per_tile = teacher.config.extra_positions_per_tile
         self.mixers = nn.ModuleDict({str(index): mixer for index, mixer in mamba_mixers(student).items()})
         for mixer in self.mixers.values():
             mixer.requires_grad_(True)
-            mixer.out_proj.requires_grad_(False)
+            mixer.out_proj.requires_grad_(align == "output")
             if stage == 1:
                 parametrize.register_parametrization(
                     mixer.in_proj, "weight", _FrozenRows(mixer.splits[0]), unsafe=True
@@ -60,7 +70,7 @@ class LayerwiseDistiller(nn.Module):
         """`LOSS_SCALE` times the mean over layers of each mixer's mean squared error.
 
         Args:
-            num_items_in_batch: (3,), see `count_tokens`: what the means are over; counted in `batch` if not given.
+            num_items_in_batch: (4,), see `count_tokens`: what the means are over; counted in `batch` if not given.
             batch: The teacher's inputs; `labels` are not used.
         """
         return LOSS_SCALE / len(self.mixers) * self.errors(batch, num_items_in_batch).sum()
@@ -86,25 +96,26 @@ class LayerwiseDistiller(nn.Module):
         if self.include_padding:
             inputs.pop("attention_mask", None)
         if totals is None:
-            extra_per_tile = self.teacher.config.vision_config.extra_positions_per_tile
-            totals = count_tokens(batch, self.include_padding, extra_per_tile)
+            totals = count_tokens(batch, self.include_padding, self.extra_positions_per_tile)
         embedding, language = self._valid_positions(inputs)
         num_embedding_layers = self.teacher.config.text_config.num_embedding_layers
         errors: dict[str, Tensor] = {}
         grad_enabled = torch.is_grad_enabled()
 
-        def compare(layer: str, hidden_states: Tensor, teacher_heads: Tensor) -> None:
+        def compare(layer: str, hidden_states: Tensor, target: Tensor) -> None:
             mixer, in_embedding = self.mixers[layer], int(layer) < num_embedding_layers
             (mask, sequences), positions = (embedding, totals[2]) if in_embedding else (language, totals[0])
 
             def error(*_) -> Tensor:
                 # The teacher may be held in another dtype.
-                heads = mixer.heads(hidden_states.to(mixer.A_log.dtype), sequences)
-                target = teacher_heads.view_as(heads)
+                compute = mixer.heads if self.align == "heads" else mixer
+                found = compute(hidden_states.to(mixer.A_log.dtype), sequences)
+                expected = target.view_as(found)
                 if observe is not None:
-                    observe(int(layer), heads, target)
-                dtype = state_dtype(heads.dtype)
-                squared = (heads.to(dtype) - target.to(dtype)).square().mean((2, 3))  # (batch, length)
+                    observe(int(layer), found, expected)
+                dtype = state_dtype(found.dtype)
+                squared = (found.to(dtype) - expected.to(dtype)).square()
+                squared = squared.mean(tuple(range(2, squared.ndim)))  # (batch, length)
                 return squared[mask].sum() / positions
 
             with torch.set_grad_enabled(grad_enabled):
@@ -136,7 +147,7 @@ class LayerwiseDistiller(nn.Module):
 
     @contextmanager
     def _hook_attention(self, compare: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-        """Calls `compare(layer, input of the attention, its heads before o_proj)` while the teacher runs."""
+        """Calls `compare(layer, input of the attention, what the mixer is to give)` while the teacher runs."""
         hooks, inputs = [], {}
 
         def input_hook(layer):
@@ -145,9 +156,15 @@ class LayerwiseDistiller(nn.Module):
 
             return hook
 
-        def output_hook(layer):
+        def heads_hook(layer):
             def hook(module, args):
                 compare(layer, inputs.pop(layer), args[0])
+
+            return hook
+
+        def output_hook(layer):
+            def hook(module, args, output):
+                compare(layer, inputs.pop(layer), output)
 
             return hook
 
@@ -155,7 +172,10 @@ class LayerwiseDistiller(nn.Module):
             for layer in self.mixers:
                 attention = self.teacher.model.layers[int(layer)].self_attn
                 hooks.append(attention.register_forward_pre_hook(input_hook(layer), with_kwargs=True))
-                hooks.append(attention.o_proj.register_forward_pre_hook(output_hook(layer)))
+                if self.align == "heads":
+                    hooks.append(attention.o_proj.register_forward_pre_hook(heads_hook(layer)))
+                else:
+                    hooks.append(attention.o_proj.register_forward_hook(output_hook(layer)))
             yield
         finally:
             for hook in hooks:

@@ -24,23 +24,32 @@ def shift_labels(labels: Tensor) -> Tensor:
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
 
 
+def predicts_answer(batch: dict[str, Tensor]) -> Tensor:
+    """(batch, length) bool, true where the next token is an answer's: one with a label, or one in `answer_mask`."""
+    mask, labels = batch.get("answer_mask"), batch.get("labels")
+    if mask is not None:
+        return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    return torch.zeros_like(batch["input_ids"], dtype=torch.bool) if labels is None else shift_labels(labels) != -100
+
+
 def count_tokens(batch: dict[str, Tensor], include_padding: bool = False, extra_per_tile: int = 0) -> Tensor:
     """What means over a batch divide by.
 
     Args:
-        batch: `input_ids`, and `attention_mask`, `labels` and `pixel_values` if any.
+        batch: `input_ids`, and `attention_mask`, `labels`, `answer_mask` and `pixel_values` if any.
         include_padding: Whether padding counts.
         extra_per_tile: Positions of a tile in the embedding layers beyond its tokens, see `extra_positions_per_tile`.
 
     Returns:
-        (3,) int64: positions, those of them that predict an answer's token, and positions of the embedding layers.
+        (4,) int64: positions, those of them that predict an answer's token, positions of the embedding layers, and
+        positions whose next token has a label. The second and the last differ where a student wrote the answer.
     """
     mask = token_mask(batch)
     labels = batch.get("labels")
     positions = mask.numel() if include_padding else int(mask.sum())
-    answers = 0 if labels is None else int((shift_labels(labels) != -100).sum())
+    labelled = 0 if labels is None else int((shift_labels(labels) != -100).sum())
     tiles = 0 if batch.get("pixel_values") is None else len(batch["pixel_values"])
-    return torch.tensor([positions, answers, positions + tiles * extra_per_tile])
+    return torch.tensor([positions, int(predicts_answer(batch).sum()), positions + tiles * extra_per_tile, labelled])
 
 
 class _GradientsInForward(torch.autograd.Function):
@@ -71,47 +80,59 @@ def gradients_in_forward(compute: Callable[..., Tensor], *tensors: Tensor) -> Te
     return _GradientsInForward.apply(compute, *tensors) if torch.is_grad_enabled() else compute(*tensors)
 
 
-def kl_sum(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) at a temperature, summed over positions and vocabulary and times temperature squared.
+def kl_sum(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, divergence: str = "forward"
+) -> Tensor:
+    """KL divergence at a temperature, summed over positions and vocabulary and times temperature squared.
+
+    The forward divergence, KL(teacher || student), makes the student cover all that the teacher may say; the reverse
+    one, KL(student || teacher), keeps it to what the teacher would say (arXiv 2306.08543, eq. 1; 2306.13649, sec. 2).
 
     Args:
         student_logits, teacher_logits: (..., vocabulary), any float dtype; computed in at least fp32.
         temperature: Divides both logits.
+        divergence: `forward` or `reverse`.
 
     Returns:
-        A scalar. Upstream's loss is this over all positions, divided by the batch size.
+        A scalar. Upstream's loss is the forward one over all positions, divided by the batch size.
     """
     dtype = state_dtype(student_logits.dtype)
     student = F.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+    approximation, truth = (student, teacher) if divergence == "forward" else (teacher, student)
+    return F.kl_div(approximation, truth, reduction="sum", log_target=True) * temperature**2
 
 
 def distillation_loss(
     student_hidden: Tensor,
-    teacher_hidden: Tensor,
+    teacher_hidden: Tensor | None,
     student_head: nn.Module,
-    teacher_head: nn.Module,
+    teacher_head: nn.Module | None,
     batch: dict[str, Tensor],
     totals: Tensor | None = None,
     temperature: float = 1.0,
+    kl_weight: float = 1.0,
+    divergence: str = "forward",
     hard_weight: float = 0.0,
     answers_only: bool = False,
     include_padding: bool = False,
     chunk_size: int = 512,
 ) -> Tensor:
-    """Mean over tokens of KL(teacher || student), and of the cross entropy of the labels if it has a weight.
+    """Weighted means over tokens of the KL divergence of teacher and student and of the labels' cross entropy.
 
     Args:
         student_hidden, teacher_hidden: (batch, length, hidden), the last hidden states, which the heads read.
-        student_head, teacher_head: From hidden states to logits; without gradients of their own.
+        student_head, teacher_head: From hidden states to logits; without gradients of their own. The teacher's two may
+            be None if `kl_weight` is 0.
         batch: `input_ids` (batch, length), and `attention_mask` and `labels` of that shape if any; padding is left
-            out, and labels are -100 where there is no answer.
-        totals: (2 or more,), positions and answers that the means are over, see `count_tokens`; those of `batch` if
-            not given.
+            out, and labels are -100 where there is no answer. `answer_mask`, if there is one, says instead of the
+            labels which tokens are answers' (a student's own, for which there are no labels).
+        totals: (4,), what the means are over, see `count_tokens`; counted in `batch` if not given.
         temperature: Softens both distributions.
+        kl_weight: Weight of the KL divergence.
+        divergence: See `kl_sum`.
         hard_weight: Weight of the cross entropy.
-        answers_only: Whether only positions that predict an answer's token count.
+        answers_only: Whether the KL divergence counts only positions that predict an answer's token.
         include_padding: Whether padding counts, as it does upstream.
         chunk_size: Positions whose logits exist at once.
 
@@ -126,27 +147,32 @@ def distillation_loss(
         raise ValueError(f"answers_only={answers_only} and hard_weight={hard_weight} need labels; give them.")
     if totals is None:
         totals = count_tokens(batch, include_padding)
-    positions, answers = (total.clamp(min=1).to(student_hidden.device) for total in totals[:2])
+    positions, answers, _, labelled = totals.clamp(min=1).to(student_hidden.device)
 
     kl_mask = torch.ones_like(batch["input_ids"], dtype=torch.bool) if include_padding else token_mask(batch)
     targets = torch.full_like(batch["input_ids"], -100) if labels is None else shift_labels(labels)
     if answers_only:
-        kl_mask, positions = targets != -100, answers
+        kl_mask, positions = predicts_answer(batch), answers
+    if not kl_weight:
+        kl_mask = torch.zeros_like(kl_mask)
     used = kl_mask | (targets != -100) if hard_weight else kl_mask
-    student_hidden, teacher_hidden = student_hidden[used], teacher_hidden[used]
-    kl_mask, targets = kl_mask[used], targets[used]
+    student_hidden, kl_mask, targets = student_hidden[used], kl_mask[used], targets[used]
+    if kl_weight:
+        teacher_hidden = teacher_hidden[used]
 
     def chunk_loss(chunk: slice) -> Callable[[Tensor], Tensor]:
         def loss(hidden: Tensor) -> Tensor:
-            logits = student_head(hidden)
-            with torch.no_grad():
-                teacher_logits = teacher_head(teacher_hidden[chunk])
-            loss = kl_sum(logits[kl_mask[chunk]], teacher_logits[kl_mask[chunk]], temperature) / positions
+            logits, loss = student_head(hidden), 0.0
+            if kl_weight:
+                with torch.no_grad():
+                    teacher_logits = teacher_head(teacher_hidden[chunk])
+                kl = kl_sum(logits[kl_mask[chunk]], teacher_logits[kl_mask[chunk]], temperature, divergence)
+                loss = kl_weight * kl / positions
             if hard_weight:
                 hard = F.cross_entropy(
                     logits.to(state_dtype(logits.dtype)), targets[chunk], ignore_index=-100, reduction="sum"
                 )
-                loss = loss + hard_weight * hard / answers
+                loss = loss + hard_weight * hard / labelled
             return loss
 
         return loss

@@ -23,7 +23,10 @@ RECIPES = Path(__file__).with_name("recipes")
 INITIALIZATIONS = ("mimic", "inherited", "scratch")
 STRATEGIES = ("head-interleaved", "tail-interleaved", "head-stacked", "tail-stacked", "measured")
 MOST_VALUES = 100_000  # of a recipe
+STAGES = (1, 2, 3, 4)  # layer by layer (1, 2), end to end (3), supervised fine-tuning (4)
 TRAINABLE = ("mixers", "mixers+o_proj", "decoder")
+ALIGNMENTS = ("heads", "output")
+DIVERGENCES = ("forward", "reverse")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Stage:
         per_device_batch_size: Conversations per micro-batch of a process.
         min_lr_ratio: See `decay`.
         include_padding: Whether losses are means over padding, too, as they are upstream.
+        row_tokens: Tokens of a row of a document; the recipe's if not given. Several numbers, from short to long,
+            share the steps evenly, one after the other; then `batch_size` counts rows of the longest, and each of
+            them is cut into shorter ones, so that a step has as many tokens throughout. Conversations stay whole.
     """
 
     steps: int
@@ -49,6 +55,7 @@ class Stage:
     per_device_batch_size: int = 32
     min_lr_ratio: float = 0.0
     include_padding: bool = False
+    row_tokens: int | list[int] | None = None
 
     def __post_init__(self):
         for name in ("steps", "learning_rate", "batch_size", "per_device_batch_size"):
@@ -61,6 +68,27 @@ class Stage:
             )
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio={self.min_lr_ratio} must lie between 0 and 1.")
+        lengths = self.row_tokens if isinstance(self.row_tokens, list) else [self.row_tokens]
+        if not 0 < len(lengths) <= self.steps or sorted(set(lengths)) != lengths:
+            raise ValueError(f"row_tokens={lengths} must grow, each for at least one of steps={self.steps}.")
+        if self.row_tokens is not None and lengths[0] < 2:
+            raise ValueError(f"row_tokens={self.row_tokens} must be at least 2.")
+
+
+@dataclass(frozen=True)
+class AlignmentStage(Stage):
+    """Stage 2's schedule and what it compares.
+
+    Args:
+        align: `heads`, before the output projection, as published; or `output`, behind it, and the output projection
+            trains, too (arXiv 2408.10189, 2505.03005).
+    """
+
+    align: str = "heads"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_choice("align", self.align, ALIGNMENTS)
 
 
 @dataclass(frozen=True)
@@ -71,27 +99,73 @@ class EndToEndStage(Stage):
         trainable: What trains: `mixers` (as published), `mixers+o_proj` (their output projections, too), or `decoder`
             (all layers with MLPs and norms, and the attention layers of a hybrid).
         temperature: Softens both distributions.
-        hard_weight: Weight of the answers' cross entropy beside the KL divergence.
+        kl_weight: Weight of the KL divergence. With 0 the student learns from the labels alone and no teacher runs.
+        divergence: `forward`, KL(teacher || student), or `reverse`, KL(student || teacher).
+        hard_weight: Weight of the answers' cross entropy beside it; in documents every token is an answer's.
         answers_only: Whether the KL divergence counts only where an answer's token is predicted.
+        on_policy: Share of the micro-batches whose answers the student writes itself (arXiv 2306.13649): those of
+            conversations from the first one on, and the second half of a row of a document.
+        on_policy_tokens: Most tokens of such an answer.
+        on_policy_temperature: Of sampling it; 0 for greedy answers.
         gradient_checkpointing: Recompute each layer's activations in the backward pass instead of storing them.
         logits_chunk: Positions whose logits exist at once.
     """
 
     trainable: str = "mixers"
     temperature: float = 1.0
+    kl_weight: float = 1.0
+    divergence: str = "forward"
     hard_weight: float = 0.0
     answers_only: bool = False
+    on_policy: float = 0.0
+    on_policy_tokens: int = 128
+    on_policy_temperature: float = 1.0
     gradient_checkpointing: bool = False
     logits_chunk: int = 512
 
     def __post_init__(self):
         super().__post_init__()
         _check_choice("trainable", self.trainable, TRAINABLE)
+        _check_choice("divergence", self.divergence, DIVERGENCES)
         if self.temperature <= 0 or self.hard_weight < 0 or self.logits_chunk < 1:
             raise ValueError(
                 f"temperature={self.temperature} must be above 0, hard_weight={self.hard_weight} at least 0 and "
                 f"logits_chunk={self.logits_chunk} at least 1."
             )
+        if self.kl_weight < 0:
+            raise ValueError(f"kl_weight={self.kl_weight} must be at least 0.")
+        if not 0 <= self.on_policy <= 1 or self.on_policy_tokens < 1 or self.on_policy_temperature < 0:
+            raise ValueError(
+                f"on_policy={self.on_policy} must lie between 0 and 1, on_policy_tokens={self.on_policy_tokens} be at "
+                f"least 1 and on_policy_temperature={self.on_policy_temperature} at least 0."
+            )
+        if self.on_policy and not self.kl_weight:
+            raise ValueError(
+                f"on_policy={self.on_policy} needs a teacher to compare answers with; make kl_weight greater than 0."
+            )
+        if not self.kl_weight and not self.hard_weight:
+            raise ValueError("kl_weight=0 and hard_weight=0 leave nothing to learn; make one of them greater than 0.")
+
+
+@dataclass(frozen=True)
+class FineTuningStage(Stage):
+    """Stage 4's schedule: supervised fine-tuning on labels, without the teacher.
+
+    Args:
+        trainable, gradient_checkpointing, logits_chunk: As in stage 3.
+        data: What it trains on, as the recipe's `data`, which it is if not given.
+    """
+
+    trainable: str = "decoder"
+    gradient_checkpointing: bool = False
+    logits_chunk: int = 512
+    data: list | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_choice("trainable", self.trainable, TRAINABLE)
+        if self.logits_chunk < 1:
+            raise ValueError(f"logits_chunk={self.logits_chunk} must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -101,18 +175,18 @@ class Recipe:
     Args:
         teacher: Model folder whose layers are all attention.
         output: Folder of the run, which is resumed if it exists.
-        data: Sources of conversations, see `mmmamba.conversion.distillation.data.open_data`.
+        data: Sources of conversations and documents, see `mmmamba.conversion.distillation.data.open_data`.
         name: What the student is called; the output folder's name if not given.
         attention_layers: Layers that stay attention.
         num_attention: Or how many, placed by `strategy`. With neither key the student is linear.
         strategy: One of the published placements, or `measured`: the layers whose Mamba-2 replacement costs most.
         measure_batches: Batches of stage 3's `batch_size` on which `measured` measures.
-        held_out: Sources of conversations to measure on, which no stage trains on; the picture world has its own.
+        held_out: Sources like those of `data` to measure on, which no stage trains on; the picture world has its own.
         initialization: `mimic` as published; `inherited` without the parameters that mimic linear attention; `scratch`
             without queries, keys and values, too.
         seed: Of new parameters, data order and all else that is random.
-        stages: Which of 1, 2 and 3 run.
-        stage_1, stage_2, stage_3: Their schedules.
+        stages: Which of 1 to 4 run.
+        stage_1, stage_2, stage_3, stage_4: Their schedules.
         betas: AdamW's.
         weight_decay: On matrices and convolutions.
         clip: Largest gradient norm; 0 for none.
@@ -121,7 +195,8 @@ class Recipe:
         dtype: Of the exported weights.
         teacher_dtype: Of the teacher's weights while it runs.
         max_tokens: Longer conversations are bad rows.
-        packing: Several conversations in one row, without padding.
+        row_tokens: Documents are cut into rows of as many tokens.
+        packing: Several rows in one, without padding.
         bad_share: Largest share of bad rows.
         workers: DataLoader workers per process.
         save_every: Steps between checkpoints.
@@ -143,8 +218,9 @@ class Recipe:
     seed: int = 0
     stages: list[int] = field(default_factory=lambda: [1, 2, 3])
     stage_1: Stage | None = None
-    stage_2: Stage | None = None
+    stage_2: AlignmentStage | None = None
     stage_3: EndToEndStage | None = None
+    stage_4: FineTuningStage | None = None
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.05
     clip: float = 5.0
@@ -153,6 +229,7 @@ class Recipe:
     dtype: str = "bfloat16"
     teacher_dtype: str = "float32"
     max_tokens: int | None = None
+    row_tokens: int = 512
     packing: bool = False
     bad_share: float = 0.01
     workers: int = 1
@@ -175,8 +252,8 @@ class Recipe:
             )
         if self.strategy is not None and self.attention_layers is not None:
             raise ValueError("attention_layers and strategy are two ways to say the same; give one of them.")
-        if sorted(set(self.stages)) != self.stages or not set(self.stages) <= {1, 2, 3}:
-            raise ValueError(f"stages={self.stages} must be some of 1, 2 and 3, in order, each once.")
+        if sorted(set(self.stages)) != self.stages or not set(self.stages) <= set(STAGES):
+            raise ValueError(f"stages={self.stages} must be some of 1, 2, 3 and 4, in order, each once.")
         for stage in self.stages:
             if self.stage(stage) is None:
                 raise ValueError(f"stages={self.stages} needs stage_{stage}, which is not given.")
@@ -195,18 +272,24 @@ class Recipe:
                     raise ValueError(f"{name}={getattr(self, name)} must be at least {minimum}.")
 
     def stage(self, number: int) -> Stage | None:
-        """The schedule of stage 1, 2 or 3."""
+        """The schedule of a stage, None if it is not given."""
         return getattr(self, f"stage_{number}")
+
+    def needs_teacher(self, number: int) -> bool:
+        """Whether the teacher runs in a stage."""
+        return number < 3 or (number == 3 and self.stage(number).kl_weight > 0)
+
+    def stage_data(self, number: int) -> list:
+        """What a stage trains on: its own `data`, else the recipe's."""
+        own = getattr(self.stage(number), "data", None)
+        return self.data if own is None else own
 
 
 MINIMUMS = {
     0: ("seed", "weight_decay", "clip", "workers", "evaluate"),
     1: ("measure_batches", "max_tokens", "save_every", "log_every"),
+    2: ("row_tokens",),
 }
-# Keys that change no weight, so that they may differ when a run is resumed.
-KEYS_WITHOUT_EFFECT = {"output", "name", "bad_share", "workers", "save_every", "log_every", "evaluate", "base_model"}
-# Keys that the seeded student depends on.
-SEEDING_KEYS = {"teacher", "attention_layers", "num_attention", "strategy", "initialization", "seed"}
 
 
 def load_recipe(source: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -252,15 +335,6 @@ def load_recipe(source: str | Path, overrides: typing.Sequence[str] = ()) -> Rec
 def dump_recipe(recipe: Recipe, file: Path) -> None:
     """Writes a recipe with every value, given or default."""
     write_text(file, yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
-
-
-def changed_keys(old: Recipe, new: Recipe, ignore: typing.Collection[str] = ()) -> list[str]:
-    """Keys that affect the weights and differ between two recipes, without those in `ignore`."""
-    return [
-        entry.name
-        for entry in dataclasses.fields(Recipe)
-        if entry.name not in {*KEYS_WITHOUT_EFFECT, *ignore} and getattr(old, entry.name) != getattr(new, entry.name)
-    ]
 
 
 def resolve_path(path: str) -> Path:
@@ -327,7 +401,9 @@ def _convert(kind, value, key: str):
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and type(None) in options:
         return None
-    (kind,) = (option for option in options if option is not type(None))
+    kinds = [option for option in options if option is not type(None)]
+    # Of several the one that fits; the first, which the error names, if none does.
+    kind = next((option for option in kinds if isinstance(value, typing.get_origin(option) or option)), kinds[0])
     if dataclasses.is_dataclass(kind):
         if isinstance(value, dict):
             return _from_dict(kind, value, f"{key}.")

@@ -1,18 +1,24 @@
 """`mmmamba distill`: runs a recipe, or resumes it where it stopped. What a run leaves is described in `folder`."""
 
 import argparse
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
 from .cost import cost_table, stage_costs
+from .data.check import DataReport, check_data
+from .data.training_data import TrainingData
 from .folder import RunFolder
-from .recipe import Recipe, load_recipe
+from .memory import memory_table
+from .recipe import STAGES, Recipe, load_recipe, resolve_path
 from .stages import Run, export, load_teacher_config, place, seed, train
 
 
-STEPS = ("seed", "1", "2", "3", "export")
+STEPS = ("seed", *map(str, STAGES), "export")
 
 
 def distill(recipe: Recipe, only: str | None = None) -> Path:
@@ -31,8 +37,8 @@ def distill(recipe: Recipe, only: str | None = None) -> Path:
     """
     run = Run(recipe)
     steps = STEPS if only is None else (only,)
-    stages = [n for n in (1, 2, 3) if str(n) in steps and (only is not None or n in recipe.stages)]
-    with run.folder.claim(recipe):
+    stages = [n for n in STAGES if str(n) in steps and (only is not None or n in recipe.stages)]
+    with run.folder.claim(recipe), _quiet_unless(run.is_main):
         if not all(run.folder.is_finished(number) for number in stages):
             run.data.check()
         if "seed" in steps:
@@ -46,17 +52,47 @@ def distill(recipe: Recipe, only: str | None = None) -> Path:
     return run.folder.path
 
 
+@contextmanager
+def _quiet_unless(is_main: bool) -> Iterator[None]:
+    """Leaves warnings, which all processes have alike, to the main one."""
+    if is_main:
+        yield
+        return
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def run(args: argparse.Namespace) -> None:
     """Runs `mmmamba distill`."""
-    disable_progress_bar()  # of loading weights; training has its own
+    logging.disable_progress_bar()  # of loading weights; training has its own
     recipe = load_recipe(args.recipe, args.overrides)
     if args.cost is not None:
         if args.cost < 1:
             raise ValueError(f"--cost {args.cost} is no number of tokens per conversation; give 1 or more.")
-        print(cost_table(stage_costs(recipe, load_teacher_config(recipe), args.cost), args.cost))
+        config = load_teacher_config(recipe)
+        print(cost_table(stage_costs(recipe, config, args.cost), args.cost))
+        print(f"\n{memory_table(recipe, config)}")
+        return
+    if args.check_data is not None:
+        print(_check_data(recipe, args.check_data))
         return
     folder = RunFolder(distill(recipe, args.only))
     if PartialState().is_main_process:
         for key, value in folder.results().items():
             if key.startswith("stage_") and value["loss"] is not None:
                 print(f"{key.replace('_', ' ')}: loss {value['loss']:.4g} after {value['tokens']:,} tokens")
+
+
+def _check_data(recipe: Recipe, num_rows: int) -> DataReport:
+    """Reads rows as the first stage does. Needs the teacher's tokenizer and configuration, but not its weights."""
+    if not recipe.stages:
+        raise ValueError("stages=[] reads no data; name the stages whose data to check.")
+    load_teacher_config(recipe)
+    dataset = TrainingData(recipe, resolve_path(recipe.teacher)).for_stage(recipe.stages[0])
+    return check_data(dataset, num_rows, recipe.seed, recipe.workers, recipe.bad_share)

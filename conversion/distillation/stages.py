@@ -1,4 +1,4 @@
-"""The steps of a run: seed a student, train it in stages 1, 2 and 3, place attention layers by measurement, export.
+"""The steps of a run: seed a student, train it in its stages, place attention layers by measurement, export.
 
 Each makes one model folder and does nothing if that exists.
 """
@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 from transformers import TrainingArguments, set_seed
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
@@ -32,12 +31,13 @@ from mmmamba.conversion.shards import ShardReader, ShardWriter, read_json, write
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 from .card import student_card
-from .checkpoints import MARKER, data_readers, last_checkpoint
-from .data import BadRowCounter, ConversationDataset
+from .checkpoints import check_launch, last_checkpoint, stream_file
+from .data import BadRowCounter, ConversationStream
 from .data.training_data import TrainingData
 from .end_to_end import EndToEndDistiller
 from .folder import RunFolder
 from .layerwise import LayerwiseDistiller
+from .on_policy import AnswerWriter
 from .placement import costliest_layers, replacement_kl
 from .recipe import Recipe, resolve_path
 from .trainer import DistillationTrainer, gradient_accumulation_steps, plot_losses, training_arguments
@@ -126,7 +126,7 @@ def seed(run: Run) -> None:
 
 
 def train(run: Run, number: int) -> None:
-    """Runs stage 1, 2 or 3, or resumes it, and makes `stage-N/`.
+    """Runs a stage, or resumes it, and makes `stage-N/`.
 
     Raises:
         ValueError: if the recipe has no such stage, or the run's folder is not ready for it.
@@ -140,12 +140,13 @@ def train(run: Run, number: int) -> None:
         run.folder.remove(checkpoints)
         return
     run.folder.check_order(number)
-    before = run.folder.student_before(number, placed=number == 3 and recipe.strategy == "measured")
+    before = run.folder.student_before(number, placed=recipe.strategy == "measured")
     dataset = run.data.for_stage(number)
     args = training_arguments(recipe, number, checkpoints)
-    teacher_size = sum(parameter.numel() for parameter in run.teacher.parameters())
+    teacher_size = sum(spec.numel() for spec in expected_specs(run.teacher_config).values())
     set_seed(recipe.seed + number)
-    distiller = _distiller(run, number, run.load(before, torch.float32).train())
+    teacher = run.teacher if recipe.needs_teacher(number) else None
+    distiller = make_distiller(recipe, number, teacher, run.load(before, torch.float32).train())
     trained, summary = _count_trained(distiller, teacher_size)
     if run.is_main:
         print(f"stage {number}: {summary}")
@@ -154,18 +155,33 @@ def train(run: Run, number: int) -> None:
         # Left by a start that made no checkpoint, perhaps with other data.
         run.folder.remove(folder / "logs", folder / "bad_rows.jsonl")
         PartialState().wait_for_everyone()
-    else:
-        _check_resume(number, checkpoint, args, isinstance(dataset, IterableDataset), run.is_main)
+    elif isinstance(dataset, ConversationStream):
+        _load_position(dataset, checkpoint, recipe.workers, run.is_main)
     bad_rows = BadRowCounter(
         recipe.bad_share,
         folder / "bad_rows.jsonl",
         writes=run.is_main,
-        num_records=dataset.num_records if isinstance(dataset, ConversationDataset) else None,
+        num_records=getattr(dataset, "num_records", None),
         seen=int(checkpoint.name.removeprefix("checkpoint-")) * stage.batch_size if checkpoint else 0,
     )
+    writer = _answer_writer(run, number, args)
     trainer = DistillationTrainer(
-        distiller, args, dataset, run.data.collate, stage, recipe.precision, bad_rows, folder / "logs"
+        distiller,
+        args,
+        dataset,
+        run.data.collate,
+        run.data.normalize,
+        stage,
+        recipe.precision,
+        bad_rows,
+        folder / "logs",
+        writer,
     )
+    warning = check_launch(checkpoint) if checkpoint else None
+    if checkpoint and run.is_main:
+        print(f"stage {number}: resumes from {checkpoint}")
+        if warning:
+            print(warning)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
@@ -259,23 +275,53 @@ def export(run: Run) -> None:
     print(f"written to {destination}")
 
 
-def _distiller(run: Run, number: int, student: MmMambaForConditionalGeneration) -> nn.Module:
-    stage = run.recipe.stage(number)
+def make_distiller(recipe: Recipe, number: int, teacher: nn.Module | None, student: nn.Module) -> nn.Module:
+    """The module that a stage trains, with `requires_grad` set. Teacher and student are changed.
+
+    The teacher may be None where `recipe.needs_teacher(number)` is false.
+    """
+    stage = recipe.stage(number)
     if number < 3:
-        return LayerwiseDistiller(run.teacher, student, number, stage.include_padding)
+        align = stage.align if number == 2 else "heads"
+        return LayerwiseDistiller(teacher, student, number, stage.include_padding, align)
     if stage.gradient_checkpointing:
         # The second name is that of Transformers before 5.23.
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable()
+    if number == 4:
+        return EndToEndDistiller(
+            None, student, stage.trainable, kl_weight=0.0, hard_weight=1.0, chunk_size=stage.logits_chunk
+        )
     return EndToEndDistiller(
-        run.teacher,
+        teacher,
         student,
         stage.trainable,
         temperature=stage.temperature,
+        kl_weight=stage.kl_weight,
+        divergence=stage.divergence,
         hard_weight=stage.hard_weight,
         answers_only=stage.answers_only,
         include_padding=stage.include_padding,
         chunk_size=stage.logits_chunk,
+    )
+
+
+def _answer_writer(run: Run, number: int, args: TrainingArguments) -> AnswerWriter | None:
+    stage = run.recipe.stage(number)
+    if number != 3 or not stage.on_policy:
+        return None
+    ends = run.teacher.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), run.data.tokenizer.eos_token_id} - {None}
+    return AnswerWriter(
+        stage.on_policy,
+        stage.on_policy_tokens,
+        stage.on_policy_temperature,
+        ends,
+        run.data.pad_token_id,
+        run.data.collate,
+        args.data_seed,
+        args.process_index,
+        run.data.normalize,
     )
 
 
@@ -292,21 +338,18 @@ def _count_trained(distiller: nn.Module, teacher_size: int) -> tuple[dict[str, i
     return counts, f"{total:,} parameters train, {total / teacher_size:.1%} of the teacher's {teacher_size:,}: {words}"
 
 
-def _check_resume(number: int, checkpoint: Path, args: TrainingArguments, streaming: bool, is_main: bool) -> None:
-    """Refuses to resume a stream with other readers, which would change its order; says what is resumed."""
-    before, now = read_json(checkpoint / MARKER), data_readers(args)
-    if before != now and streaming:
+def _load_position(stream: ConversationStream, checkpoint: Path, workers: int, is_main: bool) -> None:
+    """Lets a stream begin where a checkpoint ends. Raises ValueError if that does not say where."""
+    if not stream_file(checkpoint, 0).is_file():
         raise ValueError(
-            f"{checkpoint} was read by {before} and this run reads by {now}, which changes the order of a stream; "
-            "start it with as many processes and workers as before."
+            f"{checkpoint} does not say how far its stream was read, as an older version wrote it; remove "
+            f"{checkpoint.parent} to train the stage from its first step."
         )
-    if is_main:
-        print(f"stage {number}: resumes from {checkpoint}")
-        if before["processes"] != now["processes"]:
-            print(
-                f"WARNING: {before['processes']} processes wrote it and {now['processes']} resume it; sums may differ "
-                "in their last digits."
-            )
+    if stream_file(checkpoint).is_file():  # if not, there are more processes now, which the checkpoint's launch tells
+        stream.load_state_dict(read_json(stream_file(checkpoint)))
+    used = stream.num_workers(workers)
+    if is_main and used != workers:
+        print(f"The stream goes on with {used} workers per process, not {workers}, so that its order stays.")
 
 
 def _score(run: Run, folder: Path) -> bool:

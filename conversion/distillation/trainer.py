@@ -13,15 +13,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .checkpoints import MarkCompleteCheckpoints
-from .data import BadRowCounter
+from .data import BadRowCounter, ConversationStream, StreamLoader, TileNormalizer
+from .data.curriculum import CurriculumSampler, LengthCurriculum
 from .losses import count_tokens
+from .on_policy import AnswerWriter
 from .recipe import Recipe, Stage
 
 
@@ -42,7 +45,7 @@ def training_arguments(recipe: Recipe, number: int, folder: Path) -> TrainingArg
 
     Args:
         recipe: Of the run.
-        number: 1, 2 or 3.
+        number: Of the stage.
         folder: Of the stage's checkpoints.
     """
     stage, seed = recipe.stage(number), recipe.seed + number
@@ -93,10 +96,15 @@ class DistillationTrainer(Trainer):
         args: See `training_arguments`.
         dataset: See `TrainingData.for_stage`.
         collate: From rows to a batch.
+        normalize: From the tiles of a batch to those that models read.
         stage: Its schedule.
         precision: `bf16` (autocast) or `fp32`.
         bad_rows: Counts the rows that could not be read.
         logs: Folder of the TensorBoard logs.
+        answer_writer: Replaces answers by the student's own, see `on_policy`; None for none.
+
+    Raises:
+        ValueError: if the student is to write answers and its weights are sharded.
     """
 
     def __init__(
@@ -105,13 +113,23 @@ class DistillationTrainer(Trainer):
         args: TrainingArguments,
         dataset: Dataset,
         collate: Callable[[list[dict]], dict],
+        normalize: TileNormalizer,
         stage: Stage,
         precision: str,
         bad_rows: BadRowCounter,
         logs: Path,
+        answer_writer: AnswerWriter | None = None,
     ):
         self.bad_rows, self.include_padding, self.precision = bad_rows, stage.include_padding, precision
+        self.answer_writer, self.normalize = answer_writer, normalize
+        # A stream begins where its checkpoint says; of other data the Trainer skips what was read.
+        args.ignore_data_skip = isinstance(dataset, ConversationStream)
         super().__init__(distiller, args, data_collator=collate, train_dataset=dataset)
+        if answer_writer is not None and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "on_policy lets every process write answers of its own, which needs whole weights on each; start "
+                "without FSDP (several GPUs without sharding, or ZeRO-2), or set on_policy=0."
+            )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(MarkCompleteCheckpoints())
@@ -128,30 +146,36 @@ class DistillationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if isinstance(self.train_dataset, LengthCurriculum):
+            return CurriculumSampler(self.train_dataset, args.max_steps, batch_size, args.data_seed)
         return repeating_sampler(self.train_dataset, args.max_steps * batch_size, args.data_seed)
 
-    def get_train_dataloader(self) -> DataLoader:
-        if not isinstance(self.train_dataset, IterableDataset):
+    def get_train_dataloader(self) -> DataLoader | StreamLoader:
+        if not isinstance(self.train_dataset, ConversationStream):
             return super().get_train_dataloader()
         # A stream splits itself between processes, so that each row is decoded by one of them only.
-        return DataLoader(
-            self.train_dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            pin_memory=self.args.dataloader_pin_memory,
+        args = self.args
+        return StreamLoader(
+            self.train_dataset, args.per_device_train_batch_size, self.data_collator, args.dataloader_num_workers
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
-        """(3,), see `count_tokens`, over all micro-batches and processes of the step."""
-        tokens, num_rows, bad = torch.zeros(3, dtype=torch.long), 0, []
-        extra_per_tile = self.model.teacher.config.vision_config.extra_positions_per_tile
-        for batch in batch_samples:
+        """(4,), see `count_tokens`, over all micro-batches and processes of the step.
+
+        This is where all of a step's micro-batches are at hand before any trains, so the student writes its answers
+        to some of them here.
+        """
+        tokens, num_rows, bad = torch.zeros(4, dtype=torch.long), 0, []
+        for index, batch in enumerate(batch_samples):
             bad += batch.pop("bad_rows", [])
             packed = "position_ids" in batch
-            num_rows += int((batch["position_ids"] == 0).sum()) if packed else len(batch["input_ids"])
-            tokens += count_tokens(batch, self.include_padding, extra_per_tile)
+            rows = int((batch["position_ids"] == 0).sum()) if packed else len(batch["input_ids"])
+            num_rows += batch.pop("num_rows", rows)
+            if self.answer_writer is not None:
+                with self._autocast():
+                    batch = self.answer_writer(self.model.student, batch, self.state.global_step, index)
+                batch_samples[index] = batch
+            tokens += count_tokens(batch, self.include_padding, self.model.extra_positions_per_tile)
         counts = torch.cat([tokens, torch.tensor([num_rows, len(bad)])]).to(device)
         counts = self.accelerator.reduce(counts, "sum")
         positions, *_, num_rows, num_bad = counts.tolist()
@@ -159,13 +183,18 @@ class DistillationTrainer(Trainer):
         self.bad_rows.add(gather_object(bad) if num_bad else [])
         self.bad_rows.check(num_rows)
         self.state.num_input_tokens_seen += positions
-        return counts[:3].clamp(min=1)
+        return counts[:4].clamp(min=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        if "pixel_values" in inputs:
+            inputs = inputs | {"pixel_values": self.normalize(inputs["pixel_values"])}
+        with self._autocast():
             loss = model(**inputs, num_items_in_batch=num_items_in_batch)
         # Data parallelism averages gradients over processes, but this loss is already divided by the counts of all.
         return loss * self.accelerator.num_processes
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         logs["tokens"] = self.state.num_input_tokens_seen

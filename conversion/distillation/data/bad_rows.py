@@ -6,19 +6,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmmamba.conversion.shards import write_text
+
+
+CHANCE = 1e-4  # what is less likely is no chance
 
 
 class BadRowCounter:
     """Counts bad rows, each once however often it is read, and stops a run that meets too many.
 
     Args:
-        max_share: Largest share of bad rows among the rows seen.
+        max_share: Largest share of bad rows among the rows seen, from the first one on; an excess that is likely to be
+            chance is let pass until the whole dataset was seen.
         file: JSON Lines file that gets each bad row once: `row`, `reason`, and the rows `seen` before it. Those of an
             earlier part of the run count.
         writes: Whether this process writes the file; all of them read it.
         num_records: Different records of the whole dataset, if known; rows beyond are those seen again.
-        min_seen: Rows to see before the share is checked, or the whole dataset if it is smaller.
         num_quoted: Bad rows that an error message quotes.
         seen: Rows seen before the run was interrupted. What the file names after that will be read again.
     """
@@ -29,14 +34,12 @@ class BadRowCounter:
         file: str | Path | None = None,
         writes: bool = True,
         num_records: int | None = None,
-        min_seen: int = 100,
         num_quoted: int = 3,
         seen: int = 0,
     ):
         if not 0 <= max_share <= 1:
             raise ValueError(f"The largest share of bad rows is {max_share}; give one from 0 to 1.")
         self.max_share, self.num_records, self.num_quoted = max_share, num_records, num_quoted
-        self.min_seen = min_seen if num_records is None else min(min_seen, num_records)
         self.file, self.writes = None if file is None else Path(file), writes
         self._seen = seen
         lines = _read_lines(self.file) if self.file is not None and self.file.is_file() else []
@@ -73,8 +76,6 @@ class BadRowCounter:
     def check(self, new_rows: int) -> None:
         """Stops the run if too many rows are bad.
 
-        Until the whole dataset was seen, an excess of three standard deviations is put down to chance.
-
         Args:
             new_rows: Rows seen since the last check.
 
@@ -84,8 +85,9 @@ class BadRowCounter:
         self._seen += new_rows
         seen_all = self.num_records is not None and self._seen >= self.num_records
         seen = self.num_records if seen_all else self._seen
+        seen = max(seen, self.count)  # one row may have many bad ones in front of it
         allowed = self.max_share * seen
-        if seen < max(1, self.min_seen) or self.count <= allowed + (0 if seen_all else 3 * allowed**0.5):
+        if self.count <= allowed or (not seen_all and _chance(self.count, allowed) > CHANCE):
             return
         listed = "" if self.file is None else f" (all of them are in {self.file})"
         raise ValueError(
@@ -93,6 +95,11 @@ class BadRowCounter:
             f"{self.max_share:.2%} that is allowed; the first are {'; '.join(self.quoted)}{listed}; "
             "repair or remove them, or allow a larger share."
         )
+
+
+def _chance(count: int, mean: float) -> float:
+    """Probability of at least `count` bad rows where `mean` are expected (Poisson's)."""
+    return float(torch.special.gammainc(torch.tensor(float(count)).double(), torch.tensor(mean).double()))
 
 
 def all_bad_message(bad_rows: dict[str, str]) -> str:

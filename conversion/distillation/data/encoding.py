@@ -3,16 +3,27 @@
 import os
 import re
 from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
-from mmmamba.chat_template_mmmamba import PLACEHOLDER, RESERVED_PIECE, as_text
+from mmmamba.chat_template_mmmamba import (
+    MARKS,
+    PLACEHOLDER,
+    RESERVED_PIECE,
+    ChatTemplateMixin,
+    as_text,
+    template_errors_in_a_sentence,
+)
 from mmmamba.image_reading_mmmamba import read_image, to_rgb
 from mmmamba.processing_mmmamba import MmMambaProcessor, expand_placeholders
+from mmmamba.tokenization_mmmamba import MmMambaTokenizer, MmMambaTokenizerFast
 
 from .formats import BadRow, error_reason, parse_record
 
@@ -31,18 +42,32 @@ class ConversationEncoder:
     answers, not from the tokens around them, so any template does, and answers may hold anything.
 
     Args:
-        processor: Its tokenizer renders and encodes, its image processor cuts images into tiles.
+        processor: Its tokenizer renders and encodes, its image processor cuts images into tiles. Or a tokenizer alone,
+            any fast one with a chat template: conversations with images are bad rows.
         max_tokens: Longer conversations are bad rows.
 
     Raises:
-        ValueError: if the tokenizer's chat template leaves answers out or changes them.
+        ValueError: if the tokenizer has no chat template or one that leaves answers out or changes them.
     """
 
-    def __init__(self, processor: MmMambaProcessor, max_tokens: int | None = None):
-        self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
-        self.tokens_per_tile, self.max_tokens = processor.tokens_per_tile, max_tokens
+    def __init__(self, processor: MmMambaProcessor | PreTrainedTokenizerBase, max_tokens: int | None = None):
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.image_processor = getattr(processor, "image_processor", None)
+        self.tokens_per_tile, self.max_tokens = getattr(processor, "tokens_per_tile", 0), max_tokens
+        self._sanitizes = isinstance(self.tokenizer, ChatTemplateMixin)
+        self._uses_offsets = not isinstance(self.tokenizer, MmMambaTokenizer | MmMambaTokenizerFast)
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "The tokenizer has no chat template, which conversations need; put its chat_template.jinja into the "
+                "teacher's folder, or train on documents."
+            )
+        if self._uses_offsets and not self.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} is no fast tokenizer, so it cannot tell which tokens are answers; "
+                "put its tokenizer.json into the teacher's folder."
+            )
         self._control_tokens = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, self._control_tokens)))
+        self._control = re.compile("|".join(map(re.escape, self._control_tokens)) or "(?!)")  # that matches nothing
         self._turn_end = self._find_turn_end()
 
     def __call__(
@@ -63,12 +88,17 @@ class ConversationEncoder:
 
         Returns:
             `input_ids` (length,) int64; `labels` (length,) int64, -100 but on the answers' tokens and the token that
-            ends each answer; `pixel_values` (tiles, 3, size, size) fp32, with 0 tiles if there are no images.
+            ends each answer; `pixel_values` (tiles, 3, size, size) fp32, or uint8 if the image processor does not
+            normalise, with 0 tiles if there are no images, and not there without an image processor.
 
         Raises:
             BadRow: if the record cannot become a row, in one sentence.
         """
         conversation = parse_record(record)
+        if self.image_processor is None:
+            if conversation.images:
+                raise BadRow("it has images, which the model cannot read: its folder has no image processor")
+            return self._as_row(*self._encode(self._render(conversation.messages, literal_placeholders=True)))
         images = [self._load_image(image, Path(root), any_path) for image in conversation.images]
         size = self.image_processor.size
         num_patches, pixel_values = [], torch.zeros(0, 3, size["height"], size["width"])
@@ -78,12 +108,17 @@ class ConversationEncoder:
                 vision = self.image_processor(images, return_tensors="pt", **limit)
             except ValueError as error:
                 raise BadRow(f"its images cannot be cut into tiles ({error_reason(error)})") from None
-            num_patches, pixel_values = vision["num_patches"].tolist(), vision["pixel_values"].float()
+            num_patches, pixel_values = vision["num_patches"].tolist(), vision["pixel_values"]
+            if pixel_values.dtype != torch.uint8:
+                pixel_values = pixel_values.float()
         pieces = self._render(conversation.messages, conversation.literal_placeholders)
-        ids, labels = self._encode(expand_placeholders(pieces, num_patches, self.tokens_per_tile))
+        row = self._as_row(*self._encode(expand_placeholders(pieces, num_patches, self.tokens_per_tile)))
+        return row | {"pixel_values": pixel_values}
+
+    def _as_row(self, ids: list[int], labels: list[int]) -> dict[str, torch.Tensor]:
         if self.max_tokens is not None and len(ids) > self.max_tokens:
             raise BadRow(f"it has {len(ids)} tokens, more than max_tokens={self.max_tokens}")
-        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixel_values}
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 
     def _load_image(self, image: Any, root: Path, any_path: bool) -> Image.Image:
         if isinstance(image, dict):
@@ -113,7 +148,11 @@ class ConversationEncoder:
             raise BadRow("its texts hold all characters that Unicode reserves for internal use")
         try:
             delimited = self._delimit(messages, delimiter, literal_placeholders)
-            prompt = self.tokenizer.apply_chat_template(delimited, tokenize=False, sanitize_control_tokens=False)
+            if self._sanitizes:
+                prompt = self.tokenizer.apply_chat_template(delimited, tokenize=False, sanitize_control_tokens=False)
+            else:
+                with template_errors_in_a_sentence():
+                    prompt = self.tokenizer.apply_chat_template(delimited, tokenize=False)
             pieces = prompt.split(delimiter)
         except ValueError as error:
             raise BadRow(f"it cannot be rendered ({error_reason(error)})") from None
@@ -139,7 +178,10 @@ class ConversationEncoder:
                     part | {"text": as_text(part["text"], self.tokenizer)} if part["type"] == "text" else part
                     for part in content
                 ]
-                if around:
+                if not self._sanitizes:  # other models' templates may know strings only
+                    content = "".join(part.get("text", PLACEHOLDER) for part in content)
+                    content = around + content + around
+                elif around:
                     content[0] = {"type": "text", "text": around + content[0]["text"]}
                     content[-1] = {"type": "text", "text": content[-1]["text"] + around}
             delimited.append({"role": message["role"], "content": content})
@@ -147,6 +189,8 @@ class ConversationEncoder:
 
     def _encode(self, pieces: list[str]) -> tuple[list[int], list[int]]:
         """Ids of the prompt, and labels: ids of answers and of the tokens that end them, -100 elsewhere."""
+        if self._uses_offsets:
+            return self._encode_by_offsets(pieces)
         prompt = "".join(pieces)
         tokens = self.tokenizer.tokenize(prompt)
         ids = self.tokenizer(prompt)["input_ids"]
@@ -174,16 +218,42 @@ class ConversationEncoder:
                 index += 1
             return index
 
-        labels, offset = [-100] * len(ids), 0
-        for number, piece in enumerate(pieces):
-            if number % 2:
-                end = offset + len(piece)
-                if pieces[number + 1].startswith(self._turn_end):
-                    end += len(self._turn_end)
-                answer = slice(num_prefix_tokens + tokens_before(offset), num_prefix_tokens + tokens_before(end))
-                labels[answer] = ids[answer]
-            offset += len(piece)
+        labels = [-100] * len(ids)
+        for start, end in self._answers(pieces):
+            answer = slice(num_prefix_tokens + tokens_before(start), num_prefix_tokens + tokens_before(end))
+            labels[answer] = ids[answer]
         return ids, labels
+
+    def _encode_by_offsets(self, pieces: list[str]) -> tuple[list[int], list[int]]:
+        """The same with any fast tokenizer."""
+        prompt = "".join(pieces)
+        # In Transformers a chat template writes the beginning token; ours adds it where the template does not.
+        options = {} if self._sanitizes else {"add_special_tokens": False}
+        encoded = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False, **options)
+        # Marks keep control tokens in texts apart. Other tokenizers than ours encode them, too.
+        in_marks = {match.start() for match in MARKS.finditer(prompt)}
+        tokens = [
+            (index, end)
+            for index, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            if not (start in in_marks and end == start + 1)
+        ]
+        ids = [index for index, _ in tokens]
+        ends = list(accumulate((end for _, end in tokens), max))  # added special tokens are at (0, 0)
+        labels = [-100] * len(ids)
+        for start, end in self._answers(pieces):
+            answer = slice(bisect_right(ends, start), bisect_right(ends, end))
+            labels[answer] = ids[answer]
+        return ids, labels
+
+    def _answers(self, pieces: list[str]) -> Iterator[tuple[int, int]]:
+        """Where answers, with what ends them, start and end in the prompt."""
+        offset = 0
+        for number, piece in enumerate(pieces):
+            end = offset + len(piece)
+            if number % 2:
+                ended = pieces[number + 1].startswith(self._turn_end)
+                yield offset, end + (len(self._turn_end) if ended else 0)
+            offset = end
 
     def _find_turn_end(self) -> str:
         """What the chat template writes after an answer, up to and with its first control token; empty without one."""

@@ -1,4 +1,4 @@
-"""The entries of a recipe's `data:` list: files, and datasets of the `datasets` library."""
+"""The entries of a recipe's `data:` list: files and datasets of conversations, and documents."""
 
 import difflib
 from collections.abc import Sequence
@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from mmmamba.conversion.distillation.recipe import resolve_path
 from mmmamba.processing_mmmamba import MmMambaProcessor
 
-from .dataset import ConversationDataset, ConversationStream
+from .dataset import ConversationDataset
+from .documents import DocumentRows, open_document_column, open_document_files
 from .encoding import ConversationEncoder
 from .records import RecordFile, RecordTable, check_repeat, open_files
+from .stream import ConversationStream
 
 
 FILE_KEYS = ("file", "root", "image_paths", "repeat")
@@ -26,14 +29,17 @@ DATASET_KEYS = (
     "revision",
     "root",
     "image_paths",
+    "text",
     "repeat",
 )
+DOCUMENT_KEYS = ("documents", "repeat")
 
 
 def open_data(
     data: Sequence[dict[str, Any]] | dict[str, Any],
-    processor: MmMambaProcessor,
+    processor: MmMambaProcessor | PreTrainedTokenizerBase,
     max_tokens: int | None = None,
+    row_tokens: int = 512,
     seed: int = 0,
     buffer_size: int = 1000,
     num_processes: int | None = None,
@@ -42,14 +48,16 @@ def open_data(
     """Opens what a recipe names.
 
     Args:
-        data: Entries of two kinds, one or several. `file` with `root` (folder of its images, its own if not given) and
-            `repeat`; it may be an InternVL meta file. `dataset` with `split` ("train" if not given), `streaming`,
+        data: Entries of three kinds, one or several. `file` with `root` (folder of its images, its own if not given)
+            and `repeat`; it may be an InternVL meta file. `dataset` with `split` ("train" if not given), `streaming`,
             `name`, `data_files`, `data_dir` and `revision` as `datasets.load_dataset` takes them, `root` (the folder
             of local `data_files`, else the working directory) and, if it does not stream, `repeat`. A repeat below 1
             is a share. With `image_paths: any` in an entry of either kind, images may be outside of `root` and at
-            URLs; otherwise such records are bad rows.
-        processor: See `ConversationEncoder`.
+            URLs; otherwise such records are bad rows. `documents` with `repeat`: a file or a pattern, see
+            `open_document_files`. A `dataset` with `text` holds documents, too, in that column.
+        processor: See `ConversationEncoder`; a tokenizer alone encodes text only.
         max_tokens: Longer conversations are bad rows.
+        row_tokens: Documents are cut into rows of as many tokens.
         seed: Of a stream's order; rows by number have none.
         buffer_size: See `ConversationStream`.
         num_processes, process_index: Those of `torch.distributed` if not given.
@@ -68,8 +76,10 @@ def open_data(
     if len(streaming) > 1:
         raise ValueError("The data mixes streaming datasets with others; make all of them stream, or none.")
     if streaming == {False}:
-        sources = [source for entry in entries for source in _open_entry(entry)]
-        return ConversationDataset(ConversationEncoder(processor, max_tokens), sources)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        sources = [source for entry in entries for source in _open_entry(entry, tokenizer, row_tokens)]
+        only_documents = all(_holds_documents(entry) for entry in entries)
+        return ConversationDataset(None if only_documents else ConversationEncoder(processor, max_tokens), sources)
     if num_processes is None or process_index is None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         num_processes = torch.distributed.get_world_size() if distributed else 1
@@ -83,11 +93,12 @@ def check_entry(entry: Any) -> None:
     """Raises ValueError if an entry of `open_data` has unknown keys or values of the wrong type."""
     if not isinstance(entry, dict):
         raise ValueError(f"The data's entry {entry!r} must be keys and values, such as `file: train.jsonl`.")
-    if ("file" in entry) == ("dataset" in entry):
-        close = {key: difflib.get_close_matches(str(key), ("file", "dataset"), n=1) for key in entry}
+    kinds = {"file": FILE_KEYS, "dataset": DATASET_KEYS, "documents": DOCUMENT_KEYS}
+    if sum(kind in entry for kind in kinds) != 1:
+        close = {key: difflib.get_close_matches(str(key), kinds, n=1) for key in entry}
         hint = next((f"; did you mean {found[0]} for {key}?" for key, found in close.items() if found), ".")
-        raise ValueError(f"The data's entry {entry!r} needs one of file and dataset{hint}")
-    known = FILE_KEYS if "file" in entry else DATASET_KEYS
+        raise ValueError(f"The data's entry {entry!r} needs one of file and dataset, or documents{hint}")
+    (known,) = (keys for kind, keys in kinds.items() if kind in entry)
     for key, value in entry.items():
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
@@ -102,12 +113,25 @@ def check_entry(entry: Any) -> None:
             "or any, which lets records name images outside of root and at URLs."
         )
     check_repeat(entry.get("repeat", 1), f"The data's entry {entry!r}")
+    if entry.get("streaming") and "text" in entry:
+        raise ValueError(f"The data's entry {entry!r} holds documents, which are read by number; leave out streaming.")
     if entry.get("streaming") and "repeat" in entry:
         raise ValueError(f"The data's entry {entry!r} streams, which has no end to repeat; leave out repeat.")
 
 
-def _open_entry(entry: dict[str, Any]) -> list[tuple[RecordFile | RecordTable, float]]:
+def _holds_documents(entry: dict[str, Any]) -> bool:
+    return "documents" in entry or "text" in entry
+
+
+def _open_entry(
+    entry: dict[str, Any], tokenizer: PreTrainedTokenizerBase, row_tokens: int
+) -> list[tuple[RecordFile | RecordTable | DocumentRows, float]]:
     repeat = entry.get("repeat", 1)
+    if "documents" in entry:
+        return [(DocumentRows(open_document_files(entry["documents"], tokenizer), row_tokens), repeat)]
+    if "text" in entry:
+        documents = open_document_column(_load_dataset(entry), entry["text"], entry["dataset"], tokenizer)
+        return [(DocumentRows(documents, row_tokens), repeat)]
     if "file" in entry:
         root = entry.get("root")
         root = None if root is None else resolve_path(root)

