@@ -88,11 +88,11 @@ def test_documents_are_held_out_by_name_whatever_the_others_are(tmp_path):
     documents = {f"document {i}": f"text {i}" for i in range(500)}
     text._write_split(tmp_path, "speeches", documents)
     splits = {}
-    for split in ("train", "test"):
+    for split in ("train", "placement", "test"):
         lines = (tmp_path / f"{split}-speeches.jsonl").read_text().splitlines()
         splits[split] = {json.loads(line)["id"] for line in lines}
-    assert not splits["train"] & splits["test"] and splits["train"] | splits["test"] == set(documents)
-    assert 25 < len(splits["test"]) < 75
+    assert sum(map(len, splits.values())) == 500 and set().union(*splits.values()) == set(documents)
+    assert 25 < len(splits["test"]) < 75 and 10 < len(splits["placement"]) < 50
 
 
 def test_a_package_that_is_another_than_the_published_one_is_refused(tmp_path):

