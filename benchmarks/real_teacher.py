@@ -28,7 +28,7 @@ from mmmamba.conversion.shards import write_text
 FOLDER = Path("runs/real-teacher")
 ROW_TOKENS, BATCH_SIZE, BUDGET = 256, 2, 60  # tokens of a row, rows of a step, steps of all stages together
 SCORED_ROWS = 12  # of each domain
-SHARES = {1: 1, 2: 2, 3: 3, 4: 1}  # of a budget
+SHARES = {1: 2, 2: 4, 3: 6, 4: 3}  # of a budget
 LEARNING_RATES = {1: 2e-3, 2: 1e-3, 3: 5e-4, 4: 1e-4}
 
 

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_language_models import write_source
@@ -33,8 +34,12 @@ def test_experiments_of_one_table_train_on_as_many_tokens_unless_they_say_otherw
             overrides = {name: x for group in real_teacher.GROUPS.values() for name, x in group.items()}.get(name)
             if overrides is not None:
                 recipe = load_recipe(RECIPE, overrides)
-                steps = sum(recipe.stage(number).steps for number in recipe.stages)
-                assert steps == real_teacher.BUDGET * (5 if "five times" in label else 1)
+                tokens = sum(
+                    stage.steps * stage.batch_size * np.max(stage.row_tokens or recipe.row_tokens)
+                    for stage in map(recipe.stage, recipe.stages)
+                )
+                budget = real_teacher.BUDGET * real_teacher.BATCH_SIZE * real_teacher.ROW_TOKENS
+                assert tokens == budget * (5 if "five times" in label else 1)
 
 
 @pytest.fixture(scope="module")
