@@ -71,7 +71,10 @@ PHASES = {
 
 
 def prepare(folder: Path) -> None:
-    """Makes pictures, conversations and `teacher/` in a folder; what is there stays. See `prepare_pictures` for errors."""
+    """Makes pictures, conversations and `teacher/` in a folder; what is there stays.
+
+    See `prepare_pictures` for errors.
+    """
     prepare_pictures(folder)
     if (folder / "teacher").is_dir():
         return
@@ -176,7 +179,7 @@ class NamedEmbedding(nn.Module):
 
 
 class NamedPictures(Dataset):
-    """Training pictures, each time changed a little: `levels` (3, side, side) uint8, and the `label` of its concept."""
+    """Training pictures, each time changed a little: `levels` (3, side, side) uint8, and `label`, the concept's number."""
 
     def __init__(self, folder: Path, concepts: list[Concept]):
         number = {concept: i for i, concept in enumerate(concepts)}

@@ -173,7 +173,10 @@ def training_pictures(concepts: list[Concept]) -> Iterator[tuple[str, Concept]]:
 
 
 def questions(image: str, concept: Concept, concepts: list[Concept], draw: random.Random) -> list[Question]:
-    """Four questions about a picture: its name, its kind, and two for yes and no; half of the latter name its kind's."""
+    """Four questions about a picture: its name, its kind, and two for yes and no.
+
+    Half of the names that it is not are of its kind.
+    """
     relatives = [other for other in concepts if other.kind == concept.kind and other != concept]
     others = relatives if relatives and draw.random() < 0.5 else [other for other in concepts if other != concept]
     return [
