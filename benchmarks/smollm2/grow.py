@@ -3,7 +3,7 @@
 1. `distill`: patch embedding and embedding layers alone learn that a picture's rows mean the text embedding of its
    name. HoVLE's rows learn a vision encoder's features; here is no encoder, but a name for each picture.
 2. `align`: the same parts learn answers through the language model, which is frozen.
-3. `tune`: all but the token table learns answers.
+3. `tune`: all but token table and head learns answers.
 
 Each is a run of Transformers' Trainer that goes on from its last checkpoint.
 """
@@ -98,8 +98,9 @@ def grow(folder: Path, grown: Path, phases: dict[str, Phase]) -> None:
         model = MmMambaForConditionalGeneration.from_pretrained(grown, dtype=torch.float32)
         names = name_embeddings(model.model.embed_tokens.weight, processor.tokenizer, concepts)
         embedding = NamedEmbedding(model, names)
-        data = NamedPictures(folder / "pictures", concepts)
-        _train(embedding, phases["distill"], data, partial(_stack, normalize), folder / "distill")
+        phase = phases["distill"]
+        data = NamedPictures(folder / "pictures", concepts, phase.steps * phase.batch_size)
+        _train(embedding, phase, data, partial(_stack, normalize), folder / "distill")
         _save(embedding.model.state_dict(), folder / "distilled.safetensors")
     conversations = open_data({"file": str(folder / "train.jsonl"), "root": str(folder / "pictures")}, processor)
     collate = partial(_conversations, normalize, processor.tokenizer.pad_token_id)
@@ -109,6 +110,7 @@ def grow(folder: Path, grown: Path, phases: dict[str, Phase]) -> None:
         model = MmMambaForConditionalGeneration.from_pretrained(grown, dtype=torch.float32)
         model.model.load_state_dict(load_file(folder / f"{source}.safetensors"), strict=False)
         is_of_embedding = partial(_is_of_embedding, model.config)
+        model.requires_grad_(False)
         for parameter_name, parameter in model.model.named_parameters():
             trains = name == "tune" or is_of_embedding(parameter_name)
             parameter.requires_grad_(trains and parameter_name != "embed_tokens.weight")
@@ -179,19 +181,32 @@ class NamedEmbedding(nn.Module):
 
 
 class NamedPictures(Dataset):
-    """Training pictures, each time changed a little: `levels` (3, side, side) uint8, and `label`, the concept's number."""
+    """Training pictures, each several times, and each time changed a little, in the same way in every run.
 
-    def __init__(self, folder: Path, concepts: list[Concept]):
+    Rows are `levels` (3, side, side) uint8 and `label`, the number of the concept.
+
+    Args:
+        folder: With the designs' folders.
+        concepts: What the pictures show.
+        rows: At least so many.
+    """
+
+    def __init__(self, folder: Path, concepts: list[Concept], rows: int):
         number = {concept: i for i, concept in enumerate(concepts)}
-        self.pictures = [(folder / path, number[concept]) for path, concept in training_pictures(concepts)]
+        self.pictures = [
+            (Image.open(folder / path).convert("RGB"), number[concept])
+            for path, concept in training_pictures(concepts)
+        ]
+        self.repeats = -(-rows // len(self.pictures))
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return self.repeats * len(self.pictures)
 
     def __getitem__(self, index: int) -> dict:
-        file, label = self.pictures[index]
-        with Image.open(file) as picture:
-            return {"levels": pil_to_tensor(AUGMENTATION(picture.convert("RGB"))), "label": label}
+        picture, label = self.pictures[index % len(self.pictures)]
+        with torch.random.fork_rng([]):
+            torch.manual_seed(index)
+            return {"levels": pil_to_tensor(AUGMENTATION(picture)), "label": label}
 
 
 def _stack(normalize: TileNormalizer, rows: list[dict]) -> dict[str, Tensor]:
