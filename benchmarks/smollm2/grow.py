@@ -64,9 +64,9 @@ class Phase:
 
 
 PHASES = {
-    "distill": Phase(steps=2000, batch_size=32, learning_rate=5e-4, save_every=100),
-    "align": Phase(steps=60, batch_size=8, learning_rate=5e-4, save_every=20),
-    "tune": Phase(steps=120, batch_size=8, learning_rate=2e-4, save_every=20),
+    "distill": Phase(steps=1200, batch_size=32, learning_rate=5e-4, save_every=100),
+    "align": Phase(steps=40, batch_size=8, learning_rate=5e-4, save_every=20),
+    "tune": Phase(steps=100, batch_size=8, learning_rate=2e-4, save_every=20),
 }
 
 
