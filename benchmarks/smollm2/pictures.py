@@ -54,7 +54,7 @@ KINDS = {  # by Unicode's subcategory
 EXCLUDED = {"bird", "bug", "anchor", "cooking", "motorway", "rosette", "satellite", "seat", "station"}
 WITHOUT_ARTICLE = {"bacon", "bread", "cherries", "grapes", "pancakes", "peanuts", "popcorn"}
 VARIATIONS = 3  # of a training picture: as it is, and changed a little
-SEEN = 60  # training pictures that are asked about, too
+SEEN = 30  # training pictures that are asked about, too
 AUGMENTATION = v2.Compose(
     [
         v2.RandomHorizontalFlip(),
