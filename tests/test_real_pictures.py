@@ -1,5 +1,6 @@
 """The experiment on real pictures: vendors stay apart, answers are right, and the training of the teacher resumes."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -284,3 +285,44 @@ def test_kl_counts_the_answers_tokens_only(prepared, teacher):
                 total, count = total + kl[position - 1].item(), count + 1
     assert found["kl"] == pytest.approx(total / count, rel=1e-3)
     assert picture_scores.answers_kl(theirs, theirs, processor, file, prepared / "pictures", 2)["agreement"] == 1
+
+
+def write_scores(experiments, name, seed, right, asked):
+    """Made-up scores: this share of answers is right."""
+    said = [one.answer if i < right * len(asked) else "A key." for i, one in enumerate(asked)]
+    exact = {about: right for about in picture_scores.ABOUT}
+    found = {
+        "exact": {"test": exact, "seen": exact, "blank": exact, "most frequent": exact, "nearest picture": exact},
+        "answers": {"test": said},
+        "conversations": {"kl": 1 - right, "agreement": right},
+        "trained tokens": 1000,
+    }
+    file = experiments.scores_file(name, seed)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(found))
+
+
+def test_the_report_has_means_spreads_and_pictures_with_answers(prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(real_pictures, "FOLDER", prepared)
+    experiments = dataclasses.replace(real_pictures.EXPERIMENTS, folder=tmp_path)
+    asked = pictures.read_questions(prepared / "test.jsonl")
+    for name, seed, right in (("teacher", 0, 1.0), ("linear", 0, 0.25), ("linear", 1, 0.75), ("hybrid-8", 0, 0.75)):
+        write_scores(experiments, name, seed, right, asked)
+    experiments.report(tmp_path / "report.json", [0, 1])
+    students = json.loads((tmp_path / "report.json").read_text())["tables"]["student"]
+    assert students["none (linear)"]["mean"]["name, %"] == 50
+    assert students["none (linear)"]["spread"]["name, %"] == pytest.approx(25 * 2**0.5)
+    assert students["teacher"]["seeds"] == 1 and "8, five times the tokens" not in students
+    assert "| none (linear) | 50 ± 35 |" in capsys.readouterr().out
+    with Image.open(tmp_path / "report.png") as drawn:
+        assert len(drawn.convert("RGB").resize((50, 25)).getcolors(1250)) > 20
+
+
+def test_a_finished_experiment_is_not_run_again_and_a_failed_one_is_told(tmp_path, monkeypatch, capfd):
+    experiments = dataclasses.replace(real_pictures.EXPERIMENTS, folder=tmp_path, recipe=tmp_path / "missing.yaml")
+    write_scores(experiments, "linear", 0, 0.5, [])
+    assert experiments.run_one("linear", [], 0)
+    assert not (tmp_path / "linear-0.log").exists()
+    assert not experiments.run_one("linear", [], 1)
+    assert "linear 1: failed, see" in capfd.readouterr().out
+    assert "missing.yaml" in (tmp_path / "linear-1.log").read_text()
