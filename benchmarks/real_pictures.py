@@ -75,6 +75,7 @@ MEASURES = {
     "name, seen vendors, %": lambda found: 100 * found["exact"]["seen"]["name"],
     "name, blank picture, %": lambda found: 100 * found["exact"]["blank"]["name"],
 }
+SHORT = dict(zip(TABLES["student"], ("teacher", "hybrid", "linear", "hybrid, long", "linear, long"), strict=True))
 SHOWN = 12  # pictures of the plot, evenly spread over the test's
 
 
@@ -107,16 +108,18 @@ def plot(students: dict[str, dict], file: Path) -> None:
     questions = read_questions(FOLDER / "test.jsonl")
     names = [i for i, question in enumerate(questions) if question.about == "name"]
     shown = names[:: max(1, len(names) // SHOWN)][:SHOWN]
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
-    for axes, i in zip(figure.subplots(2, -(-len(shown) // 2)).flat, shown, strict=False):
+    columns = -(-len(shown) // 2)
+    figure = Figure(figsize=(2.2 * columns, 4 + 0.5 * len(students)), layout="constrained")
+    for axes in (grid := figure.subplots(2, columns)).flat:
+        axes.set_axis_off()
+    for axes, i in zip(grid.flat, shown, strict=False):
         with Image.open(FOLDER / "pictures" / questions[i].image) as picture:
             axes.imshow(picture)
-        axes.set_axis_off()
         for line, (label, row) in enumerate(students.items()):
             said = row["scores"]["answers"]["test"][i].strip()
             color = "tab:green" if said == questions[i].answer else "tab:red"
-            text = f"{label.split(',')[0].split(' ')[0]}: {said[:24]}"
-            axes.text(0, 1.02 - 1.12 - 0.1 * line, text, transform=axes.transAxes, fontsize=8, color=color)
+            text = f"{SHORT[label]}: {said[:20]}"
+            axes.text(0, -0.1 - 0.12 * line, text, transform=axes.transAxes, fontsize=8, color=color, va="center")
     figure.savefig(file, dpi=120)
 
 
