@@ -9,41 +9,19 @@ with `smollm2/recipe.yaml` and some overrides, which `runs/real-teacher/NAME-SEE
 same number of tokens but those that say otherwise.
 """
 
-import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from datetime import date
+from functools import partial
 from pathlib import Path
 
-from mmmamba.benchmarks.smollm2 import scores
+from mmmamba.benchmarks.smollm2 import experiments, scores
+from mmmamba.benchmarks.smollm2.experiments import Experiments, Tables
 from mmmamba.benchmarks.smollm2.text import prepare
-from mmmamba.benchmarks.timing import processor_name
-from mmmamba.conversion.shards import write_text
 
 
 FOLDER = Path("runs/real-teacher")
 ROW_TOKENS, BATCH_SIZE, BUDGET = 256, 2, 60  # tokens of a row, rows of a step, steps of all stages together
 SCORED_ROWS = 12  # of each domain
-SHARES = {1: 2, 2: 4, 3: 6, 4: 3}  # of a budget
-LEARNING_RATES = {1: 2e-3, 2: 1e-3, 3: 5e-4, 4: 1e-4}
-
-
-def stages(*numbers: int, budget: int = BUDGET) -> list[str]:
-    """Overrides for these stages, which share the budget."""
-    overrides = [f"stages={list(numbers)}"]
-    for number in numbers:
-        steps = budget * SHARES[number] // sum(SHARES[number] for number in numbers)
-        values = {"steps": steps, "warmup": max(1, steps // 10), "decay": steps // 3, "min_lr_ratio": 0.02}
-        values |= {"batch_size": BATCH_SIZE, "per_device_batch_size": BATCH_SIZE}
-        values |= {"learning_rate": LEARNING_RATES[number]}
-        overrides += [f"stage_{number}.{key}={value}" for key, value in values.items()]
-    return overrides
-
-
+stages = partial(experiments.stages, budget=BUDGET, batch_size=BATCH_SIZE)
 ALL = stages(1, 2, 3)
 EIGHT = ["num_attention=8", "strategy=head-interleaved"]
 LABELS, BOTH = ["stage_3.kl_weight=0", "stage_3.hard_weight=1"], ["stage_3.hard_weight=1"]
@@ -126,60 +104,6 @@ TABLES = {
 }  # fmt: skip
 
 
-def experiment_folder(name: str, seed: int) -> Path:
-    return FOLDER / ("teacher" if name == "teacher" else f"{name}-{seed}")
-
-
-def read_scores(name: str, seed: int) -> dict | None:
-    """An experiment's scores, None if it is not finished."""
-    file = FOLDER / "scores" / f"{experiment_folder(name, seed).name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def run_experiment(name: str, overrides: list[str], seed: int) -> bool:
-    """Runs and scores an experiment, unless it is finished, in subprocesses of one thread; returns its success."""
-    if read_scores(name, seed) is not None:
-        return True
-    folder = experiment_folder(name, seed)
-    recipe = Path(__file__).with_name("smollm2") / "recipe.yaml"
-    distill = [sys.executable, "-m", "mmmamba", "distill", str(recipe), *overrides, f"seed={seed}", f"output={folder}"]
-    score = [sys.executable, __file__, "score", name, str(seed)]
-    with (FOLDER / f"{folder.name}.log").open("a", encoding="utf-8") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = all(
-            subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode == 0
-            for command in ([score] if name == "teacher" else [distill, score])
-        )
-    print(f"{name} {seed}: {'done' if done else f'failed, see {log.name}'}", flush=True)
-    return done
-
-
-def score(name: str, seed: int) -> None:
-    """Writes an experiment's scores."""
-    folder = experiment_folder(name, seed)
-    model = folder if name == "teacher" else folder / "model"
-    found = scores.all_scores(model, FOLDER / "teacher", FOLDER, ROW_TOKENS, SCORED_ROWS)
-    results = {} if name == "teacher" else json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    tokens = sum(value["tokens"] for key, value in results.items() if key.startswith("stage_"))
-    (FOLDER / "scores").mkdir(exist_ok=True)
-    write_text(
-        FOLDER / "scores" / f"{folder.name}.json", json.dumps(found | {"trained tokens": tokens}, indent=1) + "\n"
-    )
-
-
-def run(groups: list[str], seeds: list[int], workers: int) -> bool:
-    """Runs groups of experiments, seed by seed. Returns whether all of them succeeded."""
-    prepare(FOLDER)
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(run_experiment, "teacher", [], 0)] + [
-            pool.submit(run_experiment, name, overrides, seed)
-            for seed in seeds
-            for group in groups
-            for name, overrides in GROUPS[group].items()
-        ]
-    return all(job.result() for job in jobs)
-
-
 MEASURES = {
     "KL": lambda found: statistics.mean(x["kl"] for x in found["text"].values()),
     "agreement, %": lambda found: 100 * statistics.mean(x["agreement"] for x in found["text"].values()),
@@ -192,43 +116,14 @@ MEASURES = {
 }
 
 
-def summarize(seeds: list[int]) -> dict[str, dict[str, dict]]:
-    """By table and row: each measure's mean over seeds, its spread where there are several, and all scores."""
-    tables: dict[str, dict[str, dict]] = {}
-    for table, rows in TABLES.items():
-        for label, name in rows.items():
-            by_seed = [x for seed in (seeds if name != "teacher" else seeds[:1]) if (x := read_scores(name, seed))]
-            if not by_seed:
-                continue
-            values = {measure: [function(found) for found in by_seed] for measure, function in MEASURES.items()}
-            tables.setdefault(table, {})[label] = {
-                "experiment": name,
-                "seeds": len(by_seed),
-                "trained tokens": by_seed[0]["trained tokens"],
-                "mean": {measure: statistics.mean(x) for measure, x in values.items()},
-                "spread": {measure: statistics.stdev(x) if len(x) > 1 else None for measure, x in values.items()},
-                "scores": by_seed[0],
-            }
-    return tables
+def score(folder: Path) -> dict:
+    """See `smollm2/scores.py`."""
+    return scores.all_scores(folder, FOLDER / "teacher", FOLDER, ROW_TOKENS, SCORED_ROWS)
 
 
-def report(file: Path, seeds: list[int]) -> None:
-    """Writes the summary as JSON and plots, and prints it as Markdown tables."""
-    tables = summarize(seeds)
-    if not tables:
-        raise SystemExit("No experiment is finished; start some with `run`.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    machine = {"date": date.today().isoformat(), "processor": processor_name(), "cores": os.cpu_count()}
-    write_text(file, json.dumps(machine | {"tables": tables}, indent=1) + "\n")
+def show(tables: Tables, file: Path) -> None:
+    """Plots the students and prints what they and the teacher say."""
     plot(tables["student"], file.with_suffix(".png"))
-    for table, rows in tables.items():
-        print(f"\n| {table} | {' | '.join(MEASURES)} | seeds | trained tokens |\n|---|{'---|' * (len(MEASURES) + 2)}")
-        for label, row in rows.items():
-            cells = [
-                f"{row['mean'][x]:.3g}" + ("" if row["spread"][x] is None else f" ± {row['spread'][x]:.2g}")
-                for x in MEASURES
-            ]
-            print(f"| {label} | {' | '.join(cells)} | {row['seeds']} | {row['trained tokens']:,} |")
     for prompt in scores.PROMPTS:
         print(f"\n**{prompt}**\n")
         for label, row in tables["student"].items():
@@ -258,30 +153,17 @@ def plot(students: dict[str, dict], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    run_parser = commands.add_parser("run", help="fetch, run experiments and score them")
-    run_parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)} (default: all)")
-    run_parser.add_argument("--workers", type=int, default=os.cpu_count(), help="experiments at once")
-    score_parser = commands.add_parser("score", help="score one finished experiment (done by `run`)")
-    score_parser.add_argument("name")
-    score_parser.add_argument("seed", type=int)
-    report_parser = commands.add_parser("report", help="tables and plots of the finished experiments")
-    report_parser.add_argument("--json", type=Path, default=Path("benchmarks/results/real-teacher.json"))
-    for with_seeds in (run_parser, report_parser):
-        with_seeds.add_argument("--seeds", type=int, nargs="+", default=[0])
-    args = parser.parse_args()
-    if args.command == "score":
-        score(args.name, args.seed)
-    elif args.command == "report":
-        report(args.json, args.seeds)
-    else:
-        if unknown := [group for group in args.groups if group not in GROUPS]:
-            parser.error(f"unknown group {unknown[0]}; choose from {', '.join(GROUPS)}")
-        if not run(args.groups or list(GROUPS), args.seeds, args.workers):
-            raise SystemExit(1)
-
+EXPERIMENTS = Experiments(
+    script=Path(__file__),
+    recipe=Path(__file__).with_name("smollm2") / "recipe.yaml",
+    folder=FOLDER,
+    groups=GROUPS,
+    tables=TABLES,
+    measures=MEASURES,
+    prepare=prepare,
+    score=score,
+    show=show,
+)
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENTS.main(__doc__.splitlines()[0], Path("benchmarks/results/real-teacher.json"))

