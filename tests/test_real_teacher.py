@@ -27,7 +27,7 @@ def test_every_experiment_has_a_valid_recipe_and_stands_in_a_table():
             assert name in named
 
 
-def test_experiments_of_one_table_train_on_as_many_tokens_unless_they_say_otherwise():
+def test_experiments_of_one_table_read_as_many_rows_of_as_many_tokens_unless_they_say_otherwise():
     for rows in real_teacher.TABLES.values():
         for label, name in rows.items():
             overrides = {name: x for group in real_teacher.GROUPS.values() for name, x in group.items()}.get(name)
@@ -68,11 +68,13 @@ def test_text_scores_are_those_of_the_plain_formulas(models):
     assert scores.text_scores(teacher, teacher, rows)["kl"] == pytest.approx(0, abs=1e-6)
 
 
-def test_scores_of_answers_count_the_answers_tokens_only(models, tmp_path):
+def test_scores_of_answers_count_the_answers_tokens_and_the_one_that_ends_them(models, tmp_path):
     student, teacher, tokenizer = models
     turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "the capital"}]
     (tmp_path / "answers.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    row = tokenizer.apply_chat_template(turns, return_tensors="pt")["input_ids"]
+    written = tokenizer.apply_chat_template(turns, tokenize=False)
+    row = tokenizer(written.rstrip(), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    assert row[0, -1] == tokenizer.eos_token_id
     before = len(tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"])
     with torch.no_grad():
         ours, theirs = (model(input_ids=row).logits[0, before - 1 : -1].softmax(-1) for model in (student, teacher))
@@ -84,8 +86,8 @@ def test_scores_of_answers_count_the_answers_tokens_only(models, tmp_path):
 def test_recall_asks_for_a_thing_that_the_list_gives_to_one_person():
     for items in scores.ITEMS:
         for said, thing in scores.recall_prompts(items, 5):
-            facts, question = said.split(" Remember: ")
-            assert facts.count(" has the ") == items and f"{question}{thing}." in facts
+            *facts, question = said.split("\n")
+            assert len(facts) == items and f"{question}{thing}" in facts
 
 
 def test_documents_are_held_out_by_name_whatever_the_others_are(tmp_path):

@@ -1,4 +1,4 @@
-"""Experiments of `mmmamba distill`: run and scored one per CPU core, resumed, and averaged over seeds.
+"""Experiments of `mmmamba distill`: run and scored one per CPU core or on a GPU, resumed, and averaged over seeds.
 
 A script says what its experiments are and calls `Experiments.main`, which has the commands `run`, `score` and
 `report`.
@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+
+import torch
 
 from mmmamba.benchmarks.timing import processor_name
 from mmmamba.conversion.shards import write_text
@@ -75,29 +77,37 @@ class Experiments:
     def scores_file(self, name: str, seed: int) -> Path:
         return self.folder / "scores" / f"{self.run_folder(name, seed).name}.json"
 
-    def read_scores(self, name: str, seed: int) -> dict | None:
-        """An experiment's scores, None if it is not finished."""
-        file = self.scores_file(name, seed)
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    def overrides(self, name: str) -> list[str]:
+        """An experiment's; none are the teacher's."""
+        return {name: overrides for group in self.groups.values() for name, overrides in group.items()}.get(name, [])
 
-    def run_one(self, name: str, overrides: list[str], seed: int) -> bool:
+    def read_scores(self, name: str, seed: int) -> dict | None:
+        """An experiment's scores, None if it is not finished.
+
+        Raises:
+            ValueError: if it was another experiment when it was run.
+        """
+        file = self.scores_file(name, seed)
+        if not file.is_file():
+            return None
+        scores = json.loads(file.read_text(encoding="utf-8"))
+        if scores["overrides"] != self.overrides(name):
+            folder = self.run_folder(name, seed)
+            raise ValueError(
+                f"{file} is of {scores['overrides']}; remove it and {folder} to run it again."
+            )
+        return scores
+
+    def run_one(self, name: str, seed: int) -> bool:
         """Runs and scores an experiment, unless it is finished, in subprocesses of one thread; returns its success."""
         if self.read_scores(name, seed) is not None:
             return True
         folder, python = self.run_folder(name, seed), sys.executable
-        distill = [
-            python,
-            "-m",
-            "mmmamba",
-            "distill",
-            str(self.recipe),
-            *overrides,
-            f"seed={seed}",
-            f"output={folder}",
-        ]
+        overrides = [*self.overrides(name), f"seed={seed}", f"output={folder}"]
+        distill = [python, "-m", "mmmamba", "distill", str(self.recipe), *overrides]
         score = [python, str(self.script), "score", name, str(seed)]
         with (self.folder / f"{folder.name}.log").open("a", encoding="utf-8") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            environment = os.environ if torch.cuda.is_available() else os.environ | {"OMP_NUM_THREADS": "1"}
             done = all(
                 subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode == 0
                 for command in ([score] if name == "teacher" else [distill, score])
@@ -109,11 +119,11 @@ class Experiments:
         """Runs groups of experiments, seed by seed. Returns whether all of them succeeded."""
         self.prepare(self.folder)
         with ThreadPoolExecutor(workers) as pool:
-            jobs = [pool.submit(self.run_one, "teacher", [], 0)] + [
-                pool.submit(self.run_one, name, overrides, seed)
+            jobs = [pool.submit(self.run_one, "teacher", 0)] + [
+                pool.submit(self.run_one, name, seed)
                 for seed in seeds
                 for group in groups
-                for name, overrides in self.groups[group].items()
+                for name in self.groups[group]
             ]
         return all(job.result() for job in jobs)
 
@@ -125,7 +135,8 @@ class Experiments:
         tokens = sum(value["tokens"] for key, value in results.items() if key.startswith("stage_"))
         file = self.scores_file(name, seed)
         file.parent.mkdir(exist_ok=True)
-        write_text(file, json.dumps(found | {"trained tokens": tokens}, indent=1) + "\n")
+        found |= {"trained tokens": tokens, "overrides": self.overrides(name)}
+        write_text(file, json.dumps(found, indent=1) + "\n")
 
     def summarize(self, seeds: list[int]) -> Tables:
         """By table and row: each measure's mean over seeds, its spread where there are several, and all scores."""
@@ -165,7 +176,8 @@ class Experiments:
                     f"{row['mean'][x]:.3g}" + ("" if row["spread"][x] is None else f" ± {row['spread'][x]:.2g}")
                     for x in self.measures
                 ]
-                print(f"| {label} | {' | '.join(cells)} | {row['seeds']} | {row['trained tokens']:,} |")
+                seeds_used = f"{row['seeds']}" if row["seeds"] > 1 or label == "teacher" else "1, spread unknown"
+                print(f"| {label} | {' | '.join(cells)} | {seeds_used} | {row['trained tokens']:,} |")
         self.show(tables, file)
 
     def main(self, description: str, results: Path) -> None:
@@ -180,7 +192,8 @@ class Experiments:
         run_parser = commands.add_parser("run", help="fetch, run experiments and score them")
         groups = ", ".join(self.groups)
         run_parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {groups} (default: all)")
-        run_parser.add_argument("--workers", type=int, default=os.cpu_count(), help="experiments at once")
+        workers = 1 if torch.cuda.is_available() else os.cpu_count()
+        run_parser.add_argument("--workers", type=int, default=workers, help="experiments at once")
         score_parser = commands.add_parser("score", help="score one finished experiment (done by `run`)")
         score_parser.add_argument("name")
         score_parser.add_argument("seed", type=int)

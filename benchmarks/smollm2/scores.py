@@ -38,13 +38,16 @@ BUCKETS = 8  # of positions
 
 
 def held_out_rows(tokenizer, file: Path, length: int, most: int) -> Tensor:
-    """(rows, length) token ids of a domain's held-out documents, each cut into rows; rests are left out."""
+    """(rows, length) token ids of a domain's held-out documents, each cut into rows; rests are left out.
+
+    Of more than `most` rows, as many that lie evenly among all are taken.
+    """
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         ids = tokenizer(json.loads(line)["text"])["input_ids"]
         rows += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
-    step = max(1, len(rows) // most)
-    return torch.tensor(rows[::step][:most])
+    chosen = range(len(rows)) if len(rows) <= most else torch.linspace(0, len(rows) - 1, most).long().tolist()
+    return torch.tensor([rows[index] for index in chosen])
 
 
 @torch.inference_mode()
@@ -60,13 +63,13 @@ def text_scores(student, teacher, rows: Tensor) -> dict:
         of `BUCKETS` equal parts of the length.
     """
     totals = torch.zeros(4, rows.shape[1] - 1, dtype=torch.float64)
-    for row in rows.split(1):
+    for row in rows.to(student.device).split(1):
         ours, theirs = (model(input_ids=row).logits[0, :-1].float().log_softmax(-1) for model in (student, teacher))
         targets = row[0, 1:, None]
-        totals[0] += (theirs.exp() * (theirs - ours)).sum(-1)
-        totals[1] += ours.argmax(-1) == theirs.argmax(-1)
-        totals[2] -= ours.gather(-1, targets)[:, 0]
-        totals[3] -= theirs.gather(-1, targets)[:, 0]
+        totals[0] += (theirs.exp() * (theirs - ours)).sum(-1).cpu()
+        totals[1] += (ours.argmax(-1) == theirs.argmax(-1)).cpu()
+        totals[2] -= ours.gather(-1, targets)[:, 0].cpu()
+        totals[3] -= theirs.gather(-1, targets)[:, 0].cpu()
     means = totals / len(rows)
 
     def named(part: Tensor) -> dict:
@@ -79,14 +82,14 @@ def text_scores(student, teacher, rows: Tensor) -> dict:
 
 
 def recall_prompts(items: int, count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Lists in which each of `items` people has a thing, and the thing that comes next: (text, thing)."""
+    """Lists of `items` people and their things, a line each, and the thing that comes next: (text, thing)."""
     generator = torch.Generator().manual_seed(seed + items)
     for _ in range(count):
         people = [NAMES[i] for i in torch.randperm(len(NAMES), generator=generator)[:items]]
         things = [THINGS[i] for i in torch.randperm(len(THINGS), generator=generator)[:items]]
         asked = int(torch.randint(items, (1,), generator=generator))
-        said = " ".join(f"{person} has the {thing}." for person, thing in zip(people, things, strict=True))
-        yield f"{said} Remember: {people[asked]} has the", f" {things[asked]}"
+        lines = [f"{person}: {thing}" for person, thing in zip(people, things, strict=True)]
+        yield "\n".join([*lines, f"{people[asked]}:"]), f" {things[asked]}"
 
 
 @torch.inference_mode()
@@ -97,8 +100,8 @@ def recall_scores(model, tokenizer, count: int = 40) -> dict[int, float]:
     for items in ITEMS:
         right = 0
         for text, thing in recall_prompts(items, count):
-            ids = torch.tensor([tokenizer(text)["input_ids"]])
-            logits = model(input_ids=ids, logits_to_keep=1).logits[0, -1, candidates]
+            ids = torch.tensor([tokenizer(text)["input_ids"]], device=model.device)
+            logits = model(input_ids=ids, logits_to_keep=1).logits[0, -1].cpu()[candidates]
             right += THINGS[int(logits.argmax())] == thing.strip()
         scores[items] = right / count
     return scores
@@ -106,12 +109,15 @@ def recall_scores(model, tokenizer, count: int = 40) -> dict[int, float]:
 
 @torch.inference_mode()
 def answers_kl(student, teacher, tokenizer, file: Path, most: int) -> dict:
-    """KL and agreement on the tokens of held-out answers that the teacher wrote."""
-    kl = agreement = tokens = 0.0
+    """KL and agreement on the tokens of held-out answers that the teacher wrote, the one that ends a turn included."""
+    ends, kl, agreement, tokens = {tokenizer.eos_token_id}, 0.0, 0.0, 0
     for line in file.read_text(encoding="utf-8").splitlines()[:most]:
         messages = json.loads(line)["messages"]
         before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
-        row = torch.tensor([tokenizer.apply_chat_template(messages)["input_ids"]])
+        ids = tokenizer.apply_chat_template(messages)["input_ids"]
+        while ids[-1] not in ends:  # what templates write behind a turn
+            ids.pop()
+        row = torch.tensor([ids], device=student.device)
         kept = torch.arange(len(before) - 1, row.shape[1] - 1)
         ours, theirs = (model(input_ids=row, logits_to_keep=kept).logits[0].float() for model in (student, teacher))
         kl += float(F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), reduction="sum", log_target=True))
@@ -129,9 +135,10 @@ def conversations(model, tokenizer) -> dict[str, str]:
 
 def all_scores(folder: Path, teacher_folder: Path, data: Path, length: int, rows: int) -> dict:
     """Everything above of a model folder, on text of `length` tokens and of four times as many."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(teacher_folder)
     student, teacher = (
-        MmMambaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+        MmMambaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).to(device).eval()
         for path in (folder, teacher_folder)
     )
     scores = {"text": {}, "long text": {}}

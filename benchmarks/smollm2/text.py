@@ -29,7 +29,9 @@ INSTRUCTIONS = (
     "Give three facts about {}.",
     "Why do people like {}?",
 )
-ANSWERS, HELD_OUT_ANSWERS, BATCH_SIZE, ANSWER_TOKENS = 640, 64, 32, 160
+QUESTIONS, TEST_ANSWERS, PLACEMENT_ANSWERS = 704, 36, 18
+BATCH_SIZE, ANSWER_TOKENS = 32, 160
+LONGEST_ANSWER = 150  # tokens; an answer near the limit may be cut off, and would teach a false end
 
 
 def prepare(folder: Path) -> None:
@@ -94,7 +96,7 @@ def _write_split(folder: Path, domain: str, documents: dict[str, str]) -> None:
 
 
 def _write_answers(folder: Path, downloads: Path) -> None:
-    """Conversations of one turn: what the teacher answers, sampled, about things of the emoji list."""
+    """Conversations of one turn: what the teacher answers, sampled, about things of the emoji list; finished ones."""
     with tarfile.open(fetch("emoji-datasource-twitter@16.0.0", downloads)) as archive:
         entries = json.loads(archive.extractfile("package/emoji.json").read())
     things = sorted({entry["name"].lower() for entry in entries if entry["category"] in THINGS and entry["name"]})
@@ -102,21 +104,18 @@ def _write_answers(folder: Path, downloads: Path) -> None:
     questions = [INSTRUCTIONS[i % len(INSTRUCTIONS)].format(thing) for i, thing in enumerate(order)]
     tokenizer = load_tokenizer(folder / "teacher")
     model = MmMambaForConditionalGeneration.from_pretrained(folder / "teacher", dtype=torch.float32).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    wanted, rows = ANSWERS + HELD_OUT_ANSWERS, []
-    for start in tqdm(range(0, min(wanted, len(questions)), BATCH_SIZE), desc="the teacher answers"):
+    rows = []
+    for start in tqdm(range(0, min(QUESTIONS, len(questions)), BATCH_SIZE), desc="the teacher answers"):
         batch = questions[start : start + BATCH_SIZE]
         options = {"max_new_tokens": ANSWER_TOKENS, "do_sample": True, "temperature": 0.7, "top_p": 0.95}
         for question, answer in zip(batch, model.batch_chat(tokenizer, None, batch, options), strict=True):
-            if answer:
+            if answer and len(tokenizer(answer)["input_ids"]) <= LONGEST_ANSWER:
                 turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
                 rows.append({"id": question, "messages": turns})
-    placement = HELD_OUT_ANSWERS + HELD_OUT_ANSWERS // 2
-    splits = {
-        "train": rows[placement:],
-        "placement": rows[HELD_OUT_ANSWERS:placement],
-        "test": rows[:HELD_OUT_ANSWERS],
-    }
+    held_out = TEST_ANSWERS + PLACEMENT_ANSWERS
+    splits = {"train": rows[held_out:], "placement": rows[TEST_ANSWERS:held_out], "test": rows[:TEST_ANSWERS]}
     for split, part in splits.items():
         write_text(folder / f"{split}-answers.jsonl", "".join(json.dumps(row) + "\n" for row in part))
 
