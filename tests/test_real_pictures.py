@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -296,6 +297,7 @@ def write_scores(experiments, name, seed, right, asked):
         "answers": {"test": said},
         "conversations": {"kl": 1 - right, "agreement": right},
         "trained tokens": 1000,
+        "overrides": experiments.overrides(name),
     }
     file = experiments.scores_file(name, seed)
     file.parent.mkdir(exist_ok=True)
@@ -321,8 +323,25 @@ def test_the_report_has_means_spreads_and_pictures_with_answers(prepared, tmp_pa
 def test_a_finished_experiment_is_not_run_again_and_a_failed_one_is_told(tmp_path, monkeypatch, capfd):
     experiments = dataclasses.replace(real_pictures.EXPERIMENTS, folder=tmp_path, recipe=tmp_path / "missing.yaml")
     write_scores(experiments, "linear", 0, 0.5, [])
-    assert experiments.run_one("linear", [], 0)
+    assert experiments.run_one("linear", 0)
     assert not (tmp_path / "linear-0.log").exists()
-    assert not experiments.run_one("linear", [], 1)
+    assert not experiments.run_one("linear", 1)
     assert "linear 1: failed, see" in capfd.readouterr().out
     assert "missing.yaml" in (tmp_path / "linear-1.log").read_text()
+
+
+def test_of_a_finished_run_the_student_stays_and_the_models_before_it_do_not(tmp_path, monkeypatch):
+    experiments = dataclasses.replace(real_pictures.EXPERIMENTS, folder=tmp_path)
+    before = [tmp_path / "linear-0" / name for name in ("seeded", "stage-1/model", "stage-3/model")]
+    for folder in (*before, tmp_path / "linear-0" / "model"):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+    (tmp_path / "linear-0" / "stage-1" / "loss.png").touch()
+    monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: CompletedProcess(args, returncode=1))
+    assert not experiments.run_one("linear", 0)
+    assert all(folder.is_dir() for folder in before)
+    monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: CompletedProcess(args, returncode=0))
+    assert experiments.run_one("linear", 0)
+    assert not any(folder.exists() for folder in before)
+    assert (tmp_path / "linear-0" / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "linear-0" / "stage-1" / "loss.png").is_file()

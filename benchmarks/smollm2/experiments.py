@@ -7,6 +7,7 @@ A script says what its experiments are and calls `Experiments.main`, which has t
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -93,13 +94,14 @@ class Experiments:
         scores = json.loads(file.read_text(encoding="utf-8"))
         if scores["overrides"] != self.overrides(name):
             folder = self.run_folder(name, seed)
-            raise ValueError(
-                f"{file} is of {scores['overrides']}; remove it and {folder} to run it again."
-            )
+            raise ValueError(f"{file} is of {scores['overrides']}; remove it and {folder} to run it again.")
         return scores
 
     def run_one(self, name: str, seed: int) -> bool:
-        """Runs and scores an experiment, unless it is finished, in subprocesses of one thread; returns its success."""
+        """Runs and scores an experiment, unless it is finished, in subprocesses of one thread; returns its success.
+
+        Of a finished run the student, its recipe, losses and results stay; the models before it do not.
+        """
         if self.read_scores(name, seed) is not None:
             return True
         folder, python = self.run_folder(name, seed), sys.executable
@@ -112,6 +114,9 @@ class Experiments:
                 subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode == 0
                 for command in ([score] if name == "teacher" else [distill, score])
             )
+        if done and name != "teacher":
+            for intermediate in (folder / "seeded", folder / "placed", *folder.glob("stage-*/model")):
+                shutil.rmtree(intermediate, ignore_errors=True)
         print(f"{name} {seed}: {'done' if done else f'failed, see {log.name}'}", flush=True)
         return done
 

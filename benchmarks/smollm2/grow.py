@@ -64,7 +64,7 @@ class Phase:
 
 
 PHASES = {
-    "distill": Phase(steps=1200, batch_size=32, learning_rate=5e-4, save_every=100),
+    "distill": Phase(steps=1200, batch_size=32, learning_rate=5e-4, save_every=50),
     "align": Phase(steps=40, batch_size=8, learning_rate=5e-4, save_every=20),
     "tune": Phase(steps=100, batch_size=8, learning_rate=2e-4, save_every=20),
 }
@@ -262,5 +262,5 @@ def _train(
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
     partial_file = file.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial_file)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial_file)
     partial_file.rename(file)

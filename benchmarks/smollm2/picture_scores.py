@@ -90,7 +90,7 @@ def answers_kl(student, teacher, processor, file: Path, pictures: Path, most: in
     data = open_data({"file": str(file), "root": str(pictures)}, processor)
     kl = agreement = tokens = 0.0
     for index in range(min(most, len(data))):
-        batch = pad([data[index]], pad_token_id=0)
+        batch = {key: value.to(student.device) for key, value in pad([data[index]], pad_token_id=0).items()}
         kept = (batch.pop("labels")[0, 1:] != -100).nonzero()[:, 0]
         ours, theirs = (model(**batch, logits_to_keep=kept).logits[0].float() for model in (student, teacher))
         kl += float(F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), reduction="sum", log_target=True))
@@ -105,9 +105,10 @@ def all_scores(folder: Path, teacher_folder: Path, data: Path) -> dict:
     Args:
         data: Folder that `prepare_pictures` filled.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, processor = load_tokenizer(teacher_folder), load_processor(teacher_folder)
     student, teacher = (
-        MmMambaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+        MmMambaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).to(device).eval()
         for path in (folder, teacher_folder)
     )
     scores: dict = {"exact": {}, "answers": {}}
