@@ -135,6 +135,7 @@ def convert(
             name=destination.name,
             processor=checkpoint.processor,
             base_model=checkpoint.base_model,
+            license=checkpoint.license,
             origin=checkpoint.origin,
         )
     return Report(config, len(planned), left_out, checkpoint.notes)
@@ -150,7 +151,9 @@ def _open(source: Path, vision: VisionPlan | None) -> Checkpoint:
     kind = values.get("model_type")
     if kind in (HOVLE[0], RELEASED[0], MmMambaConfig.model_type):
         if vision is not None:
-            raise ValueError(f"{source} reads pictures already; leave out --vision.")
+            raise ValueError(
+                f"{source} has model_type={kind!r}; --vision is for language models in their original layout."
+            )
         return open_upstream(source, values)
     check_language_model(kind)
     return open_language_model(source, None, vision)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
@@ -102,6 +103,7 @@ class Provenance:
         base_model: Name on the Hub of the model it comes from.
         base_model_relation: What it is to that model, one of `RELATIONS`. The Hub has none for a distilled model;
             `finetune` comes closest.
+        license: As the Hub names it; None if it is not known.
         origin: A sentence on how it was made.
         datasets: Names on the Hub of what it was trained on, or whatever else `datasets` loads.
         files: What it was trained on besides: files, folders, or what generates it.
@@ -115,6 +117,7 @@ class Provenance:
 
     base_model: str | None = None
     base_model_relation: str | None = "finetune"
+    license: str | None = "mit"
     origin: str = ""
     datasets: Sequence[str] = ()
     files: Sequence[str] = ()
@@ -199,6 +202,7 @@ def model_card(
     base_model: str | None = None,
     origin: str = "",
     provenance: Provenance | None = None,
+    license: str | None = "mit",
 ) -> str:
     """The README.md of a model folder.
 
@@ -207,9 +211,10 @@ def model_card(
         config: Its configuration.
         base_model: Name on the Hub of the model it comes from.
         origin: A sentence on how it was made.
-        provenance: These two and more; replaces them.
+        provenance: These two and more; replaces them and the next.
+        license: As the Hub names it; None if it is not known.
     """
-    source = provenance or Provenance(base_model=base_model, base_model_relation=None, origin=origin)
+    source = provenance or Provenance(base_model, base_model_relation=None, license=license, origin=origin)
     kinds, text_only = config.text_config.layer_types, config.vision_config is None
     base = source.base_model if _is_hub_name(source.base_model) else None
     # `datasets` looks for a name in the working directory first.
@@ -221,7 +226,7 @@ def model_card(
     tags = ["mmmamba", *(() if text_only else ("multimodal",)), "custom_code"]
     tags += ["mamba2"] if "linear_attention" in kinds else []
     metadata = ModelCardData(
-        license="mit",
+        license=source.license,
         library_name="transformers",
         pipeline_tag="text-generation" if text_only else "image-text-to-text",
         tags=tags,
@@ -317,6 +322,7 @@ def write_model_folder(
     base_model: str | None = None,
     origin: str = "",
     provenance: Provenance | None = None,
+    license: str | None = "mit",
 ) -> None:
     """Writes everything of a model folder but the weights. A README.md that exists is not overwritten.
 
@@ -328,10 +334,21 @@ def write_model_folder(
         companions: A model folder of the same vocabulary to copy these files from instead.
         base_model: Name on the Hub of the model it comes from.
         origin: A sentence for the card on how it was made.
-        provenance: These two and more for the card; replaces them.
+        provenance: These two and more for the card; replaces them and the next.
+        license: For the card; that of `companions`, if there are any.
     """
     write_model_files(folder, config, processor, companions)
-    write_card(folder, model_card(name, config, base_model, origin, provenance))
+    license = license if companions is None else card_license(companions)
+    write_card(folder, model_card(name, config, base_model, origin, provenance, license))
+
+
+def card_license(folder: Path) -> str | None:
+    """The licence that the model card of a folder names; None if it names none."""
+    try:
+        license = (metadata_load(folder / "README.md") or {}).get("license")
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return license if isinstance(license, str) else None
 
 
 def write_card(folder: str | Path, card: str) -> bool:

@@ -65,6 +65,23 @@ def test_data_are_checked_without_the_teachers_weights(streaming, workers, teach
         assert f"tiles            {sum(tiles) / 5:,.1f} on average, at most {max(tiles):,}" in printed
 
 
+def test_stage_4s_own_data_are_checked_too(teacher, tmp_path, capsys):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    files = [tmp_path / "one.jsonl", tmp_path / "four.jsonl"]
+    for file, count in zip(files, (3, 5), strict=True):
+        file.write_text(f"{json.dumps({'conversations': turns})}\n" * count)
+    options = [f"data=[{{file: {files[0]}}}]", "stages=[1,4]", f"stage_4.data=[{{file: {files[1]}}}]", "workers=0"]
+    options += [
+        "stage_4.steps=1",
+        "stage_4.learning_rate=1",
+        "stage_4.batch_size=1",
+        "stage_4.per_device_batch_size=1",
+    ]
+    assert main(["distill", "shapes-hybrid", f"teacher={teacher}", *options, "--check-data", "9"]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert first.startswith("stage 1\nrows read        3\n") and second.startswith("stage 4\nrows read        5\n")
+
+
 def test_data_that_a_run_would_stop_at_are_called_so(teacher, tmp_path, capsys):
     file = tmp_path / "train.jsonl"
     good = json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})

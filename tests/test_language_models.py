@@ -21,9 +21,10 @@ from transformers import (
 
 from mmmamba.cli.main import main
 from mmmamba.conversion.convert import VisionPlan, convert
+from mmmamba.conversion.llama import open_language_model
 from mmmamba.conversion.seeding import seed_folder
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
-from mmmamba.tokenization_mmmamba import MmMambaTextTokenizer, load_tokenizer
+from mmmamba.tokenization_mmmamba import MmMambaTextTokenizer, MmMambaTokenizer, load_tokenizer
 
 
 SIZES = {
@@ -214,6 +215,67 @@ def test_chat_continues_from_its_state_as_if_it_had_read_all_again(folders):
         model.chat(ours, torch.zeros(1, 3, 8, 8), "What?", options)
 
 
+def test_every_named_template_takes_messages_of_parts(tmp_path):
+    named = tokenizer()
+    named.chat_template = {"default": TEMPLATE, "tool_use": TEMPLATE + "tools"}
+    write_source(tmp_path / "source", with_tokenizer=False)
+    named.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "ours")
+    ours = load_tokenizer(tmp_path / "ours")
+    for name in named.chat_template:
+        whole = named.apply_chat_template([{"role": "user", "content": "a b"}], chat_template=name, tokenize=False)
+        parts = [{"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]}]
+        assert ours.apply_chat_template(parts, chat_template=name, tokenize=False) == whole
+
+
+def test_internlm2s_tokenizer_has_its_ids_and_its_template_takes_parts(tmp_path):
+    theirs = load_tokenizer("examples/shapes/teacher")
+    write_source(tmp_path / "source", with_tokenizer=False, vocab_size=len(theirs))
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    shutil.copyfile("examples/shapes/teacher/tokenizer.model", tmp_path / "source" / "tokenizer.model")
+    remote = {"tokenizer_class": "InternLM2Tokenizer", "chat_template": TEMPLATE, "add_bos_token": True}
+    (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(remote))
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"model_type": "internlm2"}))
+    checkpoint = open_language_model(tmp_path / "source", None)
+    plain = MmMambaTokenizer.from_pretrained(tmp_path / "source", extra_special_tokens=[])
+    for text in ("Where is the red star?", "é 中文", "  two"):
+        assert checkpoint.processor(text)["input_ids"] == plain(text)["input_ids"]
+    message = {"role": "user", "content": [{"type": "text", "text": "Where"}]}
+    assert checkpoint.processor.apply_chat_template([message], tokenize=False) == "<|im_start|>user\nWhere<|im_end|>\n"
+
+
+def test_the_card_names_the_sources_licence_and_model_and_claims_no_other(tmp_path):
+    write_source(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "unknown")
+    assert "license" not in (tmp_path / "unknown" / "README.md").read_text()
+    (tmp_path / "source" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"_name_or_path": "org/name"}))
+    convert(tmp_path / "source", tmp_path / "ours")
+    seed_folder(tmp_path / "ours", tmp_path / "student", attention=[0])
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "base_model: org/name" in card
+    assert "license: apache-2.0" in (tmp_path / "student" / "README.md").read_text()
+
+
+def test_qwen2_with_windows_from_a_layer_on_that_it_has_not_is_converted(tmp_path):
+    theirs = write_source(tmp_path / "source", "qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=9)
+    convert(tmp_path / "source", tmp_path / "ours")
+    with torch.no_grad():
+        torch.testing.assert_close(logits(tmp_path / "ours", prompt()), theirs(prompt()).logits, **FP32)
+
+
+def test_inherited_mixers_keep_the_teachers_biases_and_scratch_ones_do_not(tmp_path):
+    write_source(tmp_path / "source", "qwen2")
+    convert(tmp_path / "source", tmp_path / "teacher")
+    teacher = load_file(tmp_path / "teacher" / "model.safetensors")
+    biases = torch.cat([teacher[f"model.layers.1.self_attn.{name}_proj.bias"] for name in "vkq"])
+    for initialization in ("mimic", "inherited", "scratch"):
+        seed_folder(tmp_path / "teacher", tmp_path / initialization, attention=[0], initialization=initialization)
+        found = load_file(tmp_path / initialization / "model.safetensors")["model.layers.1.mamba.conv1d.bias"]
+        assert torch.equal(found.float(), biases.float()) == (initialization != "scratch")
+
+
 @pytest.mark.parametrize("kind", ["tied", "biases", "qwen2"])
 def test_a_student_is_seeded_and_keeps_the_biases_that_its_mixers_can_have(kind, tmp_path):
     write_source(tmp_path / "source", kind)
@@ -292,18 +354,32 @@ def test_pictures_are_read_and_their_embedding_learns(with_vision):
     assert isinstance(answer, str)
 
 
-def test_vision_needs_a_tokenizer_and_a_model_without_pictures(tmp_path, folders):
+def test_vision_needs_a_tokenizer_and_a_language_model_in_its_original_layout(tmp_path, folders):
     write_source(tmp_path / "source", with_tokenizer=False)
-    for source, words in ((tmp_path / "source", "no tokenizer"), (folders[1], "reads pictures already")):
+    for source, words in ((tmp_path / "source", "no tokenizer"), (folders[1], "model_type='mmmamba'")):
         with pytest.raises(ValueError, match=words):
             convert(source, tmp_path / "ours", vision=VisionPlan(1))
+
+
+@pytest.mark.parametrize("patch_size", [5, 0])
+def test_pictures_that_cannot_be_cut_into_patches_are_refused_in_one_sentence(folders, tmp_path, patch_size):
+    with pytest.raises(ValueError, match="patch_size"):
+        convert(folders[0], tmp_path / "ours", vision=VisionPlan(1, 16, patch_size))
+
+
+def test_sizes_of_pictures_without_vision_are_refused(folders, tmp_path, capsys):
+    assert main(["convert", str(folders[0]), str(tmp_path / "ours"), "--patch-size", "8"]) == 1
+    assert "--patch-size is for new embedding layers; add --vision N" in capsys.readouterr().err
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-def write_gguf(file):
-    """A small Llama as llama.cpp stores it: queries and keys permuted, a byte-level tokenizer."""
+def write_gguf(file, without=(), scaled=None):
+    """A small Llama as llama.cpp stores it: queries and keys permuted, a byte-level tokenizer.
+
+    `without` names tensors that are left out, `scaled` is how it says that rotary positions are scaled.
+    """
     gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
     words = tokenizer()
     vocabulary = sorted(words.get_vocab(), key=words.get_vocab().get)
@@ -333,7 +409,13 @@ def write_gguf(file):
         rows = {"attn_q": 32, "attn_k": 16, "attn_v": 16, "attn_output": 32, "ffn_gate": 48, "ffn_up": 48}
         shapes |= {f"blk.{layer}.{name}": (count, 32) for name, count in rows.items()}
         shapes |= {f"blk.{layer}.ffn_down": (32, 48), f"blk.{layer}.attn_norm": (32,), f"blk.{layer}.ffn_norm": (32,)}
+    if scaled == "type":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    elif scaled == "factors":
+        shapes["rope_freqs"] = (4,)
     for name, shape in shapes.items():
+        if name in without:
+            continue
         values = 0.3 * torch.randn(shape, generator=generator) + (1 if "norm" in name else 0)
         writer.add_tensor(f"{name}.weight", values.numpy())
     writer.write_header_to_file()
@@ -356,3 +438,26 @@ def test_a_gguf_file_gives_the_logits_of_transformers_own_reader(tmp_path):
     shutil.copyfile(tmp_path / "model.gguf", tmp_path / "other.gguf")
     with pytest.raises(ValueError, match="2 GGUF files"):
         convert(tmp_path, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"without": ["blk.1.ffn_down"]}, r"lacks model\.layers\.1\.mlp\.down_proj\.weight"),
+        ({"scaled": "type"}, r"rope\.scaling\.type='linear'"),
+        ({"scaled": "factors"}, r"rope_freqs\.weight"),
+    ],
+)
+def test_a_gguf_file_of_which_transformers_reads_less_than_there_is_is_refused(options, words, tmp_path):
+    write_gguf(tmp_path / "model.gguf", **options)
+    with pytest.raises(ValueError, match=words):
+        convert(tmp_path / "model.gguf", tmp_path / "ours")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf"]
+
+
+def test_what_lies_beside_a_gguf_file_is_another_models(tmp_path):
+    write_gguf(tmp_path / "model.gguf")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert convert(tmp_path / "model.gguf", tmp_path / "ours").config.text_config.eos_token_id == 2
+    assert "license" not in (tmp_path / "ours" / "README.md").read_text()

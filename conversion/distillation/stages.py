@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
@@ -37,7 +38,7 @@ from .data.training_data import TrainingData
 from .end_to_end import EndToEndDistiller
 from .folder import RunFolder
 from .layerwise import LayerwiseDistiller
-from .on_policy import AnswerWriter
+from .on_policy import NEEDS_WHOLE_WEIGHTS, AnswerWriter
 from .placement import costliest_layers, replacement_kl
 from .recipe import Recipe, resolve_path
 from .trainer import DistillationTrainer, gradient_accumulation_steps, plot_losses, training_arguments
@@ -73,6 +74,9 @@ class Run:
         self.is_main = PartialState().is_main_process
         for number in recipe.stages:
             gradient_accumulation_steps(recipe, number)
+        under_fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")  # what `accelerate launch` sets
+        if under_fsdp and 3 in recipe.stages and recipe.stage(3).on_policy:
+            raise ValueError(NEEDS_WHOLE_WEIGHTS)
         if recipe.evaluate:
             from mmmamba.examples.shapes.evaluate import check_is_shapes_model
 

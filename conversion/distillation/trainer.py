@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 from tqdm import tqdm
@@ -24,7 +24,7 @@ from .checkpoints import MarkCompleteCheckpoints
 from .data import BadRowCounter, ConversationStream, StreamLoader, TileNormalizer
 from .data.curriculum import CurriculumSampler, LengthCurriculum
 from .losses import count_tokens
-from .on_policy import AnswerWriter
+from .on_policy import NEEDS_WHOLE_WEIGHTS, AnswerWriter
 from .recipe import Recipe, Stage
 
 
@@ -126,10 +126,7 @@ class DistillationTrainer(Trainer):
         args.ignore_data_skip = isinstance(dataset, ConversationStream)
         super().__init__(distiller, args, data_collator=collate, train_dataset=dataset)
         if answer_writer is not None and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
-            raise ValueError(
-                "on_policy lets every process write answers of its own, which needs whole weights on each; start "
-                "without FSDP (several GPUs without sharding, or ZeRO-2), or set on_policy=0."
-            )
+            raise ValueError(NEEDS_WHOLE_WEIGHTS)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(MarkCompleteCheckpoints())
@@ -172,6 +169,7 @@ class DistillationTrainer(Trainer):
             rows = int((batch["position_ids"] == 0).sum()) if packed else len(batch["input_ids"])
             num_rows += batch.pop("num_rows", rows)
             if self.answer_writer is not None:
+                batch = send_to_device(batch, device)  # those of a stream are not there yet
                 with self._autocast():
                     batch = self.answer_writer(self.model.student, batch, self.state.global_step, index)
                 batch_samples[index] = batch
