@@ -110,7 +110,7 @@ def test_what_stands_in_the_place_of_a_file_that_is_gone_is_named(recipe, tmp_pa
 
 def test_own_answers_under_fsdp_are_refused_before_any_stage_is_trained(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="on_policy .* needs whole weights"):
+    with pytest.raises(ValueError, match=r"on_policy .* needs whole weights"):
         distill(recipe(tmp_path / "run", "stage_3.on_policy=0.5"))
     assert not (tmp_path / "run" / "seeded").exists()
 
