@@ -10,6 +10,7 @@ import pytest
 from golden_checkpoints import checkpoint
 
 import mmmamba
+import mmmamba.cli.main as main_module
 from mmmamba.cli.arguments import seed as add_seed_arguments
 from mmmamba.cli.main import COMMANDS, main
 from mmmamba.conversation_mmmamba import ConversationState
@@ -120,6 +121,41 @@ def test_failures_exit_with_one_and_one_sentence(tmp_path, capsys):
     (source / "config.json").write_text("{")
     assert "not readable JSON" in failed(capsys, "convert", source, tmp_path / "out")[1]
     assert not (tmp_path / "out").exists()
+
+
+# What `torchrun` does with two processes: if one fails, it ends the other by SIGTERM.
+TWO_PROCESSES = """
+import os, subprocess, sys, time
+environments = [os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"} for rank in "01"]
+processes = [subprocess.Popen(sys.argv[1:], env=environment) for environment in environments]
+while all(process.poll() is None for process in processes):
+    time.sleep(0.1)
+for process in processes:
+    process.terminate()
+print(sorted(process.wait() for process in processes))
+"""
+
+
+def test_processes_of_a_launcher_say_what_is_wrong_once(tmp_path):
+    command = [sys.executable, "-m", "mmmamba", "distill", str(tmp_path / "none.yaml")]
+    ended = subprocess.run([sys.executable, "-c", TWO_PROCESSES, *command], capture_output=True, text=True)
+    assert ended.stderr.startswith("error: There is no recipe ") and ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stdout == "[-15, 1]\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("only here"), RuntimeError("only here")])
+def test_what_fails_in_another_process_alone_is_said_there(error, capsys, monkeypatch):
+    def run(args):
+        raise error
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(main_module, "SECONDS_BEHIND_THE_FIRST", 0)
+    monkeypatch.setattr("mmmamba.cli.env.run", run)
+    if isinstance(error, ValueError):
+        assert failed(capsys, "env") == (1, "error: only here\n")
+    else:
+        with pytest.raises(RuntimeError, match="only here"):
+            main(["env"])
 
 
 TEACHER = Path(mmmamba.__file__).parent / "examples" / "shapes" / "teacher"
