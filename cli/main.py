@@ -72,7 +72,7 @@ def _parser() -> CommandParser:
 
 
 def _is_first_process() -> bool:
-    """Whether this is the first process of a launcher (`accelerate launch`, `torchrun`) on its machine, or has none."""
+    """Whether this process is the first that a launcher, such as `torchrun`, has started on this machine, or alone."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 

@@ -120,3 +120,16 @@ def test_one_process_then_fsdp_says_that_it_cannot_read_the_checkpoint(recipe, t
         r"^[^\n]*checkpoint-2 was written under one process or DDP and this start is FSDP2 \(SHARDED_STATE_DICT\)"
     )
     run_ranks(refuse, tmp_path, FSDP2, recipe(folder, *OPTIONS, "stages=[1]"), message)
+
+
+def refuse_without_gpus(environment, recipe):
+    os.environ |= environment
+    with pytest.raises(
+        ValueError, match=r"^The launch asks for FSDP, which [^\n]*, but its device is cpu;"
+    ):
+        distill(recipe)
+
+
+def test_sharding_that_accelerate_would_leave_out_is_refused(recipe, tmp_path):
+    run_ranks(refuse_without_gpus, tmp_path, FSDP2, recipe(tmp_path / "run", *OPTIONS, "stages=[1]"))
+    assert not (tmp_path / "run" / "stage-1" / "model").exists()
