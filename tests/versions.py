@@ -32,6 +32,8 @@ TESTS = (
     "video",
     "packing",
     "distillation",
+    "distill_text",
+    "language_models",
     "tokenization",
     "processing",
     "transformers_common",
