@@ -124,9 +124,7 @@ def test_one_process_then_fsdp_says_that_it_cannot_read_the_checkpoint(recipe, t
 
 def refuse_without_gpus(environment, recipe):
     os.environ |= environment
-    with pytest.raises(
-        ValueError, match=r"^The launch asks for FSDP, which [^\n]*, but its device is cpu;"
-    ):
+    with pytest.raises(ValueError, match=r"^The launch asks for FSDP, which [^\n]*, but its device is cpu;"):
         distill(recipe)
 
 
