@@ -123,24 +123,23 @@ def test_failures_exit_with_one_and_one_sentence(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-# What `torchrun` does with two processes: if one fails, it ends the other by SIGTERM.
-TWO_PROCESSES = """
-import os, subprocess, sys, time
-environments = [os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"} for rank in "01"]
-processes = [subprocess.Popen(sys.argv[1:], env=environment) for environment in environments]
-while all(process.poll() is None for process in processes):
-    time.sleep(0.1)
-for process in processes:
-    process.terminate()
-print(sorted(process.wait() for process in processes))
-"""
+class Terminated(BaseException):
+    """What a launcher does to other processes when the first one has failed."""
 
 
-def test_processes_of_a_launcher_say_what_is_wrong_once(tmp_path):
-    command = [sys.executable, "-m", "mmmamba", "distill", str(tmp_path / "none.yaml")]
-    ended = subprocess.run([sys.executable, "-c", TWO_PROCESSES, *command], capture_output=True, text=True)
-    assert ended.stderr.startswith("error: There is no recipe ") and ended.stderr.count("\n") == 1, ended.stderr
-    assert ended.stdout == "[-15, 1]\n"
+def test_the_first_process_of_a_launcher_says_what_is_wrong_with_all(tmp_path, capsys, monkeypatch):
+    def terminated(seconds):
+        raise Terminated
+
+    monkeypatch.setattr(main_module.time, "sleep", terminated)
+    command = ["distill", str(tmp_path / "none.yaml")]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(Terminated):
+        main(command)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    code, message = failed(capsys, *command)
+    assert code == 1 and message.startswith("error: There is no recipe ")
 
 
 @pytest.mark.parametrize("error", [ValueError("only here"), RuntimeError("only here")])
