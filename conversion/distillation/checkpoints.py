@@ -61,8 +61,8 @@ def check_sharding() -> None:
         asked = os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"
         if asked and state.num_processes > 1 and state.distributed_type != kind:
             raise ValueError(
-                f"The launch asks for {name}, which Accelerate does on GPUs only, but its device is {state.device.type}; "
-                f"start it where torch sees GPUs, or without {name}."
+                f"The launch asks for {name}, which Accelerate does on GPUs only, but its device is "
+                f"{state.device.type}; start it where torch sees GPUs, or without {name}."
             )
 
 
