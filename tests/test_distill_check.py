@@ -147,3 +147,9 @@ def test_the_published_size_is_what_it_was_found_to_be():
     lines = memory_table(recipe, config).splitlines()
     assert lines[3] == "    3      4.5      9.4        1.1     2.3     17.3      18.4         14.3        11.6"
     assert len(lines) == 5
+    # The whole decoder, counted by hand: 24 mixers with output projection, 8 attention layers, 32 MLPs and norms.
+    mixer = 2048 * (2 * 1024 + 2 * 2048 + 16) + 4096 * (2 + 1) + 2 * 16 + 128 + 2048 * 2048
+    trained = 24 * mixer + 8 * 2 * 2048 * (2048 + 1024) + 32 * (3 * 2048 * 8192 + 2 * 2048)
+    decoder = stage_memory(load_recipe("hovle-hybrid", ["teacher=mmmamba:.", "stage_3.trainable=decoder"]), config)[-1]
+    assert decoder.gradients == 4 * trained
+    assert decoder.ddp / 2**30 == pytest.approx(45.4, abs=0.05)

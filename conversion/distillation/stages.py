@@ -32,7 +32,7 @@ from mmmamba.conversion.shards import ShardReader, ShardWriter, read_json, write
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 from .card import student_card
-from .checkpoints import check_launch, last_checkpoint, stream_file
+from .checkpoints import check_launch, check_sharding, last_checkpoint, stream_file
 from .data import BadRowCounter, ConversationStream
 from .data.training_data import TrainingData
 from .end_to_end import EndToEndDistiller
@@ -181,6 +181,7 @@ def train(run: Run, number: int) -> None:
         folder / "logs",
         writer,
     )
+    check_sharding()
     warning = check_launch(checkpoint) if checkpoint else None
     if checkpoint and run.is_main:
         print(f"stage {number}: resumes from {checkpoint}")

@@ -130,11 +130,18 @@ class DistillationTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(MarkCompleteCheckpoints())
+        self._progress_bar = _ProgressBar()
         if self.is_world_process_zero():
             from torch.utils.tensorboard import SummaryWriter
 
-            self.add_callback(_ProgressBar())
+            self.add_callback(self._progress_bar)
             self.add_callback(TensorBoardCallback(SummaryWriter(logs)))
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._progress_bar.close()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices and convolutions: there is no weight decay on A_log, dt_bias, norms and biases."""
@@ -213,6 +220,8 @@ def repeating_sampler(dataset: Dataset, num_samples: int, seed: int) -> Sampler:
 class _ProgressBar(TrainerCallback):
     """One line with the loss, tokens per second and the time left."""
 
+    bar: tqdm | None = None
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, mininterval=1)
         self.last_time, self.last_tokens = time.perf_counter(), state.num_input_tokens_seen
@@ -228,8 +237,10 @@ class _ProgressBar(TrainerCallback):
         self.last_time, self.last_tokens = now, state.num_input_tokens_seen
         self.bar.set_postfix_str(f"loss {logs['loss']:.4g}, {rate:,.0f} tokens/s", refresh=False)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+    def close(self) -> None:
+        """Ends the line, so that what is said next, such as an error, has one of its own."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 def plot_losses(history: list[dict], title: str, file: Path) -> None:
