@@ -248,7 +248,8 @@ class ConversationState:
         check_tiles(num_patches_list, pixel_values)
         if num_patches_list and PLACEHOLDER not in text:
             text = (PLACEHOLDER + "\n") * len(num_patches_list) + text
-        said = PLACEHOLDER.join(as_text(part, self.tokenizer) for part in text.split(PLACEHOLDER))
+        parts = text.split(PLACEHOLDER) if self.model.config.tokens_per_tile else [text]
+        said = PLACEHOLDER.join(as_text(part, self.tokenizer) for part in parts)
         (said,) = expand_placeholders([said], num_patches_list, self.model.config.tokens_per_tile)
         trimmed = "user" in self._template.get("trimmed", "")
         if not self.in_turn:

@@ -47,11 +47,13 @@ def expand_placeholders(prompts: list[str], num_patches_list: list[int], tokens_
     Args:
         prompts: Rendered prompts.
         num_patches_list: Tiles of each picture, thumbnail included.
-        tokens_per_tile: Decoder rows of a tile.
+        tokens_per_tile: Decoder rows of a tile; 0 for a model that reads text only, which has no placeholders.
 
     Raises:
         ValueError: if placeholders and pictures differ in number.
     """
+    if not tokens_per_tile:
+        return prompts
     texts = iter(_placeholder_texts(prompts, num_patches_list, [], tokens_per_tile))
     return [PLACEHOLDERS.sub(lambda _: next(texts), prompt) for prompt in prompts]
 
@@ -150,10 +152,11 @@ def encode_conversation(
 
     Args:
         tokenizer: Has the chat template.
-        question: The last question; `<image>` is a placeholder here and in the history's questions.
+        question: The last question; `<image>` is a placeholder here and in the history's questions, unless the model
+            reads text only.
         history: Earlier (question, answer) pairs; for `<image>` in answers see `answers_show_pictures`.
         num_patches_list: Tiles of each picture, in the order of the placeholders.
-        tokens_per_tile: Decoder rows of a tile.
+        tokens_per_tile: Decoder rows of a tile, 0 for a model that reads text only.
         system_message: Replaces the template's own.
 
     Raises:
@@ -167,7 +170,8 @@ def encode_conversation(
     for message in messages:
         # Control tokens become text; placeholders stay placeholders, as in upstream's chat().
         content = message["content"]
-        parts = content.split(PLACEHOLDER) if in_answers or message["role"] == "user" else [content]
+        has_places = tokens_per_tile > 0 and (in_answers or message["role"] == "user")
+        parts = content.split(PLACEHOLDER) if has_places else [content]
         message["content"] = PLACEHOLDER.join(as_text(part, tokenizer) for part in parts)
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     (prompt,) = expand_placeholders([prompt], num_patches_list, tokens_per_tile)

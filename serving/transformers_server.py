@@ -193,6 +193,18 @@ class ChatHandler(_Answers, ChatCompletionHandler):
                     raise RefusedError(f"A part of the type {kind!r} has no {'text' if kind == 'text' else 'url'}.")
 
     @staticmethod
+    def get_processor_inputs_from_messages(messages: list[dict], modality: Modality) -> list[dict]:
+        """Messages as chat templates take them; for a text-only model the parts of a text are joined as they are."""
+        if modality is Modality.LLM:  # Transformers would write a space between them
+            messages = [
+                {**message, "content": "".join(part["text"] for part in message["content"])}
+                if isinstance(message["content"], list)
+                else message
+                for message in messages
+            ]
+        return ChatCompletionHandler.get_processor_inputs_from_messages(messages, modality)
+
+    @staticmethod
     def _first_chunks(n: int) -> list[dict]:
         delta = {"role": "assistant", "content": ""}
         return [{"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(n)]

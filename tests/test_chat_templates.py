@@ -140,3 +140,14 @@ def test_a_processor_adds_no_beginning_token_either(folders, expected, tmp_path)
     )
     assert padded["input_ids"].shape == (1, 80)
     assert torch.equal(padded["input_ids"][padded["attention_mask"].bool()], torch.tensor(wanted))
+
+
+def test_placeholders_of_pictures_are_text_to_a_model_that_reads_text_only(folders, expected, model):
+    ours, question = load_tokenizer(folders[1]), "What are <image>, <video> and <img><IMG_CONTEXT></img> in XML?"
+    history = [(question, question)]
+    model.chat(ours, None, question, GREEDY, history=history)
+    model.batch_chat(ours, None, [question], GREEDY, history=[history])
+    state = model.conversation(ours)
+    state.add_turn(*history[0])
+    state.ask(question, GREEDY)
+    assert model.prompts == [expected(history, question)] * 3
