@@ -45,6 +45,7 @@ class Checkpoint(NamedTuple):
         chat_template: To be written even without a tokenizer.
         base_model: The model's name on the Hub, if known.
         origin: A sentence on where the model comes from.
+        license: Of its weights, by the Hub's name; None if it is not known.
         notes: What the folder lacks and how to add it.
     """
 
@@ -58,6 +59,7 @@ class Checkpoint(NamedTuple):
     chat_template: str | None = None
     base_model: str | None = None
     origin: str = ""
+    license: str | None = "mit"  # of HoVLE and the released mmMamba
     notes: list[str] = []  # noqa: RUF012
 
 

@@ -26,6 +26,7 @@ from transformers import (
 from mmmamba.configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
 from mmmamba.conversion.hovle import chat_template
 from mmmamba.conversion.layouts import ATTENTION, IDENTITY, NORMS_AND_MLP, Checkpoint, Operation, Rule
+from mmmamba.conversion.publish import license_of
 from mmmamba.conversion.shards import ShardReader, read_json
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessor
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
@@ -179,7 +180,7 @@ def open_language_model(source: Path, gguf: Path | None, vision: VisionPlan | No
         size = {"height": vision.image_size, "width": vision.image_size}
         image_processor = MmMambaImageProcessor(size=size, max_patches=vision.max_patches)
         processor = MmMambaProcessor(image_processor, tokenizer, tokens_per_tile=config.tokens_per_tile)
-    name = original.name_or_path if "/" in str(original.name_or_path) else ""
+    license = _license(folder, gguf)
     return Checkpoint(
         config,
         tensors,
@@ -187,11 +188,30 @@ def open_language_model(source: Path, gguf: Path | None, vision: VisionPlan | No
         partial(_reason_unused, config.tie_word_embeddings),
         new={} if vision is None else new_tensors(config, vision.seed),
         processor=processor,
-        base_model=None if Path(name).exists() else name or None,
+        base_model=_hub_name(source, original),
         origin=f"Converted from {source.name}, a {original.model_type} model"
-        + (f", with {vision.embedding_layers} new embedding layers and a new patch embedding." if vision else "."),
+        + (f", with {vision.embedding_layers} new embedding layers and a new patch embedding. " if vision else ". ")
+        + f"Its weights keep that model's licence{f', {license}' if license else ''}.",
+        license=license,
         notes=notes,
     )
+
+
+def _license(folder: Path, gguf: Path | None) -> str | None:
+    """The licence that a checkpoint's card or GGUF file names, if any."""
+    if gguf is None:
+        return license_of(folder)
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("general.license")
+    return field.contents() if field else license_of(folder)
+
+
+def _hub_name(source: Path, original: PreTrainedConfig) -> str | None:
+    """A checkpoint's name on the Hub: by its place in huggingface_hub's cache, or else its config, or None."""
+    folders = [part for part in source.absolute().parts if part.startswith("models--")]
+    name = "/".join(folders[-1].split("--")[1:]) if folders else str(original.name_or_path)
+    return name if "/" in name and not Path(name).exists() else None
 
 
 def _unpacked(folder: Path, options: dict) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_language_models import TEMPLATE, tokenizer, write_source
+from language_models import TEMPLATE, tokenizer, write_source
 from tokenizers import processors
 from transformers import AutoProcessor, AutoTokenizer
 

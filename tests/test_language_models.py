@@ -3,10 +3,11 @@
 import json
 import shutil
 
+import language_models
 import pytest
 import torch
+from language_models import SIZES, TEMPLATE, tokenizer
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
@@ -14,7 +15,6 @@ from transformers import (
     InternLM3Config,
     LlamaConfig,
     MistralConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -26,10 +26,6 @@ from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.tokenization_mmmamba import MmMambaTextTokenizer, load_tokenizer
 
 
-SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
-}  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
@@ -52,10 +48,6 @@ ARCHITECTURES = {
     **{f"rope-{name}": (LlamaConfig, {"rope_parameters": rope}) for name, rope in ROPES.items()},
 }
 FP32 = {"rtol": 0, "atol": 1e-4}  # of logits around 10: Transformers computes norms and angles in fp32, ours are fp64
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 TEXTS = (
     "The  capital of\n\n France <|im_end|> is Paris. 'tis 3.14!",
     "é 中文 😀\t  ",
@@ -65,35 +57,9 @@ TEXTS = (
 )
 
 
-def tokenizer():
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["the capital of France is Paris and what is the time"] * 3, trainer)
-    backend.add_tokens(["<unused>"])
-    named = {"bos_token": special[0], "eos_token": special[2], "unk_token": special[0]}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **named)
-
-
-def write_source(folder, kind="llama", with_tokenizer=True, **changes):
-    """A folder as Transformers writes it, random weights in fp64; returns the model."""
-    config_class, options = ARCHITECTURES[kind]
-    config = config_class(**{**SIZES, "vocab_size": 330, **options, **changes})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).double().eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "norm.weight")):
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    if with_tokenizer:
-        tokenizer().save_pretrained(folder)
-    return model
+def write_source(folder, kind="llama", **options):
+    config_class, settings = ARCHITECTURES[kind]
+    return language_models.write_source(folder, config_class, **{**settings, **options})
 
 
 def prompt(length=40, vocabulary=320):
