@@ -1,11 +1,15 @@
 """Llama-shaped language models become teachers: same logits, same ids, and students can be carved out of them."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import language_models
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from language_models import SIZES, TEMPLATE, tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -17,10 +21,12 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    pipeline,
 )
 
 from mmmamba.cli.main import main
 from mmmamba.conversion.convert import VisionPlan, convert
+from mmmamba.conversion.push import files_to_upload
 from mmmamba.conversion.seeding import seed_folder
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.tokenization_mmmamba import MmMambaTextTokenizer, load_tokenizer
@@ -215,6 +221,64 @@ def test_a_saved_copy_loads_without_the_package(folders, tmp_path):
     torch.testing.assert_close(again(**ids).logits, model(**ids).logits)
 
 
+def test_the_pipeline_answers_as_generate_does(folders):
+    ask = pipeline("text-generation", model=str(folders[1]), trust_remote_code=True, dtype=torch.float32)
+    messages = [{"role": "user", "content": "What is it?"}]
+    inputs = ask.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    ids = ask.model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    (answer,) = ask(messages, max_new_tokens=5, do_sample=False, return_full_text=False)
+    assert answer["generated_text"] == ask.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# Run where `import mmmamba` fails as if it were not installed; prints what each folder's model answers.
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["mmmamba"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for folder in sys.argv[1:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    print(ascii(model.chat(tokenizer, None, "What is it?", {"max_new_tokens": 5, "do_sample": False})))
+"""
+
+
+def test_what_is_pushed_loads_without_the_package(folders, tmp_path):
+    uploaded = tmp_path / "uploaded"
+    uploaded.mkdir()
+    for name, file in files_to_upload(folders[1]).items():
+        (uploaded / name).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
+    assert not any("processor" in file.name for file in uploaded.glob("*.json"))
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, uploaded]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    model = MmMambaForConditionalGeneration.from_pretrained(folders[1]).eval()
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert done.stdout.strip() == ascii(model.chat(load_tokenizer(folders[1]), None, "What is it?", options))
+
+
+@pytest.mark.parametrize("license", [None, "apache-2.0"])
+def test_cards_name_the_licence_and_the_name_of_the_source(license, tmp_path):
+    source = tmp_path / "models--someone--small" / "snapshots" / "0123"
+    write_source(source)
+    if license:
+        (source / "README.md").write_text(f"---\nlicense: {license}\n---\n# small\n")
+    convert(source, tmp_path / "teacher")
+    seed_folder(tmp_path / "teacher", tmp_path / "student", attention=[0])
+    teacher, student = (ModelCard.load(tmp_path / name / "README.md") for name in ("teacher", "student"))
+    assert teacher.data.pipeline_tag == student.data.pipeline_tag == "text-generation"
+    assert teacher.data.license == student.data.license == license
+    assert teacher.data.base_model == "someone/small"
+    assert "Its weights keep that model's licence" in teacher.text
+
+
+def test_the_picture_world_is_not_asked_of_a_model_that_reads_text_only(folders, capsys):
+    assert main(["evaluate", "--model", str(folders[1])]) == 1
+    assert "reads text only" in capsys.readouterr().err
+
+
 def test_the_chat_command_answers_and_refuses_pictures(folders, tmp_path, capsys):
     assert main(["chat", "--model", str(folders[1]), "--max-new-tokens=4", "What is it?"]) == 0
     assert main(["chat", "--model", str(folders[1]), "--image", "examples/shapes/picture.png", "What is it?"]) == 1
@@ -294,6 +358,7 @@ def write_gguf(file):
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_chat_template(TEMPLATE)
+    writer.add_license("apache-2.0")
     shapes = {"token_embd": (len(vocabulary), 32), "output": (len(vocabulary), 32), "output_norm": (32,)}
     for layer in range(2):
         rows = {"attn_q": 32, "attn_k": 16, "attn_v": 16, "attn_output": 32, "ffn_gate": 48, "ffn_up": 48}
@@ -316,6 +381,7 @@ def test_a_gguf_file_gives_the_logits_of_transformers_own_reader(tmp_path):
     with torch.no_grad():
         expected = theirs(ids).logits
     torch.testing.assert_close(logits(tmp_path / "ours", ids), expected.double(), **FP32)
+    assert ModelCard.load(tmp_path / "ours" / "README.md").data.license == "apache-2.0"
     original = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     for text in TEXTS:
         assert load_tokenizer(tmp_path / "ours")(text)["input_ids"] == original(text)["input_ids"]
