@@ -31,7 +31,8 @@ def folder(tmp_path_factory):
     """A hybrid student, untrained."""
     root = tmp_path_factory.mktemp("text-only")
     # vLLM's attention on CPUs has heads of 32 and more.
-    write_source(root / "source", hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    write_source(root / "source", hidden_size=64, max_position_embeddings=512, **heads)
     convert(root / "source", root / "teacher")
     seed_folder(root / "teacher", root / "student", attention=[1])
     return root / "student"
