@@ -10,7 +10,7 @@ from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.hovle import HOVLE, RELEASED, chat_template, open_upstream, read_upstream_config
 from mmmamba.conversion.layouts import Checkpoint
 from mmmamba.conversion.llama import VisionPlan, check_language_model, find_gguf, open_language_model
-from mmmamba.conversion.publish import expected_specs, whole_folder, write_model_folder
+from mmmamba.conversion.publish import Provenance, expected_specs, whole_folder, write_model_folder
 from mmmamba.conversion.shards import ShardWriter, is_finite, listed, read_json
 
 
@@ -134,9 +134,12 @@ def convert(
             config,
             name=destination.name,
             processor=checkpoint.processor,
-            base_model=checkpoint.base_model,
-            license=checkpoint.license,
-            origin=checkpoint.origin,
+            provenance=Provenance(
+                base_model=checkpoint.base_model,
+                base_model_relation=None,
+                origin=checkpoint.origin,
+                license=checkpoint.license,
+            ),
         )
     return Report(config, len(planned), left_out, checkpoint.notes)
 

@@ -28,7 +28,7 @@ from transformers import (
 from mmmamba.configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
 from mmmamba.conversion.hovle import hub_name
 from mmmamba.conversion.layouts import ATTENTION, IDENTITY, NORMS_AND_MLP, Checkpoint, Operation, Rule
-from mmmamba.conversion.publish import card_license
+from mmmamba.conversion.publish import license_of
 from mmmamba.conversion.shards import ShardReader, listed, read_json
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessor
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
@@ -187,6 +187,7 @@ def open_language_model(source: Path, gguf: Path | None, vision: VisionPlan | No
         size = {"height": vision.image_size, "width": vision.image_size}
         image_processor = MmMambaImageProcessor(size=size, max_patches=vision.max_patches)
         processor = MmMambaProcessor(image_processor, tokenizer, tokens_per_tile=config.tokens_per_tile)
+    license = _license(folder, gguf)
     return Checkpoint(
         config,
         tensors,
@@ -194,12 +195,32 @@ def open_language_model(source: Path, gguf: Path | None, vision: VisionPlan | No
         partial(_reason_unused, config.tie_word_embeddings),
         new={} if vision is None else new_tensors(config, vision.seed),
         processor=processor,
-        base_model=None if gguf else hub_name(read_json(folder / "config.json").get("_name_or_path")),
-        license=None if gguf else card_license(folder),
+        base_model=_hub_name(source),
         origin=f"Converted from {source.name}, a {original.model_type} model"
-        + (f", with {vision.embedding_layers} new embedding layers and a new patch embedding." if vision else "."),
+        + (f", with {vision.embedding_layers} new embedding layers and a new patch embedding. " if vision else ". ")
+        + f"Its weights keep that model's licence{f', {license}' if license else ''}.",
+        license=license,
         notes=notes,
     )
+
+
+def _license(folder: Path, gguf: Path | None) -> str | None:
+    """The licence that a checkpoint's card or GGUF file names, if any."""
+    if gguf is None:
+        return license_of(folder)
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("general.license")
+    return field.contents() if field else license_of(folder)
+
+
+def _hub_name(source: Path) -> str | None:
+    """A checkpoint's name on the Hub: by its place in huggingface_hub's cache, or else its config, or None."""
+    folders = [part for part in source.absolute().parts if part.startswith("models--")]
+    if folders:
+        return hub_name("/".join(folders[-1].split("--")[1:]))
+    config = source / "config.json"
+    return hub_name(read_json(config).get("_name_or_path")) if config.is_file() else None
 
 
 def _unpacked(folder: Path, options: dict) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import EvalResult, ModelCardData, metadata_load
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
@@ -103,8 +103,8 @@ class Provenance:
         base_model: Name on the Hub of the model it comes from.
         base_model_relation: What it is to that model, one of `RELATIONS`. The Hub has none for a distilled model;
             `finetune` comes closest.
-        license: As the Hub names it; None if it is not known.
         origin: A sentence on how it was made.
+        license: Of the weights, by the Hub's name; None if it is not known.
         datasets: Names on the Hub of what it was trained on, or whatever else `datasets` loads.
         files: What it was trained on besides: files, folders, or what generates it.
         results: What was measured.
@@ -117,8 +117,8 @@ class Provenance:
 
     base_model: str | None = None
     base_model_relation: str | None = "finetune"
-    license: str | None = "mit"
     origin: str = ""
+    license: str | None = "mit"
     datasets: Sequence[str] = ()
     files: Sequence[str] = ()
     results: Sequence[EvalResult] = ()
@@ -202,7 +202,6 @@ def model_card(
     base_model: str | None = None,
     origin: str = "",
     provenance: Provenance | None = None,
-    license: str | None = "mit",
 ) -> str:
     """The README.md of a model folder.
 
@@ -211,10 +210,9 @@ def model_card(
         config: Its configuration.
         base_model: Name on the Hub of the model it comes from.
         origin: A sentence on how it was made.
-        provenance: These two and more; replaces them and the next.
-        license: As the Hub names it; None if it is not known.
+        provenance: These two and more; replaces them.
     """
-    source = provenance or Provenance(base_model, base_model_relation=None, license=license, origin=origin)
+    source = provenance or Provenance(base_model=base_model, base_model_relation=None, origin=origin)
     kinds, text_only = config.text_config.layer_types, config.vision_config is None
     base = source.base_model if _is_hub_name(source.base_model) else None
     # `datasets` looks for a name in the working directory first.
@@ -246,6 +244,15 @@ def model_card(
         origin=f"\n{_escape(source.origin)}\n" if source.origin else "",
         sections="".join(f"\n{section}\n" for section in sections),
     )
+
+
+def license_of(folder: str | Path) -> str | None:
+    """The licence that a folder's card names, None if there is no card or it names none."""
+    try:
+        name = ModelCard((Path(folder) / "README.md").read_text(encoding="utf-8")).data.license
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def _describe_mixers(kinds: list[str]) -> str:
@@ -322,7 +329,6 @@ def write_model_folder(
     base_model: str | None = None,
     origin: str = "",
     provenance: Provenance | None = None,
-    license: str | None = "mit",
 ) -> None:
     """Writes everything of a model folder but the weights. A README.md that exists is not overwritten.
 
@@ -334,21 +340,10 @@ def write_model_folder(
         companions: A model folder of the same vocabulary to copy these files from instead.
         base_model: Name on the Hub of the model it comes from.
         origin: A sentence for the card on how it was made.
-        provenance: These two and more for the card; replaces them and the next.
-        license: For the card; that of `companions`, if there are any.
+        provenance: These two and more for the card; replaces them.
     """
     write_model_files(folder, config, processor, companions)
-    license = license if companions is None else card_license(companions)
-    write_card(folder, model_card(name, config, base_model, origin, provenance, license))
-
-
-def card_license(folder: Path) -> str | None:
-    """The licence that the model card of a folder names; None if it names none."""
-    try:
-        license = (metadata_load(folder / "README.md") or {}).get("license")
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return license if isinstance(license, str) else None
+    write_card(folder, model_card(name, config, base_model, origin, provenance))
 
 
 def write_card(folder: str | Path, card: str) -> bool:

@@ -15,7 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
-from mmmamba.conversion.publish import check_model_folder, expected_specs, whole_folder, write_model_folder
+from mmmamba.conversion.publish import (
+    Provenance,
+    check_model_folder,
+    expected_specs,
+    license_of,
+    whole_folder,
+    write_model_folder,
+)
 from mmmamba.conversion.shards import ShardReader, ShardWriter, is_finite, listed
 
 
@@ -247,7 +254,11 @@ def seed_folder(
             student,
             name=destination.name,
             companions=teacher,
-            origin=f"Its Mamba-2 mixers were seeded from {teacher.name} (seed {seed}) and are not trained yet.",
+            provenance=Provenance(
+                base_model_relation=None,
+                origin=f"Its Mamba-2 mixers were seeded from {teacher.name} (seed {seed}) and are not trained yet.",
+                license=license_of(teacher),
+            ),
         )
     return student
 

@@ -1,26 +1,32 @@
 """Llama-shaped language models become teachers: same logits, same ids, and students can be carved out of them."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
+import language_models
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from language_models import SIZES, TEMPLATE, tokenizer
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
     LlamaConfig,
     MistralConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    pipeline,
 )
 
 from mmmamba.cli.main import main
 from mmmamba.conversion.convert import VisionPlan, convert
 from mmmamba.conversion.llama import open_language_model
+from mmmamba.conversion.push import files_to_upload
 from mmmamba.conversion.seeding import seed_folder
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.tokenization_mmmamba import MmMambaTextTokenizer, MmMambaTokenizer, load_tokenizer
@@ -31,10 +37,7 @@ try:
 except ImportError:  # Transformers before it had that model
     InternLM3Config = None
 
-SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
-}  # fmt: skip
+
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
@@ -57,10 +60,6 @@ ARCHITECTURES = {
     **{f"rope-{name}": (LlamaConfig, {"rope_parameters": rope}) for name, rope in ROPES.items()},
 }
 FP32 = {"rtol": 0, "atol": 1e-4}  # of logits around 10: Transformers computes norms and angles in fp32, ours are fp64
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 TEXTS = (
     "The  capital of\n\n France <|im_end|> is Paris. 'tis 3.14!",
     "é 中文 😀\t  ",
@@ -70,37 +69,11 @@ TEXTS = (
 )
 
 
-def tokenizer():
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["the capital of France is Paris and what is the time"] * 3, trainer)
-    backend.add_tokens(["<unused>"])
-    named = {"bos_token": special[0], "eos_token": special[2], "unk_token": special[0]}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **named)
-
-
-def write_source(folder, kind="llama", with_tokenizer=True, **changes):
-    """A folder as Transformers writes it, random weights in fp64; returns the model."""
-    config_class, options = ARCHITECTURES[kind]
+def write_source(folder, kind="llama", **options):
+    config_class, settings = ARCHITECTURES[kind]
     if config_class is None:
         pytest.skip(f"this version of Transformers has no {kind}")
-    config = config_class(**{**SIZES, "vocab_size": 330, **options, **changes})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).double().eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "norm.weight")):
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    if with_tokenizer:
-        tokenizer().save_pretrained(folder)
-    return model
+    return language_models.write_source(folder, config_class, **{**settings, **options})
 
 
 def prompt(length=40, vocabulary=320):
@@ -317,6 +290,64 @@ def test_a_saved_copy_loads_without_the_package(folders, tmp_path):
     torch.testing.assert_close(again(**ids).logits, model(**ids).logits)
 
 
+def test_the_pipeline_answers_as_generate_does(folders):
+    ask = pipeline("text-generation", model=str(folders[1]), trust_remote_code=True, dtype=torch.float32)
+    messages = [{"role": "user", "content": "What is it?"}]
+    inputs = ask.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    ids = ask.model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    (answer,) = ask(messages, max_new_tokens=5, do_sample=False, return_full_text=False)
+    assert answer["generated_text"] == ask.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# Run where `import mmmamba` fails as if it were not installed; prints what each folder's model answers.
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["mmmamba"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for folder in sys.argv[1:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    print(ascii(model.chat(tokenizer, None, "What is it?", {"max_new_tokens": 5, "do_sample": False})))
+"""
+
+
+def test_what_is_pushed_loads_without_the_package(folders, tmp_path):
+    uploaded = tmp_path / "uploaded"
+    uploaded.mkdir()
+    for name, file in files_to_upload(folders[1]).items():
+        (uploaded / name).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
+    assert not any("processor" in file.name for file in uploaded.glob("*.json"))
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, uploaded]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    model = MmMambaForConditionalGeneration.from_pretrained(folders[1]).eval()
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert done.stdout.strip() == ascii(model.chat(load_tokenizer(folders[1]), None, "What is it?", options))
+
+
+@pytest.mark.parametrize("license", [None, "apache-2.0"])
+def test_cards_name_the_licence_and_the_name_of_the_source(license, tmp_path):
+    source = tmp_path / "models--someone--small" / "snapshots" / "0123"
+    write_source(source)
+    if license:
+        (source / "README.md").write_text(f"---\nlicense: {license}\n---\n# small\n")
+    convert(source, tmp_path / "teacher")
+    seed_folder(tmp_path / "teacher", tmp_path / "student", attention=[0])
+    teacher, student = (ModelCard.load(tmp_path / name / "README.md") for name in ("teacher", "student"))
+    assert teacher.data.pipeline_tag == student.data.pipeline_tag == "text-generation"
+    assert teacher.data.license == student.data.license == license
+    assert teacher.data.base_model == "someone/small"
+    assert "Its weights keep that model's licence" in teacher.text
+
+
+def test_the_picture_world_is_not_asked_of_a_model_that_reads_text_only(folders, capsys):
+    assert main(["evaluate", "--model", str(folders[1])]) == 1
+    assert "reads text only" in capsys.readouterr().err
+
+
 def test_the_chat_command_answers_and_refuses_pictures(folders, tmp_path, capsys):
     assert main(["chat", "--model", str(folders[1]), "--max-new-tokens=4", "What is it?"]) == 0
     assert main(["chat", "--model", str(folders[1]), "--image", "examples/shapes/picture.png", "What is it?"]) == 1
@@ -410,6 +441,7 @@ def write_gguf(file, without=(), scaled=None):
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_chat_template(TEMPLATE)
+    writer.add_license("apache-2.0")
     shapes = {"token_embd": (len(vocabulary), 32), "output": (len(vocabulary), 32), "output_norm": (32,)}
     for layer in range(2):
         rows = {"attn_q": 32, "attn_k": 16, "attn_v": 16, "attn_output": 32, "ffn_gate": 48, "ffn_up": 48}
@@ -438,6 +470,7 @@ def test_a_gguf_file_gives_the_logits_of_transformers_own_reader(tmp_path):
     with torch.no_grad():
         expected = theirs(ids).logits
     torch.testing.assert_close(logits(tmp_path / "ours", ids), expected.double(), **FP32)
+    assert ModelCard.load(tmp_path / "ours" / "README.md").data.license == "apache-2.0"
     original = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     for text in TEXTS:
         assert load_tokenizer(tmp_path / "ours")(text)["input_ids"] == original(text)["input_ids"]
@@ -461,9 +494,7 @@ def test_a_gguf_file_of_which_transformers_reads_less_than_there_is_is_refused(o
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf"]
 
 
-def test_what_lies_beside_a_gguf_file_is_another_models(tmp_path):
+def test_end_tokens_beside_a_gguf_file_are_another_models(tmp_path):
     write_gguf(tmp_path / "model.gguf")
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
-    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     assert convert(tmp_path / "model.gguf", tmp_path / "ours").config.text_config.eos_token_id == 2
-    assert "license" not in (tmp_path / "ours" / "README.md").read_text()

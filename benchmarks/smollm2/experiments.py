@@ -93,9 +93,7 @@ class Experiments:
         scores = json.loads(file.read_text(encoding="utf-8"))
         if scores["overrides"] != self.overrides(name):
             folder = self.run_folder(name, seed)
-            raise ValueError(
-                f"{file} is of {scores['overrides']}; remove it and {folder} to run it again."
-            )
+            raise ValueError(f"{file} is of {scores['overrides']}; remove it and {folder} to run it again.")
         return scores
 
     def run_one(self, name: str, seed: int) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -20,8 +21,10 @@ from transformers import TrainingArguments, set_seed
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.publish import (
+    Provenance,
     check_model_folder,
     expected_specs,
+    license_of,
     whole_folder,
     write_card,
     write_model_files,
@@ -211,7 +214,7 @@ def train(run: Run, number: int) -> None:
         config = MmMambaConfig.from_pretrained(before)
         with whole_folder(model_folder) as partial:
             _write_weights(partial, config, torch.float32, [distiller.student_tensors(state), ShardReader(before)])
-            write_model_folder(partial, config, f"{run.name}-stage-{number}", companions=run.teacher_folder)
+            write_model_folder(partial, config, f"{run.name}-stage-{number}", **_from_teacher(run))
         run.folder.remove(checkpoints)
     del trainer, distiller, state
     gc.collect()
@@ -242,7 +245,7 @@ def place(run: Run) -> None:
         ]
         with whole_folder(run.folder.placed) as partial:
             _write_weights(partial, config, torch.float32, [ShardReader(before), ShardReader(run.teacher_folder)])
-            write_model_folder(partial, config, f"{run.name}-placed", companions=run.teacher_folder)
+            write_model_folder(partial, config, f"{run.name}-placed", **_from_teacher(run))
     PartialState().wait_for_everyone()
 
 
@@ -309,6 +312,12 @@ def make_distiller(recipe: Recipe, number: int, teacher: nn.Module | None, stude
         include_padding=stage.include_padding,
         chunk_size=stage.logits_chunk,
     )
+
+
+def _from_teacher(run: Run) -> dict[str, Any]:
+    """What `write_model_folder` takes from the teacher for a model between two stages."""
+    provenance = Provenance(base_model_relation=None, license=license_of(run.teacher_folder))
+    return {"companions": run.teacher_folder, "provenance": provenance}
 
 
 def _answer_writer(run: Run, number: int, args: TrainingArguments) -> AnswerWriter | None:
