@@ -1,5 +1,7 @@
 """The page: pictures, videos and documents shown to a model in the browser, and questions about them (Gradio).
 
+To a model that reads text only documents are shown.
+
     mmmamba app my-model/                                   # on this machine
     mmmamba push my-model/ user/model --space user/page     # on the Hub
 
@@ -38,6 +40,8 @@ QUESTIONS = ("What is in this picture?", "Which numbers are on the cards?", "Wha
 def load(path: str, device: str | None = None):
     """A model, in fp32 on a CPU and else in the dtype of its weights, its tokenizer and its video processor.
 
+    The last is None for a model that reads text only.
+
     Args:
         path: A folder, or a name on the Hub.
         device: The GPU if there is one, or else the CPU, if not given.
@@ -46,7 +50,8 @@ def load(path: str, device: str | None = None):
     dtype = torch.float32 if device.type == "cpu" else "auto"
     model = AutoModel.from_pretrained(path, dtype=dtype, trust_remote_code=True).to(device).eval()
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-    return model, processor.tokenizer, processor.video_processor
+    # Of a model that reads text only this is its tokenizer.
+    return model, getattr(processor, "tokenizer", processor), getattr(processor, "video_processor", None)
 
 
 def format_bytes(count: int) -> str:
@@ -98,10 +103,11 @@ def build(
     """
     reader, thread = Reader(model, tokenizer, video_processor), ModelThread()
     sessions = Sessions(partial(Session, model, reader), idle, closed)
-    is_toy = len(tokenizer) <= LARGEST_TOY_VOCABULARY
-    questions = (TOY_QUESTIONS if is_toy else QUESTIONS) if PICTURE else ()
+    reads_pictures, is_toy = video_processor is not None, len(tokenizer) <= LARGEST_TOY_VOCABULARY
+    shows_example = PICTURE is not None and reads_pictures
+    questions = (TOY_QUESTIONS if is_toy else QUESTIONS) if shows_example else ()
     example = ""
-    if PICTURE:
+    if shows_example:
         about = (
             "This small model knows eleven kinds of questions about shapes and cards like these, and nothing else."
             if is_toy
@@ -198,7 +204,7 @@ def build(
                     latex_delimiters=[],
                     height="var(--chat-height)",
                     allow_file_downloads=False,
-                    placeholder=f"<h2>Show it something, then ask</h2>{example}",
+                    placeholder=f"<h2>{'Show it something, then ask' if reads_pictures else 'Ask'}</h2>{example}",
                     examples=[{"text": x} for x in questions],
                 )
                 activity = gr.HTML(elem_id="activity")
@@ -206,7 +212,7 @@ def build(
                     elem_id="composer",
                     show_label=False,
                     file_count="multiple",
-                    placeholder="Ask, or drop pictures, videos and texts here",
+                    placeholder=f"Ask, or drop {'pictures, videos and texts' if reads_pictures else 'texts'} here",
                     max_plain_text_length=100_000,
                     autofocus=True,
                 )
@@ -222,12 +228,12 @@ def build(
                         "Load", size="sm", min_width=80, file_types=[".safetensors"], elem_id="load"
                     )
                 download = gr.DownloadButton("Download", visible="hidden", elem_id="download")
-                with gr.Accordion("Camera", open=False, elem_id="camera"):
+                with gr.Accordion("Camera", open=False, visible=reads_pictures, elem_id="camera"):
                     photo = gr.Image(sources=["webcam"], type="filepath", show_label=False)
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
                     longest = gr.Slider(16, 2048, 256, step=16, label="Longest answer, in tokens")
                     temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature (0: the likeliest answer)")
-                    num_frames = gr.Slider(1, 64, 8, step=1, label="Frames of a video")
+                    num_frames = gr.Slider(1, 64, 8, step=1, label="Frames of a video", visible=reads_pictures)
 
         shown = [chat, activity, state, branches]
         events = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}

@@ -59,25 +59,29 @@ class Reader:
     """
 
     def __init__(self, model, tokenizer, video_processor):
-        # Transformers gives the code of each class a package of its own, with those modules that it imports.
-        modules = {"chat_template": model, "image_reading": model, "video_reading": video_processor}
-        chat_template, images, videos = (
-            importlib.import_module(f"{type(owner).__module__.rpartition('.')[0]}.{name}_mmmamba")
-            for name, owner in modules.items()
-        )
+        def module_of(owner, name: str):
+            """Transformers gives the code of each class a package of its own, with those modules that it imports."""
+            return importlib.import_module(f"{type(owner).__module__.rpartition('.')[0]}.{name}_mmmamba")
+
         self.tokenizer = tokenizer
-        self.as_text = partial(chat_template.as_text, tokenizer=tokenizer)
-        self._read_image, self._open_video = images.read_image, videos.VideoReader
+        self.as_text = partial(module_of(model, "chat_template").as_text, tokenizer=tokenizer)
         self._frames = video_processor
+        if video_processor is not None:
+            self._read_image = module_of(model, "image_reading").read_image
+            self._open_video = module_of(video_processor, "video_reading").VideoReader
 
     def open(self, path: str | Path, num_frames: int) -> Upload:
         """A picture, a video (evenly spaced frames of it) or a text in UTF-8.
 
         Raises:
-            ValueError: if it is none of them, or damaged.
+            ValueError: if it is none of them, or damaged, or no text for a model that reads text only.
         """
         path, video = Path(path), partial(self._video, num_frames=num_frames)
         kind = (mimetypes.guess_type(path.name)[0] or "").partition("/")[0]
+        if self._frames is None:
+            if kind in ("image", "video"):
+                raise ValueError(f"{path.name} is no text, and this model reads text only; give texts in UTF-8.")
+            return self._document(path)
         kinds = {"image": [self._picture], "video": [video], "text": [self._document]}
         errors = []
         for opening in kinds.get(kind, [self._document, self._picture, video]):

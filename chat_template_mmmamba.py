@@ -281,7 +281,7 @@ class ChatTemplateMixin:
         conversation = check_conversation(conversation, may_lack_content=chat_template is not None)
         template = chat_template or self.chat_template
         options = {"padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
-        options |= {"return_assistant_tokens_mask"}
+        options |= {"return_assistant_tokens_mask", "load_audio_from_video"}  # which Transformers' server says to all
         for_template = {name: value for name, value in kwargs.items() if name not in options}
         check_template_arguments(template, tools=tools, documents=documents, **for_template)
         check_tool_calls(template, conversation)

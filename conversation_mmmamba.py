@@ -248,17 +248,25 @@ class ConversationState:
         check_tiles(num_patches_list, pixel_values)
         if num_patches_list and PLACEHOLDER not in text:
             text = (PLACEHOLDER + "\n") * len(num_patches_list) + text
-        said = PLACEHOLDER.join(as_text(part, self.tokenizer) for part in text.split(PLACEHOLDER))
+        parts = text.split(PLACEHOLDER) if self.model.config.tokens_per_tile else [text]
+        said = PLACEHOLDER.join(as_text(part, self.tokenizer) for part in parts)
         (said,) = expand_placeholders([said], num_patches_list, self.model.config.tokens_per_tile)
+        trimmed = "user" in self._template.get("trimmed", "")
         if not self.in_turn:
             begin = "turn" if self.turns else "start"
+            said = said.lstrip() if trimmed else said
+            if not said and not end:
+                return
             said, end = (self._template[begin] + said, end) if said else (self._template[f"empty {begin}"], "")
-        self._read(self.pending + said + end, pixel_values, chunk_size)
+        text = self.pending + said
+        # White space at the end is never read before what follows is known.
+        self._read((text.rstrip() if trimmed and end else text) + end, pixel_values, chunk_size)
         self.in_turn = True
 
     def _end_turn(self, answer: str) -> None:
         # Read with the next turn: until then only its end would be known for certain.
         said, parts = as_text(answer, self.tokenizer), self._template
+        said = said.strip() if "assistant" in parts.get("trimmed", "") else said
         self.pending += parts["answer"] + said + parts["end of answer"] if said else parts["empty answer"]
         self.in_turn = False
         self.turns += 1
@@ -266,7 +274,7 @@ class ConversationState:
     def _encode(self, text: str) -> list[int]:
         """Ids of text that follows what was read."""
         if not self.ids:
-            return self.tokenizer(text)["input_ids"]
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         texts = (self._last_token, self._last_token + text)
         read, both = (self.tokenizer(x, add_special_tokens=False)["input_ids"] for x in texts)
         return both[len(read) :]

@@ -47,11 +47,13 @@ def expand_placeholders(prompts: list[str], num_patches_list: list[int], tokens_
     Args:
         prompts: Rendered prompts.
         num_patches_list: Tiles of each picture, thumbnail included.
-        tokens_per_tile: Decoder rows of a tile.
+        tokens_per_tile: Decoder rows of a tile; 0 for a model that reads text only, which has no placeholders.
 
     Raises:
         ValueError: if placeholders and pictures differ in number.
     """
+    if not tokens_per_tile:
+        return prompts
     texts = iter(_placeholder_texts(prompts, num_patches_list, [], tokens_per_tile))
     return [PLACEHOLDERS.sub(lambda _: next(texts), prompt) for prompt in prompts]
 
@@ -150,10 +152,11 @@ def encode_conversation(
 
     Args:
         tokenizer: Has the chat template.
-        question: The last question; `<image>` is a placeholder here and in the history's questions.
+        question: The last question; `<image>` is a placeholder here and in the history's questions, unless the model
+            reads text only.
         history: Earlier (question, answer) pairs; for `<image>` in answers see `answers_show_pictures`.
         num_patches_list: Tiles of each picture, in the order of the placeholders.
-        tokens_per_tile: Decoder rows of a tile.
+        tokens_per_tile: Decoder rows of a tile, 0 for a model that reads text only.
         system_message: Replaces the template's own.
 
     Raises:
@@ -167,13 +170,15 @@ def encode_conversation(
     for message in messages:
         # Control tokens become text; placeholders stay placeholders, as in upstream's chat().
         content = message["content"]
-        parts = content.split(PLACEHOLDER) if in_answers or message["role"] == "user" else [content]
+        has_places = tokens_per_tile > 0 and (in_answers or message["role"] == "user")
+        parts = content.split(PLACEHOLDER) if has_places else [content]
         message["content"] = PLACEHOLDER.join(as_text(part, tokenizer) for part in parts)
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     (prompt,) = expand_placeholders([prompt], num_patches_list, tokens_per_tile)
     if not question.replace(PLACEHOLDER, "").strip():
         raise ValueError("The question is empty; ask something.")
-    return tokenizer(prompt)["input_ids"]
+    # The template writes the beginning token if chats have one, as everywhere in Transformers.
+    return tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 def check_tiles(num_patches_list: list[int], pixel_values: Tensor | None) -> None:
@@ -208,7 +213,7 @@ def template_parts(tokenizer: MmMambaTokenizer, system_message: str | None = Non
     Returns:
         "start" (before the first question), "turn" (before a later one), "end of turn", "prompt" (before an answer to
         be generated), "answer" (before a given one), "end of answer"; and "empty start", "empty turn" and "empty
-        answer" for empty messages.
+        answer" for empty messages. If the template trims messages, as Llama 3's does, "trimmed" names the roles.
 
     Raises:
         TemplateError: if the template renders a turn differently when more turns follow or precede it.
@@ -237,10 +242,19 @@ def template_parts(tokenizer: MmMambaTokenizer, system_message: str | None = Non
         }
     except ValueError as error:  # such as one that writes what is said twice
         raise TemplateError(f"The tokenizer's chat template cannot be rendered turn by turn ({error}).") from None
+    spaces = "\n " + CONTENT_MARK + " \n"
+    said = {"user": render(spaces), "assistant": render("a", spaces)}
+    if trimmed := [role for role, text in said.items() if spaces not in text]:
+        parts["trimmed"] = " ".join(trimmed)
+    expected = {"user": (start, end_of_turn), "assistant": (before, end_of_answer)}
+    faithful = all(
+        said[role] == left + (spaces.strip() if role in trimmed else spaces) + right
+        for role, (left, right) in expected.items()
+    )
     joined = start + "a" + end_of_turn + parts["answer"] + "b" + end_of_answer
     joined += turn + "c" + end_of_turn + parts["answer"] + "d" + end_of_answer
     joined += turn + "e" + end_of_turn + parts["prompt"]
-    if joined != render("a", "b", "c", "d", "e", prompt=True):
+    if not faithful or joined != render("a", "b", "c", "d", "e", prompt=True):
         raise TemplateError(
             "The tokenizer's chat template renders a turn otherwise when other turns surround it, so a state "
             "cannot continue the conversation; use chat() with its history."
@@ -466,6 +480,10 @@ class MmMambaProcessor(ProcessorMixin):
         check_tool_calls(template, conversation)
         if sanitize_control_tokens and kwargs.get("tokenize"):
             conversation = mark_texts(conversation, self.tokenizer)
+        if kwargs.get("tokenize"):  # no beginning token that the template has not written, as of tokenizers
+            of_call = {name: kwargs.pop(name) for name in KEYWORDS.intersection(kwargs) - {"return_tensors"}}
+            given = kwargs.get("processor_kwargs") or {}
+            kwargs["processor_kwargs"] = {"add_special_tokens": False, **given, **of_call}
         with template_errors_in_a_sentence():
             return super().apply_chat_template(conversation, chat_template, tools=tools, documents=documents, **kwargs)
 

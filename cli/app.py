@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 
 from mmmamba.conversion.publish import check_model_folder
-from mmmamba.tokenization_mmmamba import MmMambaTokenizerFast
+from mmmamba.tokenization_mmmamba import load_tokenizer
 from mmmamba.video_processing_mmmamba import MmMambaVideoProcessor
 
 from .env import usable_device
@@ -29,8 +29,9 @@ def run(args: argparse.Namespace) -> None:
 
     # Many CPUs have no instructions for half precision.
     model = load_model(args.model, device, torch.float32 if device.type == "cpu" else "auto")
-    tokenizer = MmMambaTokenizerFast.from_pretrained(args.model)
-    video_processor = MmMambaVideoProcessor.from_pretrained(args.model)
+    tokenizer, video_processor = load_tokenizer(args.model), None
+    if model.config.vision_config is not None:
+        video_processor = MmMambaVideoProcessor.from_pretrained(args.model)
     page = build(model, tokenizer, video_processor, args.model.resolve().name)
     try:
         launch(page, server_name=args.host, server_port=args.port, quiet=True, prevent_thread_lock=True)

@@ -79,8 +79,8 @@ def convert(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="let a language model read pictures: add a patch embedding and N embedding layers, to be trained",
     )
-    parser.add_argument("--image-size", type=positive, default=448, help="with --vision: pixels of a tile's side")
-    parser.add_argument("--patch-size", type=positive, default=14, help="with --vision: pixels of a patch's side")
+    parser.add_argument("--image-size", type=positive, help="with --vision: pixels of a tile's side (default: 448)")
+    parser.add_argument("--patch-size", type=positive, help="with --vision: pixels of a patch's side (default: 14)")
 
 
 def seed(parser: argparse.ArgumentParser) -> None:

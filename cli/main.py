@@ -1,9 +1,11 @@
 """The command `mmmamba`. A command's code, and torch with it, is imported only when the command runs."""
 
 import argparse
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -34,6 +36,8 @@ COMMANDS = {
     "serve": ("serve a model behind OpenAI's API", arguments.serve, "mmmamba.cli.serve"),
     "push": ("upload a model folder to the Hugging Face Hub", arguments.push, "mmmamba.conversion.push"),
 }
+
+SECONDS_BEHIND_THE_FIRST = 30  # a busy machine takes long to end a process
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -67,13 +71,19 @@ def _parser() -> CommandParser:
     return parser
 
 
+def _is_first_process() -> bool:
+    """Whether this process is the first that a launcher, such as `torchrun`, has started on this machine, or alone."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @contextmanager
 def _clean_up_when_terminated() -> Iterator[None]:
     """Turns SIGTERM and SIGHUP into SystemExit, so that what a command has begun to write is removed."""
 
     def stop(number, frame):
         signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
-        print("error: terminated", file=sys.stderr)
+        if _is_first_process():
+            print("error: terminated", file=sys.stderr)
         raise SystemExit(128 + number)
 
     signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -115,9 +125,13 @@ def main(argv: list[str] | None = None) -> int:
         with _clean_up_when_terminated():
             return import_module(args.module).run(args) or 0
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        if _is_first_process():
+            print("error: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if not _is_first_process():
+            # If the first process fails, too, it says why, and its launcher ends this one meanwhile.
+            time.sleep(SECONDS_BEHIND_THE_FIRST)
         # A strict config wraps the sentence that says what is wrong.
         cause = error.__cause__ if type(error).__name__.startswith("StrictDataclass") else error
         if not isinstance(cause, ValueError | TypeError | OSError | ImportError):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.publish import check_model_folder
 from mmmamba.serving.limits import Limits
 from mmmamba.serving.middleware import KEY_VARIABLE, LIMITS_VARIABLE, to_environment
@@ -92,6 +93,7 @@ def _limits(args: argparse.Namespace) -> Limits:
         allowed_media_domains=None if domains is None else tuple(domains),
         allowed_local_media_path=None if folder is None else str(folder.resolve()),
         **_frames(args.model),
+        text_only=_reads_text_only(args.model),
     )
 
 
@@ -169,8 +171,14 @@ def _quarter_of_free_memory() -> int:
     return max(1, psutil.virtual_memory().available // 2**32)
 
 
+def _reads_text_only(folder: Path) -> bool:
+    return MmMambaConfig.from_pretrained(folder).vision_config is None
+
+
 def _frames(folder: Path) -> dict[str, float]:
     """How the folder's processor samples videos, -1 for all frames; vLLM would take 32 of each."""
+    if _reads_text_only(folder):
+        return {}
     processor = MmMambaVideoProcessor.from_pretrained(folder)
     if processor.fps is not None:
         return {"fps": processor.fps}

@@ -10,7 +10,7 @@ from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.hovle import HOVLE, RELEASED, chat_template, open_upstream, read_upstream_config
 from mmmamba.conversion.layouts import Checkpoint
 from mmmamba.conversion.llama import VisionPlan, check_language_model, find_gguf, open_language_model
-from mmmamba.conversion.publish import expected_specs, whole_folder, write_model_folder
+from mmmamba.conversion.publish import Provenance, expected_specs, whole_folder, write_model_folder
 from mmmamba.conversion.shards import ShardWriter, is_finite, listed, read_json
 
 
@@ -134,8 +134,12 @@ def convert(
             config,
             name=destination.name,
             processor=checkpoint.processor,
-            base_model=checkpoint.base_model,
-            origin=checkpoint.origin,
+            provenance=Provenance(
+                base_model=checkpoint.base_model,
+                base_model_relation=None,
+                origin=checkpoint.origin,
+                license=checkpoint.license,
+            ),
         )
     return Report(config, len(planned), left_out, checkpoint.notes)
 
@@ -150,7 +154,9 @@ def _open(source: Path, vision: VisionPlan | None) -> Checkpoint:
     kind = values.get("model_type")
     if kind in (HOVLE[0], RELEASED[0], MmMambaConfig.model_type):
         if vision is not None:
-            raise ValueError(f"{source} reads pictures already; leave out --vision.")
+            raise ValueError(
+                f"{source} has model_type={kind!r}; --vision is for language models in their original layout."
+            )
         return open_upstream(source, values)
     check_language_model(kind)
     return open_language_model(source, None, vision)

@@ -215,16 +215,19 @@ def read_upstream_config(values: dict) -> Upstream:
         "max_patches": root.get("max_dynamic_patch", 12) if root.get("dynamic_image_size", True) else 1,
         "use_thumbnail": bool(root.get("use_thumbnail", True)),
     }
-    name = root.get("_name_or_path") or ""
     return Upstream(
         config,
         template=root.get("template") or "internlm2-chat",
         special_tokens=special_tokens,
         tiling=tiling,
         kind="HoVLE's" if kind == HOVLE[0] else "the released mmMamba's",
-        # Training scripts put a local path here; a name on the Hub has exactly one slash.
-        base_model=name if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) else None,
+        base_model=hub_name(root.get("_name_or_path")),
     )
+
+
+def hub_name(name: str | None) -> str | None:
+    """A name on the Hub, which has exactly one slash; None for the local paths that training scripts leave there."""
+    return name if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) else None
 
 
 def _rope(section: _Section, max_position_embeddings: int) -> dict:

@@ -44,7 +44,9 @@ class Checkpoint(NamedTuple):
         processor: Processor, image processor or tokenizer, as `write_model_folder` takes them.
         chat_template: To be written even without a tokenizer.
         base_model: The model's name on the Hub, if known.
+        license: Of the model, as the Hub names it, if known.
         origin: A sentence on where the model comes from.
+        license: Of its weights, by the Hub's name; None if it is not known.
         notes: What the folder lacks and how to add it.
     """
 
@@ -57,7 +59,9 @@ class Checkpoint(NamedTuple):
     processor: Any = None
     chat_template: str | None = None
     base_model: str | None = None
+    license: str | None = "mit"  # HoVLE's and mmMamba's
     origin: str = ""
+    license: str | None = "mit"  # of HoVLE and the released mmMamba
     notes: list[str] = []  # noqa: RUF012
 
 

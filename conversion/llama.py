@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,13 +26,14 @@ from transformers import (
 )
 
 from mmmamba.configuration_mmmamba import MmMambaConfig, MmMambaTextConfig, MmMambaVisionConfig
-from mmmamba.conversion.hovle import chat_template
+from mmmamba.conversion.hovle import hub_name
 from mmmamba.conversion.layouts import ATTENTION, IDENTITY, NORMS_AND_MLP, Checkpoint, Operation, Rule
-from mmmamba.conversion.shards import ShardReader, read_json
+from mmmamba.conversion.publish import license_of
+from mmmamba.conversion.shards import ShardReader, listed, read_json
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessor
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.processing_mmmamba import MmMambaProcessor
-from mmmamba.tokenization_mmmamba import MmMambaTextTokenizer, MmMambaTokenizer, adapted_backend
+from mmmamba.tokenization_mmmamba import MmMambaTextTokenizer, MmMambaTokenizerFast, adapted_backend
 
 
 # Which biases attention has, by model_type: of queries, keys and values, and of the output projection; None asks
@@ -48,11 +51,15 @@ OTHER_MODELS = {
     "gemma": "scales embeddings and adds 1 to the weights of norms",
     "gemma2": "scales embeddings and caps logits",
     "gemma3": "scales embeddings and normalises queries and keys",
+    "gemma3_text": "scales embeddings and normalises queries and keys",
     "granite": "scales embeddings, residuals and logits",
     "mixtral": "has mixtures of experts",
+    "olmo": "has norms without weights",
     "olmo2": "normalises queries and keys",
     "phi3": "fuses projections and may rotate a part of each head",
+    "qwen2_moe": "has mixtures of experts",
     "qwen3": "normalises queries and keys",
+    "qwen3_moe": "has mixtures of experts",
     "smollm3": "has layers without rotary positions",
 }
 PICTURE_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>"]
@@ -158,10 +165,11 @@ def open_language_model(source: Path, gguf: Path | None, vision: VisionPlan | No
     if gguf is None:
         tensors = ShardReader(folder)
     else:
+        _check_rope(gguf)
         tensors = LoadedTensors(_unpacked(folder, options))
     tokenizer, notes = _read_tokenizer(folder, original, options, with_pictures=vision is not None)
     config = language_model_config(original)
-    if (folder / "generation_config.json").is_file():
+    if gguf is None and (folder / "generation_config.json").is_file():
         ends = GenerationConfig.from_pretrained(folder).eos_token_id
         config.text_config.eos_token_id = config.text_config.eos_token_id if ends is None else ends
     new_rows = 0
@@ -179,7 +187,7 @@ def open_language_model(source: Path, gguf: Path | None, vision: VisionPlan | No
         size = {"height": vision.image_size, "width": vision.image_size}
         image_processor = MmMambaImageProcessor(size=size, max_patches=vision.max_patches)
         processor = MmMambaProcessor(image_processor, tokenizer, tokens_per_tile=config.tokens_per_tile)
-    name = original.name_or_path if "/" in str(original.name_or_path) else ""
+    license = _license(folder, gguf)
     return Checkpoint(
         config,
         tensors,
@@ -187,24 +195,73 @@ def open_language_model(source: Path, gguf: Path | None, vision: VisionPlan | No
         partial(_reason_unused, config.tie_word_embeddings),
         new={} if vision is None else new_tensors(config, vision.seed),
         processor=processor,
-        base_model=None if Path(name).exists() else name or None,
+        base_model=_hub_name(source),
         origin=f"Converted from {source.name}, a {original.model_type} model"
-        + (f", with {vision.embedding_layers} new embedding layers and a new patch embedding." if vision else "."),
+        + (f", with {vision.embedding_layers} new embedding layers and a new patch embedding. " if vision else ". ")
+        + f"Its weights keep that model's licence{f', {license}' if license else ''}.",
+        license=license,
         notes=notes,
     )
 
 
+def _license(folder: Path, gguf: Path | None) -> str | None:
+    """The licence that a checkpoint's card or GGUF file names, if any."""
+    if gguf is None:
+        return license_of(folder)
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("general.license")
+    return field.contents() if field else license_of(folder)
+
+
+def _hub_name(source: Path) -> str | None:
+    """A checkpoint's name on the Hub: by its place in huggingface_hub's cache, or else its config, or None."""
+    folders = [part for part in source.absolute().parts if part.startswith("models--")]
+    if folders:
+        return hub_name("/".join(folders[-1].split("--")[1:]))
+    config = source / "config.json"
+    return hub_name(read_json(config).get("_name_or_path")) if config.is_file() else None
+
+
 def _unpacked(folder: Path, options: dict) -> dict[str, Tensor]:
-    """The tensors of a GGUF file in fp32."""
+    """The tensors of a GGUF file in fp32. Raises ValueError if the file cannot be read, or lacks some."""
     if hasattr(transformers, "GgufConfig"):  # since 5.24 weights may stay packed
         options = {**options, "quantization_config": transformers.GgufConfig(dequantize=True)}
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).state_dict()
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **options
+        )
     except Exception as error:  # readers of files raise nearly anything
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{options['gguf_file']} is no GGUF file that Transformers can read ({reason:.300})."
         ) from None
+    # What a file lacks, Transformers draws at random.
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    if missing := sorted(set(loading["missing_keys"]) - tied):
+        raise ValueError(
+            f"{options['gguf_file']} lacks {listed(missing)}; it may be one part of several (merge them with "
+            "llama-gguf-split first) or an incomplete download."
+        )
+    return model.state_dict()
+
+
+def _check_rope(gguf: Path) -> None:
+    """Raises ValueError if a GGUF file scales rotary positions, which Transformers' reader leaves out."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(gguf)
+        kinds = [x.contents() for name, x in reader.fields.items() if name.endswith(".rope.scaling.type")]
+        factors = any(tensor.name.startswith("rope_freqs") for tensor in reader.tensors)
+    except Exception:  # damaged, which Transformers' reader says in its own words
+        return
+    if factors or any(kind != "none" for kind in kinds):
+        scaling = f"rope.scaling.type={kinds[0]!r}" if kinds else "rope_freqs.weight"
+        raise ValueError(
+            f"{gguf.name} scales rotary positions ({scaling}), which Transformers' reader of GGUF files leaves out; "
+            "convert the model's safetensors instead."
+        )
 
 
 def _need_gguf() -> None:
@@ -222,6 +279,10 @@ def _read_config(folder: Path, options: dict) -> PreTrainedConfig:
             config = LlamaConfig(**{k: v for k, v in read_json(folder / "config.json").items() if k != "auto_map"})
             config.model_type = kind
         else:
+            if kind is not None:
+                check_language_model(kind)
+                if kind not in CONFIG_MAPPING:
+                    raise ValueError(f"{kind!r} needs a newer Transformers than {transformers.__version__}")
             config = AutoConfig.from_pretrained(folder, **options)
     except Exception as error:  # Transformers and its validators raise nearly anything
         reason = " ".join(str(getattr(error, "__cause__", None) or error).split())
@@ -259,14 +320,11 @@ def language_model_config(original: PreTrainedConfig) -> MmMambaConfig:
         )
 
     biases, output_bias = LANGUAGE_MODELS[original.model_type]
-    window = getattr(original, "sliding_window", None)
-    if (
-        getattr(original, "use_sliding_window", window is not None)
-        and (window or 0) < original.max_position_embeddings
-    ):
+    kinds, window = getattr(original, "layer_types", None), getattr(original, "sliding_window", None)
+    if kinds and set(kinds) != {"full_attention"}:
+        refuse("layer_types", "layers of other kinds than full attention")
+    if not kinds and window is not None and window < original.max_position_embeddings:
         refuse("sliding_window", "attention to the last tokens only")
-    if any(kind != "full_attention" for kind in getattr(original, "layer_types", None) or ()):
-        refuse("layer_types", "layers of several kinds")
     if original.model_type == "internlm2" and getattr(original, "bias", False):
         refuse("bias", "biases of a fused projection")
     if getattr(original, "quantization_config", None) is not None:
@@ -274,6 +332,13 @@ def language_model_config(original: PreTrainedConfig) -> MmMambaConfig:
     rope = dict(original.rope_parameters)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         refuse("rope_parameters", "heads that are rotated in part")
+    try:
+        return _as_ours(original, rope, biases, output_bias)
+    except StrictDataclassError as error:
+        raise ValueError(f"The {original.model_type} model cannot be ours: {error.__cause__ or error}") from None
+
+
+def _as_ours(original: PreTrainedConfig, rope: dict, biases: bool | None, output_bias: bool | None) -> MmMambaConfig:
     text = MmMambaTextConfig(
         vocab_size=original.vocab_size,
         hidden_size=original.hidden_size,
@@ -322,12 +387,15 @@ def _with_vision(
         "embedding_rope_parameters": text["rope_parameters"],
     }
     side = {"image_size": vision.image_size, "patch_size": vision.patch_size}
-    with_vision = MmMambaConfig(
-        text_config=MmMambaTextConfig(**text),
-        vision_config=MmMambaVisionConfig(**side, use_pixel_shuffle=vision.use_pixel_shuffle),
-        image_token_id=ids[-1],
-        tie_word_embeddings=config.tie_word_embeddings,
-    )
+    try:
+        with_vision = MmMambaConfig(
+            text_config=MmMambaTextConfig(**text),
+            vision_config=MmMambaVisionConfig(**side, use_pixel_shuffle=vision.use_pixel_shuffle),
+            image_token_id=ids[-1],
+            tie_word_embeddings=config.tie_word_embeddings,
+        )
+    except StrictDataclassError as error:
+        raise ValueError(f"Pictures cannot be read like this: {error.__cause__ or error}") from None
     return with_vision, new_rows
 
 
@@ -414,22 +482,20 @@ def _read_tokenizer(
     """The tokenizer as one of this package's, and notes on what it lacks."""
     if not options and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None, [f"{folder} has no tokenizer; put its files there and convert again to have one."]
-    if original.model_type == "internlm2":
-        tokenizer = MmMambaTokenizer.from_pretrained(folder, extra_special_tokens=[])
-        if not tokenizer.chat_template and "<|im_start|>" in tokenizer.get_vocab():
-            tokenizer.chat_template = chat_template("internlm2-chat", tokenizer.add_bos_token)
-    else:
-        try:
+    try:
+        if original.model_type == "internlm2" and (folder / "tokenizer.model").is_file():  # whose class is remote code
+            theirs = MmMambaTokenizerFast.from_pretrained(folder, extra_special_tokens=[])
+        else:
             theirs = AutoTokenizer.from_pretrained(folder, **options)
-        except Exception as error:  # as for the configuration
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{folder} has a tokenizer that Transformers cannot read ({reason:.300}).") from None
-        if not theirs.is_fast:
-            raise ValueError(
-                f"{folder} has a tokenizer without a fast version ({type(theirs).__name__}); save it with a "
-                "tokenizer.json first."
-            )
-        tokenizer = text_tokenizer(theirs, with_pictures)
+    except Exception as error:  # as for the configuration
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} has a tokenizer that Transformers cannot read ({reason:.300}).") from None
+    if not theirs.is_fast:
+        raise ValueError(
+            f"{folder} has a tokenizer without a fast version ({type(theirs).__name__}); save it with a "
+            "tokenizer.json first."
+        )
+    tokenizer = text_tokenizer(theirs, with_pictures)
     if not tokenizer.chat_template:
         return tokenizer, [f"{folder} has no chat template, so the model continues texts but cannot chat."]
     return tokenizer, []
@@ -442,9 +508,11 @@ def text_tokenizer(theirs: PreTrainedTokenizerBase, with_pictures: bool = False)
         theirs: On the `tokenizers` library.
         with_pictures: Whether its chat template is to write the places of pictures.
     """
-    template = theirs.chat_template
-    if isinstance(template, str):
-        template = JOIN_PARTS.replace("PICTURES", PARTS_OF_PICTURES if with_pictures else "") + template
+    template, join_parts = theirs.chat_template, JOIN_PARTS.replace("PICTURES", PARTS_OF_PICTURES * with_pictures)
+    if isinstance(template, dict):  # several, by name
+        template = {name: join_parts + text for name, text in template.items()}
+    elif template:
+        template = join_parts + template
     named = {name: str(token) for name, token in theirs.special_tokens_map.items() if isinstance(token, str)}
     named.setdefault("pad_token", named.get("eos_token"))
     return MmMambaTextTokenizer(

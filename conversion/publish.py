@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
@@ -103,6 +104,7 @@ class Provenance:
         base_model_relation: What it is to that model, one of `RELATIONS`. The Hub has none for a distilled model;
             `finetune` comes closest.
         origin: A sentence on how it was made.
+        license: Of the weights, by the Hub's name; None if it is not known.
         datasets: Names on the Hub of what it was trained on, or whatever else `datasets` loads.
         files: What it was trained on besides: files, folders, or what generates it.
         results: What was measured.
@@ -116,6 +118,7 @@ class Provenance:
     base_model: str | None = None
     base_model_relation: str | None = "finetune"
     origin: str = ""
+    license: str | None = "mit"
     datasets: Sequence[str] = ()
     files: Sequence[str] = ()
     results: Sequence[EvalResult] = ()
@@ -221,7 +224,7 @@ def model_card(
     tags = ["mmmamba", *(() if text_only else ("multimodal",)), "custom_code"]
     tags += ["mamba2"] if "linear_attention" in kinds else []
     metadata = ModelCardData(
-        license="mit",
+        license=source.license,
         library_name="transformers",
         pipeline_tag="text-generation" if text_only else "image-text-to-text",
         tags=tags,
@@ -241,6 +244,15 @@ def model_card(
         origin=f"\n{_escape(source.origin)}\n" if source.origin else "",
         sections="".join(f"\n{section}\n" for section in sections),
     )
+
+
+def license_of(folder: str | Path) -> str | None:
+    """The licence that a folder's card names, None if there is no card or it names none."""
+    try:
+        name = ModelCard((Path(folder) / "README.md").read_text(encoding="utf-8")).data.license
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def _describe_mixers(kinds: list[str]) -> str:

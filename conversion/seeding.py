@@ -15,7 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
-from mmmamba.conversion.publish import check_model_folder, expected_specs, whole_folder, write_model_folder
+from mmmamba.conversion.publish import (
+    Provenance,
+    check_model_folder,
+    expected_specs,
+    license_of,
+    whole_folder,
+    write_model_folder,
+)
 from mmmamba.conversion.shards import ShardReader, ShardWriter, is_finite, listed
 
 
@@ -97,8 +104,6 @@ def seed_mixer(
     A_log = torch.ones(num_heads, device="cpu")
     kernel, bias = torch.zeros(channels, 1, conv_kernel, device="cpu"), torch.zeros(channels, device="cpu")
     kernel[..., -1] = 1
-    if biases is not None:
-        bias = torch.cat([x.float() for x in biases])
     if initialization != "mimic":
         # The published initial values of Mamba-2 (arXiv 2405.21060): torch's own for projections and convolution.
         A_log = A_log.uniform_(1, 16, generator=generator).log()
@@ -107,6 +112,8 @@ def seed_mixer(
             tensor.uniform_(-bound, bound, generator=generator)
         for tensor in (gate, dt):
             tensor.uniform_(-(hidden**-0.5), hidden**-0.5, generator=generator)
+    if biases is not None and initialization != "scratch":
+        bias = torch.cat([x.float() for x in biases])
     if initialization == "scratch":
         v, k, q = (
             torch.empty(x.shape, device="cpu").uniform_(-(hidden**-0.5), hidden**-0.5, generator=generator).to(x)
@@ -247,7 +254,11 @@ def seed_folder(
             student,
             name=destination.name,
             companions=teacher,
-            origin=f"Its Mamba-2 mixers were seeded from {teacher.name} (seed {seed}) and are not trained yet.",
+            provenance=Provenance(
+                base_model_relation=None,
+                origin=f"Its Mamba-2 mixers were seeded from {teacher.name} (seed {seed}) and are not trained yet.",
+                license=license_of(teacher),
+            ),
         )
     return student
 

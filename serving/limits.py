@@ -17,6 +17,7 @@ class Limits:
         allowed_local_media_path: Folder whose files a request may name as `file://…`. None for no files.
         num_frames: Frames taken of a video unless the request says else, or all if it has fewer; -1 for all.
         fps: Frames taken in a second of video instead of `num_frames`.
+        text_only: Whether the model reads text only, so that no request may bring pictures or videos.
     """
 
     max_request_bytes: int = 64 * 2**20
@@ -27,3 +28,4 @@ class Limits:
     allowed_local_media_path: str | None = None
     num_frames: int = 8
     fps: float | None = None
+    text_only: bool = False

@@ -114,6 +114,8 @@ class RequestGuard:
                 "The request is no JSON object that can be read; send one, not nested too deeply, with "
                 "Content-Type: application/json."
             ) from None
+        if found and self.limits.text_only:
+            raise RefusedError(f"This model reads text only; send the request without its {found[0][2]}.")
         addresses = sum(parent[key][:5].lower() != "data:" for parent, key, _ in found)
         if addresses > MOST_ADDRESSES:
             raise RefusedError(

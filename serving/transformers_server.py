@@ -28,6 +28,8 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import GenerationState, Modality
 
+from mmmamba.tokenization_mmmamba import load_tokenizer
+
 from . import answers
 from .media import RefusedError, media_parts
 from .middleware import RequestGuard, error_body
@@ -165,9 +167,10 @@ class ChatHandler(_Answers, ChatCompletionHandler):
 
     fields, kind, kind_of_chunk = answers.CHAT_FIELDS, "chat.completion", "chat.completion.chunk"
 
-    @staticmethod
-    def check(body: dict) -> None:
-        """Raises RefusedError unless the messages are some."""
+    def check(self, body: dict) -> None:
+        """Raises RefusedError unless the messages are some that the model reads."""
+        reads_text_only = self.model_manager.model.config.vision_config is None
+        types = CONTENT_TYPES[:1] if reads_text_only else CONTENT_TYPES
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
             raise RefusedError('messages is missing or empty; give [{"role": "user", "content": "…"}].')
@@ -181,13 +184,25 @@ class ChatHandler(_Answers, ChatCompletionHandler):
                 )
             for part in [] if isinstance(content, str) else content:
                 kind = part.get("type") if isinstance(part, dict) else None
-                if kind not in CONTENT_TYPES:
+                if kind not in types:
                     raise RefusedError(
-                        f"A part of a message has the type {kind!r}; this model reads {', '.join(CONTENT_TYPES)}."
+                        f"A part of a message has the type {kind!r}; this model reads {', '.join(types)}."
                     )
                 value = part.get(kind)
                 if not isinstance(value if kind == "text" else (value or {}).get("url"), str):
                     raise RefusedError(f"A part of the type {kind!r} has no {'text' if kind == 'text' else 'url'}.")
+
+    @staticmethod
+    def get_processor_inputs_from_messages(messages: list[dict], modality: Modality) -> list[dict]:
+        """Messages as chat templates take them; for a text-only model the parts of a text are joined as they are."""
+        if modality is Modality.LLM:  # Transformers would write a space between them
+            messages = [
+                {**message, "content": "".join(part["text"] for part in message["content"])}
+                if isinstance(message["content"], list)
+                else message
+                for message in messages
+            ]
+        return ChatCompletionHandler.get_processor_inputs_from_messages(messages, modality)
 
     @staticmethod
     def _first_chunks(n: int) -> list[dict]:
@@ -356,7 +371,10 @@ def serve(model, folder: Path, names: list[str], listener: socket.socket, shutdo
         listener: A bound socket.
         shutdown_timeout: Seconds that answers may take after the signal.
     """
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)  # or a tokenizer, of a text-only model
+    if model.config.vision_config is None:
+        processor = load_tokenizer(folder)
+    else:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     app = RequestGuard(build_app(LoadedModel(model, processor, names)))
     config = uvicorn.Config(app, timeout_graceful_shutdown=shutdown_timeout, log_level="info")
     server = uvicorn.Server(config)

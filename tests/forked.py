@@ -1,14 +1,15 @@
 """Processes forked from the test's own: another rank, or one to kill, without importing everything again."""
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from accelerate.state import AcceleratorState
+from torch.multiprocessing import ProcessExitedException
 
 
 def run_ranks(function, folder: Path, *args, world_size: int = 2) -> None:
@@ -35,11 +36,13 @@ def _rank(rank: int, function, rendezvous: Path, world_size: int, args: tuple) -
 
 
 def run_killed(function, *args) -> None:
-    """Calls `function(*args)` in a process, and fails unless that kills itself by SIGKILL."""
-    process = multiprocessing.get_context("fork").Process(target=function, args=args)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, f"exit code {process.exitcode}, was to be killed"
+    """Calls `function(*args)` in a process; fails, with what was raised there, unless that kills itself by SIGKILL."""
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        torch.multiprocessing.start_processes(_without_rank, args=(function, args), nprocs=1, start_method="fork")
+
+
+def _without_rank(_: int, function, args: tuple) -> None:
+    function(*args)
 
 
 def kill_this_process(*_) -> None:

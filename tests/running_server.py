@@ -47,6 +47,7 @@ class Server:
     process: subprocess.Popen
     log: Path
     url: str
+    model: str = "hybrid"
 
     @property
     def client(self) -> openai.OpenAI:
@@ -56,7 +57,7 @@ class Server:
         """Asks one question, greedily unless told otherwise."""
         messages = content if isinstance(content, list) and "role" in content[0] else user(content)
         options = {"temperature": 0, "max_tokens": 32, **options}
-        return self.client.chat.completions.create(model="hybrid", messages=messages, **options)
+        return self.client.chat.completions.create(model=self.model, messages=messages, **options)
 
     def answer(self, content, **options) -> str:
         return self.chat(content, **options).choices[0].message.content
@@ -71,9 +72,11 @@ def user(content) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def start(engine: str, log: Path, *options: str, engine_options: list[str] | tuple = ()) -> Server:
+def start(
+    engine: str, log: Path, *options: str, engine_options: list[str] | tuple = (), folder: str | Path = FOLDER
+) -> Server:
     """Starts a server on a free port and waits until it answers."""
-    command = [sys.executable, "-m", "mmmamba", "serve", FOLDER, "--engine", engine, "--dtype", "float32"]
+    command = [sys.executable, "-m", "mmmamba", "serve", str(folder), "--engine", engine, "--dtype", "float32"]
     command += ["--port", "0", "--api-key", KEY, *options, *(["--", *engine_options] if engine_options else [])]
     environment = {
         **os.environ,
@@ -82,7 +85,7 @@ def start(engine: str, log: Path, *options: str, engine_options: list[str] | tup
     }
     with open(log, "w") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    server = Server(engine, process, log, "")
+    server = Server(engine, process, log, "", Path(folder).name)
     deadline = time.monotonic() + START
     while time.monotonic() < deadline and process.poll() is None:
         if found := re.search(r"ask (http://\S+)", log.read_text(errors="replace")):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from language_models import write_source
 from PIL import Image
 
 import mmmamba
@@ -13,9 +14,10 @@ from mmmamba import app_sessions
 from mmmamba.app_sessions import ModelThread, Reader, Session, Sessions, contact_sheet, transcript
 from mmmamba.cli.main import main
 from mmmamba.conversation_mmmamba import ConversationState
+from mmmamba.conversion.convert import convert
 from mmmamba.examples.shapes.clip import write_clip
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
-from mmmamba.tokenization_mmmamba import MmMambaTokenizerFast
+from mmmamba.tokenization_mmmamba import MmMambaTokenizerFast, load_tokenizer
 from mmmamba.video_processing_mmmamba import MmMambaVideoProcessor
 
 
@@ -298,3 +300,22 @@ def test_without_gradio_the_command_says_what_to_install(capsys, monkeypatch):
     assert "run `pip install gradio`" in capsys.readouterr().err
     assert main(["app", "nowhere"]) == 1
     assert "nowhere is no model folder" in capsys.readouterr().err
+
+
+def test_a_model_that_reads_text_only_reads_documents_and_refuses_pictures(tmp_path, thread):
+    write_source(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "ours")
+    model = MmMambaForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
+    reader = Reader(model, load_tokenizer(tmp_path / "ours"), None)
+    session = Session(model, reader)
+    document = tmp_path / "a.txt"
+    document.write_text("The capital is <image>.")
+    for path in (PICTURE, tmp_path / "clip.mp4"):
+        with pytest.raises(ValueError, match=f"{path.name} is no text, and this model reads text only"):
+            reader.open(path, 4)
+    turn = session.begin([reader.open(document, 4)], "What is <image>?", GREEDY)
+    thread.start(turn)
+    assert turn.finished.wait(60)
+    question = "The capital is <image>.\n\nWhat is <image>?"
+    assert shown(turn.message) == model.chat(reader.tokenizer, None, question, GREEDY)
+    session.close()

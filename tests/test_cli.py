@@ -10,6 +10,7 @@ import pytest
 from golden_checkpoints import checkpoint
 
 import mmmamba
+import mmmamba.cli.main as main_module
 from mmmamba.cli.arguments import seed as add_seed_arguments
 from mmmamba.cli.main import COMMANDS, main
 from mmmamba.conversation_mmmamba import ConversationState
@@ -120,6 +121,40 @@ def test_failures_exit_with_one_and_one_sentence(tmp_path, capsys):
     (source / "config.json").write_text("{")
     assert "not readable JSON" in failed(capsys, "convert", source, tmp_path / "out")[1]
     assert not (tmp_path / "out").exists()
+
+
+class Terminated(BaseException):
+    """What a launcher does to other processes when the first one has failed."""
+
+
+def test_the_first_process_of_a_launcher_says_what_is_wrong_with_all(tmp_path, capsys, monkeypatch):
+    def terminated(seconds):
+        raise Terminated
+
+    monkeypatch.setattr(main_module.time, "sleep", terminated)
+    command = ["distill", str(tmp_path / "none.yaml")]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(Terminated):
+        main(command)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    code, message = failed(capsys, *command)
+    assert code == 1 and message.startswith("error: There is no recipe ")
+
+
+@pytest.mark.parametrize("error", [ValueError("only here"), RuntimeError("only here")])
+def test_what_fails_in_another_process_alone_is_said_there(error, capsys, monkeypatch):
+    def run(args):
+        raise error
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(main_module, "SECONDS_BEHIND_THE_FIRST", 0)
+    monkeypatch.setattr("mmmamba.cli.env.run", run)
+    if isinstance(error, ValueError):
+        assert failed(capsys, "env") == (1, "error: only here\n")
+    else:
+        with pytest.raises(RuntimeError, match="only here"):
+            main(["env"])
 
 
 TEACHER = Path(mmmamba.__file__).parent / "examples" / "shapes" / "teacher"

@@ -65,6 +65,23 @@ def test_data_are_checked_without_the_teachers_weights(streaming, workers, teach
         assert f"tiles            {sum(tiles) / 5:,.1f} on average, at most {max(tiles):,}" in printed
 
 
+def test_stage_4s_own_data_are_checked_too(teacher, tmp_path, capsys):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    files = [tmp_path / "one.jsonl", tmp_path / "four.jsonl"]
+    for file, count in zip(files, (3, 5), strict=True):
+        file.write_text(f"{json.dumps({'conversations': turns})}\n" * count)
+    options = [f"data=[{{file: {files[0]}}}]", "stages=[1,4]", f"stage_4.data=[{{file: {files[1]}}}]", "workers=0"]
+    options += [
+        "stage_4.steps=1",
+        "stage_4.learning_rate=1",
+        "stage_4.batch_size=1",
+        "stage_4.per_device_batch_size=1",
+    ]
+    assert main(["distill", "shapes-hybrid", f"teacher={teacher}", *options, "--check-data", "9"]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert first.startswith("stage 1\nrows read        3\n") and second.startswith("stage 4\nrows read        5\n")
+
+
 def test_data_that_a_run_would_stop_at_are_called_so(teacher, tmp_path, capsys):
     file = tmp_path / "train.jsonl"
     good = json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
@@ -103,6 +120,7 @@ def test_memory_and_disk_are_those_of_a_run(trainable, recipe, teacher, tmp_path
     made = recipe(folder, f"stage_3.trainable={trainable}", "teacher_dtype=bfloat16", "dtype=bfloat16")
     config = load_teacher_config(made)
     found = {one.stage: one for one in stage_memory(made, config)}
+    checkpoints = {}
     for number in (1, 2, 3):
         stop(made, step=3, stage=number)
         checkpoint = folder / f"stage-{number}" / "checkpoints" / "checkpoint-2"
@@ -111,6 +129,7 @@ def test_memory_and_disk_are_those_of_a_run(trainable, recipe, teacher, tmp_path
         assert written == found[number].student
         written += sum(state[name].nbytes for state in moments.values() for name in ("exp_avg", "exp_avg_sq"))
         assert written == found[number].checkpoint
+        checkpoints[number] = written
     distill(made)
     for number in (1, 2, 3):
         assert 4 * sum(results(folder)[f"stage_{number}"]["trained"].values()) == found[number].gradients
@@ -120,7 +139,9 @@ def test_memory_and_disk_are_those_of_a_run(trainable, recipe, teacher, tmp_path
     assert {one.teacher for one in found.values()} == {2 * teacher_size}
     kept, most = disk(made, config)
     assert kept == sum(stored(file) for file in folder.rglob("model.safetensors"))
-    assert most >= kept
+    # Two checkpoints stay while a third is written, beside the models that there are by then.
+    models = [stored(folder / name / "model.safetensors") for name in ("seeded", "stage-1/model", "stage-2/model")]
+    assert most == max(sum(models[:number]) + 3 * checkpoints[number] for number in (1, 2, 3))
 
 
 def test_the_published_size_is_what_it_was_found_to_be():
@@ -130,3 +151,9 @@ def test_the_published_size_is_what_it_was_found_to_be():
     lines = memory_table(recipe, config).splitlines()
     assert lines[3] == "    3      4.5      9.4        1.1     2.3     17.3      18.4         14.3        11.6"
     assert len(lines) == 5
+    # The whole decoder, counted by hand: 24 mixers with output projection, 8 attention layers, 32 MLPs and norms.
+    mixer = 2048 * (2 * 1024 + 2 * 2048 + 16) + 4096 * (2 + 1) + 2 * 16 + 128 + 2048 * 2048
+    trained = 24 * mixer + 8 * 2 * 2048 * (2048 + 1024) + 32 * (3 * 2048 * 8192 + 2 * 2048)
+    decoder = stage_memory(load_recipe("hovle-hybrid", ["teacher=mmmamba:.", "stage_3.trainable=decoder"]), config)[-1]
+    assert decoder.gradients == 4 * trained
+    assert decoder.ddp / 2**30 == pytest.approx(45.4, abs=0.05)

@@ -98,6 +98,23 @@ def test_a_run_goes_on_from_another_working_directory(recipe, teacher, tmp_path,
     assert (tmp_path / "run" / "model").is_dir()
 
 
+def test_what_stands_in_the_place_of_a_file_that_is_gone_is_named(recipe, tmp_path, capsys):
+    file = write_conversations(tmp_path)
+    options = ["stages=[1]", "bad_share=0.5", "workers=0"]
+    stop(recipe(tmp_path / "run", *options, f"data=[{{file: {file}}}]"))
+    other = file.rename(tmp_path / "other.jsonl")
+    capsys.readouterr()
+    distill(recipe(tmp_path / "run", *options, f"data=[{{file: {other}}}]"))
+    assert f"WARNING: {file} is gone, so {other} is taken for the same" in capsys.readouterr().out
+
+
+def test_own_answers_under_fsdp_are_refused_before_any_stage_is_trained(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"on_policy .* needs whole weights"):
+        distill(recipe(tmp_path / "run", "stage_3.on_policy=0.5"))
+    assert not (tmp_path / "run" / "seeded").exists()
+
+
 # --- one run at a time -----------------------------------------------------------------------------------------------
 
 

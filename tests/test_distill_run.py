@@ -305,11 +305,12 @@ def test_a_stage_killed_before_its_model_was_written_takes_no_step_too_many(reci
     assert results(tmp_path / "cut")["stage_1"]["tokens"] == results(tmp_path / "whole")["stage_1"]["tokens"]
 
 
-def test_a_run_without_any_image_says_so_from_its_dataloader_worker(recipe, tmp_path, conversations):
+def test_a_run_without_any_image_says_so_from_its_dataloader_worker(recipe, tmp_path, conversations, capsys):
     (tmp_path / "elsewhere").mkdir()
     data = f"data=[{{file: {conversations}, root: {tmp_path / 'elsewhere'}}}]"
     with pytest.raises(ValueError, match=r"^5 records in a row are bad and none is good; the first are [^\n]*$"):
         distill(recipe(tmp_path / "run", data, "stages=[1]", "workers=1"))
+    assert capsys.readouterr().err.endswith("\n")  # behind the progress bar
 
 
 def test_a_run_refused_for_its_data_goes_on_when_they_are_repaired(recipe, tmp_path, conversations):

@@ -90,7 +90,12 @@ def refuse(environment, cut, message):
         distill(cut)
 
 
-@pytest.mark.parametrize("environment", [FSDP2, ZERO2], ids=["fsdp2", "zero2"])
+DEEPSPEEDS_OWN = pytest.mark.filterwarnings("ignore:`torch.distributed.all_gather_into_tensor`:FutureWarning")
+
+
+@pytest.mark.parametrize(
+    "environment", [pytest.param(FSDP2, id="fsdp2"), pytest.param(ZERO2, id="zero2", marks=DEEPSPEEDS_OWN)]
+)
 def test_sharded_runs_resume_to_the_same_weights_as_those_of_one_process(environment, recipe, alone, tmp_path):
     if environment is ZERO2 and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed: `pip install deepspeed`, which builds it, is not for `make test`")
@@ -115,3 +120,14 @@ def test_one_process_then_fsdp_says_that_it_cannot_read_the_checkpoint(recipe, t
         r"^[^\n]*checkpoint-2 was written under one process or DDP and this start is FSDP2 \(SHARDED_STATE_DICT\)"
     )
     run_ranks(refuse, tmp_path, FSDP2, recipe(folder, *OPTIONS, "stages=[1]"), message)
+
+
+def refuse_without_gpus(environment, recipe):
+    os.environ |= environment
+    with pytest.raises(ValueError, match=r"^The launch asks for FSDP, which [^\n]*, but its device is cpu;"):
+        distill(recipe)
+
+
+def test_sharding_that_accelerate_would_leave_out_is_refused(recipe, tmp_path):
+    run_ranks(refuse_without_gpus, tmp_path, FSDP2, recipe(tmp_path / "run", *OPTIONS, "stages=[1]"))
+    assert not (tmp_path / "run" / "stage-1" / "model").exists()

@@ -21,7 +21,7 @@ from mmmamba.conversion.distillation.data import (
 from mmmamba.conversion.distillation.data.curriculum import CurriculumSampler, LengthCurriculum
 from mmmamba.conversion.distillation.data.training_data import load_processor
 from mmmamba.conversion.llama import text_tokenizer
-from mmmamba.tokenization_mmmamba import MmMambaTokenizer
+from mmmamba.tokenization_mmmamba import MmMambaTokenizerFast
 
 
 STORY = "The dog sleeps. It is 12 o'clock; où est le chat?\n\nAn answer is a question's end.\n"
@@ -287,7 +287,7 @@ def test_a_folder_without_image_processor_gives_its_tokenizer_of_whatever_class(
     found = load_processor(tmp_path / "another")
     assert found(STORY)["input_ids"] == byte_tokenizer()(STORY)["input_ids"] and found.chat_template == CHATML
     processor.tokenizer.save_pretrained(tmp_path / "ours")
-    assert type(load_processor(tmp_path / "ours")) is MmMambaTokenizer
+    assert type(load_processor(tmp_path / "ours")) is MmMambaTokenizerFast
     config = json.loads((tmp_path / "ours" / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"].startswith("MmMamba")
     (tmp_path / "ours" / "tokenizer.model").unlink()

@@ -20,10 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from language_models import write_source
 from model_folders import modules_cache, self_contained_copy
 from PIL import Image
 
 import mmmamba
+from mmmamba.conversion.convert import convert
 from mmmamba.examples.shapes import world
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessor
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
@@ -447,3 +449,11 @@ def test_lmms_eval_refuses_videos_and_automatic_batch_sizes(lmm, tasks):
         lmm.generate_until(tasks.questions([0], to_pictures=lambda example: ["film.mp4"]))
     with pytest.raises(ValueError, match="batch_size='auto'"):
         type(lmm)(str(HYBRID), batch_size="auto")
+
+
+def test_models_that_read_text_only_are_refused(lmms_eval, vlmevalkit, tmp_path):
+    write_source(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "text")
+    for make in (vlmevalkit.MmMamba, lmms_eval.get_model("mmmamba")):
+        with pytest.raises(ValueError, match="reads text only"):
+            make(str(tmp_path / "text"), device="cpu")

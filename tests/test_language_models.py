@@ -1,35 +1,43 @@
 """Llama-shaped language models become teachers: same logits, same ids, and students can be carved out of them."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
+import language_models
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from language_models import SIZES, TEMPLATE, tokenizer
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
-    InternLM3Config,
     LlamaConfig,
     MistralConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    pipeline,
 )
 
 from mmmamba.cli.main import main
 from mmmamba.conversion.convert import VisionPlan, convert
+from mmmamba.conversion.llama import open_language_model
+from mmmamba.conversion.push import files_to_upload
 from mmmamba.conversion.seeding import seed_folder
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
-from mmmamba.tokenization_mmmamba import MmMambaTextTokenizer, load_tokenizer
+from mmmamba.tokenization_mmmamba import MmMambaTextTokenizer, MmMambaTokenizer, load_tokenizer
 
 
-SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
-}  # fmt: skip
+try:
+    from transformers import InternLM3Config
+except ImportError:  # Transformers before it had that model
+    InternLM3Config = None
+
+
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
@@ -52,10 +60,6 @@ ARCHITECTURES = {
     **{f"rope-{name}": (LlamaConfig, {"rope_parameters": rope}) for name, rope in ROPES.items()},
 }
 FP32 = {"rtol": 0, "atol": 1e-4}  # of logits around 10: Transformers computes norms and angles in fp32, ours are fp64
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 TEXTS = (
     "The  capital of\n\n France <|im_end|> is Paris. 'tis 3.14!",
     "é 中文 😀\t  ",
@@ -65,35 +69,11 @@ TEXTS = (
 )
 
 
-def tokenizer():
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["the capital of France is Paris and what is the time"] * 3, trainer)
-    backend.add_tokens(["<unused>"])
-    named = {"bos_token": special[0], "eos_token": special[2], "unk_token": special[0]}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **named)
-
-
-def write_source(folder, kind="llama", with_tokenizer=True, **changes):
-    """A folder as Transformers writes it, random weights in fp64; returns the model."""
-    config_class, options = ARCHITECTURES[kind]
-    config = config_class(**{**SIZES, "vocab_size": 330, **options, **changes})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).double().eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "norm.weight")):
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    if with_tokenizer:
-        tokenizer().save_pretrained(folder)
-    return model
+def write_source(folder, kind="llama", **options):
+    config_class, settings = ARCHITECTURES[kind]
+    if config_class is None:
+        pytest.skip(f"this version of Transformers has no {kind}")
+    return language_models.write_source(folder, config_class, **{**settings, **options})
 
 
 def prompt(length=40, vocabulary=320):
@@ -214,6 +194,67 @@ def test_chat_continues_from_its_state_as_if_it_had_read_all_again(folders):
         model.chat(ours, torch.zeros(1, 3, 8, 8), "What?", options)
 
 
+def test_every_named_template_takes_messages_of_parts(tmp_path):
+    named = tokenizer()
+    named.chat_template = {"default": TEMPLATE, "tool_use": TEMPLATE + "tools"}
+    write_source(tmp_path / "source", with_tokenizer=False)
+    named.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "ours")
+    ours = load_tokenizer(tmp_path / "ours")
+    for name in named.chat_template:
+        whole = named.apply_chat_template([{"role": "user", "content": "a b"}], chat_template=name, tokenize=False)
+        parts = [{"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]}]
+        assert ours.apply_chat_template(parts, chat_template=name, tokenize=False) == whole
+
+
+def test_internlm2s_tokenizer_has_its_ids_and_its_template_takes_parts(tmp_path):
+    theirs = load_tokenizer("examples/shapes/teacher")
+    write_source(tmp_path / "source", with_tokenizer=False, vocab_size=len(theirs))
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    shutil.copyfile("examples/shapes/teacher/tokenizer.model", tmp_path / "source" / "tokenizer.model")
+    remote = {"tokenizer_class": "InternLM2Tokenizer", "chat_template": TEMPLATE, "add_bos_token": True}
+    (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(remote))
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"model_type": "internlm2"}))
+    checkpoint = open_language_model(tmp_path / "source", None)
+    plain = MmMambaTokenizer.from_pretrained(tmp_path / "source", extra_special_tokens=[])
+    for text in ("Where is the red star?", "é 中文", "  two"):
+        assert checkpoint.processor(text)["input_ids"] == plain(text)["input_ids"]
+    message = {"role": "user", "content": [{"type": "text", "text": "Where"}]}
+    assert checkpoint.processor.apply_chat_template([message], tokenize=False) == "<|im_start|>user\nWhere<|im_end|>\n"
+
+
+def test_the_card_names_the_sources_licence_and_model_and_claims_no_other(tmp_path):
+    write_source(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "unknown")
+    assert "license" not in (tmp_path / "unknown" / "README.md").read_text()
+    (tmp_path / "source" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"_name_or_path": "org/name"}))
+    convert(tmp_path / "source", tmp_path / "ours")
+    seed_folder(tmp_path / "ours", tmp_path / "student", attention=[0])
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "base_model: org/name" in card
+    assert "license: apache-2.0" in (tmp_path / "student" / "README.md").read_text()
+
+
+def test_qwen2_with_windows_from_a_layer_on_that_it_has_not_is_converted(tmp_path):
+    theirs = write_source(tmp_path / "source", "qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=9)
+    convert(tmp_path / "source", tmp_path / "ours")
+    with torch.no_grad():
+        torch.testing.assert_close(logits(tmp_path / "ours", prompt()), theirs(prompt()).logits, **FP32)
+
+
+def test_inherited_mixers_keep_the_teachers_biases_and_scratch_ones_do_not(tmp_path):
+    write_source(tmp_path / "source", "qwen2")
+    convert(tmp_path / "source", tmp_path / "teacher")
+    teacher = load_file(tmp_path / "teacher" / "model.safetensors")
+    biases = torch.cat([teacher[f"model.layers.1.self_attn.{name}_proj.bias"] for name in "vkq"])
+    for initialization in ("mimic", "inherited", "scratch"):
+        seed_folder(tmp_path / "teacher", tmp_path / initialization, attention=[0], initialization=initialization)
+        found = load_file(tmp_path / initialization / "model.safetensors")["model.layers.1.mamba.conv1d.bias"]
+        assert torch.equal(found.float(), biases.float()) == (initialization != "scratch")
+
+
 @pytest.mark.parametrize("kind", ["tied", "biases", "qwen2"])
 def test_a_student_is_seeded_and_keeps_the_biases_that_its_mixers_can_have(kind, tmp_path):
     write_source(tmp_path / "source", kind)
@@ -247,6 +288,64 @@ def test_a_saved_copy_loads_without_the_package(folders, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "copy", trust_remote_code=True)
     ids = AutoTokenizer.from_pretrained(tmp_path / "copy", trust_remote_code=True)("What", return_tensors="pt")
     torch.testing.assert_close(again(**ids).logits, model(**ids).logits)
+
+
+def test_the_pipeline_answers_as_generate_does(folders):
+    ask = pipeline("text-generation", model=str(folders[1]), trust_remote_code=True, dtype=torch.float32)
+    messages = [{"role": "user", "content": "What is it?"}]
+    inputs = ask.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    ids = ask.model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    (answer,) = ask(messages, max_new_tokens=5, do_sample=False, return_full_text=False)
+    assert answer["generated_text"] == ask.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# Run where `import mmmamba` fails as if it were not installed; prints what each folder's model answers.
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["mmmamba"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for folder in sys.argv[1:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    print(ascii(model.chat(tokenizer, None, "What is it?", {"max_new_tokens": 5, "do_sample": False})))
+"""
+
+
+def test_what_is_pushed_loads_without_the_package(folders, tmp_path):
+    uploaded = tmp_path / "uploaded"
+    uploaded.mkdir()
+    for name, file in files_to_upload(folders[1]).items():
+        (uploaded / name).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
+    assert not any("processor" in file.name for file in uploaded.glob("*.json"))
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, uploaded]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    model = MmMambaForConditionalGeneration.from_pretrained(folders[1]).eval()
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert done.stdout.strip() == ascii(model.chat(load_tokenizer(folders[1]), None, "What is it?", options))
+
+
+@pytest.mark.parametrize("license", [None, "apache-2.0"])
+def test_cards_name_the_licence_and_the_name_of_the_source(license, tmp_path):
+    source = tmp_path / "models--someone--small" / "snapshots" / "0123"
+    write_source(source)
+    if license:
+        (source / "README.md").write_text(f"---\nlicense: {license}\n---\n# small\n")
+    convert(source, tmp_path / "teacher")
+    seed_folder(tmp_path / "teacher", tmp_path / "student", attention=[0])
+    teacher, student = (ModelCard.load(tmp_path / name / "README.md") for name in ("teacher", "student"))
+    assert teacher.data.pipeline_tag == student.data.pipeline_tag == "text-generation"
+    assert teacher.data.license == student.data.license == license
+    assert teacher.data.base_model == "someone/small"
+    assert "Its weights keep that model's licence" in teacher.text
+
+
+def test_the_picture_world_is_not_asked_of_a_model_that_reads_text_only(folders, capsys):
+    assert main(["evaluate", "--model", str(folders[1])]) == 1
+    assert "reads text only" in capsys.readouterr().err
 
 
 def test_the_chat_command_answers_and_refuses_pictures(folders, tmp_path, capsys):
@@ -292,18 +391,32 @@ def test_pictures_are_read_and_their_embedding_learns(with_vision):
     assert isinstance(answer, str)
 
 
-def test_vision_needs_a_tokenizer_and_a_model_without_pictures(tmp_path, folders):
+def test_vision_needs_a_tokenizer_and_a_language_model_in_its_original_layout(tmp_path, folders):
     write_source(tmp_path / "source", with_tokenizer=False)
-    for source, words in ((tmp_path / "source", "no tokenizer"), (folders[1], "reads pictures already")):
+    for source, words in ((tmp_path / "source", "no tokenizer"), (folders[1], "model_type='mmmamba'")):
         with pytest.raises(ValueError, match=words):
             convert(source, tmp_path / "ours", vision=VisionPlan(1))
+
+
+@pytest.mark.parametrize("patch_size", [5, 0])
+def test_pictures_that_cannot_be_cut_into_patches_are_refused_in_one_sentence(folders, tmp_path, patch_size):
+    with pytest.raises(ValueError, match="patch_size"):
+        convert(folders[0], tmp_path / "ours", vision=VisionPlan(1, 16, patch_size))
+
+
+def test_sizes_of_pictures_without_vision_are_refused(folders, tmp_path, capsys):
+    assert main(["convert", str(folders[0]), str(tmp_path / "ours"), "--patch-size", "8"]) == 1
+    assert "--patch-size is for new embedding layers; add --vision N" in capsys.readouterr().err
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-def write_gguf(file):
-    """A small Llama as llama.cpp stores it: queries and keys permuted, a byte-level tokenizer."""
+def write_gguf(file, without=(), scaled=None):
+    """A small Llama as llama.cpp stores it: queries and keys permuted, a byte-level tokenizer.
+
+    `without` names tensors that are left out, `scaled` is how it says that rotary positions are scaled.
+    """
     gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
     words = tokenizer()
     vocabulary = sorted(words.get_vocab(), key=words.get_vocab().get)
@@ -328,12 +441,19 @@ def write_gguf(file):
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_chat_template(TEMPLATE)
+    writer.add_license("apache-2.0")
     shapes = {"token_embd": (len(vocabulary), 32), "output": (len(vocabulary), 32), "output_norm": (32,)}
     for layer in range(2):
         rows = {"attn_q": 32, "attn_k": 16, "attn_v": 16, "attn_output": 32, "ffn_gate": 48, "ffn_up": 48}
         shapes |= {f"blk.{layer}.{name}": (count, 32) for name, count in rows.items()}
         shapes |= {f"blk.{layer}.ffn_down": (32, 48), f"blk.{layer}.attn_norm": (32,), f"blk.{layer}.ffn_norm": (32,)}
+    if scaled == "type":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    elif scaled == "factors":
+        shapes["rope_freqs"] = (4,)
     for name, shape in shapes.items():
+        if name in without:
+            continue
         values = 0.3 * torch.randn(shape, generator=generator) + (1 if "norm" in name else 0)
         writer.add_tensor(f"{name}.weight", values.numpy())
     writer.write_header_to_file()
@@ -350,9 +470,31 @@ def test_a_gguf_file_gives_the_logits_of_transformers_own_reader(tmp_path):
     with torch.no_grad():
         expected = theirs(ids).logits
     torch.testing.assert_close(logits(tmp_path / "ours", ids), expected.double(), **FP32)
+    assert ModelCard.load(tmp_path / "ours" / "README.md").data.license == "apache-2.0"
     original = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     for text in TEXTS:
         assert load_tokenizer(tmp_path / "ours")(text)["input_ids"] == original(text)["input_ids"]
     shutil.copyfile(tmp_path / "model.gguf", tmp_path / "other.gguf")
     with pytest.raises(ValueError, match="2 GGUF files"):
         convert(tmp_path, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"without": ["blk.1.ffn_down"]}, r"lacks model\.layers\.1\.mlp\.down_proj\.weight"),
+        ({"scaled": "type"}, r"rope\.scaling\.type='linear'"),
+        ({"scaled": "factors"}, r"rope_freqs\.weight"),
+    ],
+)
+def test_a_gguf_file_of_which_transformers_reads_less_than_there_is_is_refused(options, words, tmp_path):
+    write_gguf(tmp_path / "model.gguf", **options)
+    with pytest.raises(ValueError, match=words):
+        convert(tmp_path / "model.gguf", tmp_path / "ours")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf"]
+
+
+def test_end_tokens_beside_a_gguf_file_are_another_models(tmp_path):
+    write_gguf(tmp_path / "model.gguf")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert convert(tmp_path / "model.gguf", tmp_path / "ours").config.text_config.eos_token_id == 2

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from language_models import write_source
 from model_folders import SHAPES
 from safetensors.torch import load_file
 from torch import nn
@@ -15,11 +16,14 @@ from mmmamba.benchmarks.quantization import TOOLS, Tool, load_with_quanto, save_
 from mmmamba.cli.load import load_model
 from mmmamba.cli.main import main
 from mmmamba.conversation_mmmamba import ConversationState
+from mmmamba.conversion.convert import convert
+from mmmamba.conversion.seeding import seed_folder
 from mmmamba.examples.shapes.evaluate import answers, evaluate
 from mmmamba.examples.shapes.folder import make_processor
 from mmmamba.examples.shapes.world import KINDS, example
 from mmmamba.fingerprint_mmmamba import weights_checksum
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+from mmmamba.tokenization_mmmamba import load_tokenizer
 
 
 MODULES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "optimum-quanto": "optimum.quanto"}
@@ -168,3 +172,19 @@ def test_the_benchmark_counts_answers_before_and_after_loading_and_bytes(tmp_pat
     assert rows[0]["MB, bf16"] == pytest.approx(plain.stat().st_size / 1e6, rel=0.01)  # but for its metadata
     assert rows[1]["MB, bf16"] < 0.45 * rows[0]["MB, bf16"]
     assert rows[0]["embeddings and head, MB, bf16"] == 2 * 655 * 128 * 2 / 1e6
+
+
+@saved_by_transformers
+def test_a_model_that_reads_text_only_is_quantised_saved_and_chats(tool, tmp_path, capsys):
+    write_source(tmp_path / "source", hidden_size=128, intermediate_size=192, vocab_size=352)
+    convert(tmp_path / "source", tmp_path / "teacher")
+    seed_folder(tmp_path / "teacher", tmp_path / "student", attention=[1])
+    model = MmMambaForConditionalGeneration.from_pretrained(
+        tmp_path / "student", dtype=torch.float32, quantization_config=tool.config(), device_map={"": "cpu"}
+    ).eval()
+    tokenizer = load_tokenizer(tmp_path / "student")
+    expected = model.chat(tokenizer, None, "What is it?", OPTIONS)
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert load_model(tmp_path / "saved", "cpu").chat(tokenizer, None, "What is it?", OPTIONS) == expected
+    assert main(["chat", "--model", str(tmp_path / "saved"), "--device", "cpu", "--max-new-tokens=2", "What?"]) == 0

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_language_models import write_source
+from language_models import write_source
 
 from mmmamba.benchmarks import real_teacher
 from mmmamba.benchmarks.smollm2 import packages, scores, text

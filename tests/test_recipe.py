@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from mmmamba.conversion.distillation.changes import changed_keys, with_absolute_paths
+from mmmamba.conversion.distillation.changes import changed_keys, moved_paths, with_absolute_paths
 from mmmamba.conversion.distillation.cost import stage_costs
 from mmmamba.conversion.distillation.data.sources import DATASET_KEYS, DOCUMENT_KEYS, FILE_KEYS
 from mmmamba.conversion.distillation.recipe import (
@@ -204,6 +204,10 @@ def test_what_moves_memory_against_time_may_always_change():
     moved = ["workers=3", "attn_implementation=sdpa", "stage_3.logits_chunk=64", "stage_3.gradient_checkpointing=true"]
     moved += [f"stage_{number}.per_device_batch_size=4" for number in (1, 2, 3)]
     assert changed_keys(old, load_recipe("shapes-hybrid", moved)) == []
+    # The student's own answers are drawn by micro-batch.
+    old = load_recipe("shapes-hybrid", ["stage_3.on_policy=0.5"])
+    changed = load_recipe("shapes-hybrid", [*moved, "stage_3.on_policy=0.5"])
+    assert changed_keys(old, changed) == ["stage_3.per_device_batch_size"]
 
 
 def test_paths_are_compared_by_where_they_lead(tmp_path, monkeypatch):
@@ -233,6 +237,9 @@ def test_paths_are_compared_by_where_they_lead(tmp_path, monkeypatch):
     assert changed_keys(recorded, recipe("../teacher", "other.jsonl", "images", "held.jsonl")) == ["data"]
     assert changed_keys(recorded, recipe("../teacher", "train.jsonl", "images", "held.jsonl", 2)) == ["data"]
     assert changed_keys(recorded, recipe("../teacher", "train.jsonl", "images", "train.jsonl")) == ["held_out"]
-    # What was moved is not called another file.
+    # What was moved is not called another file, but it is named.
+    assert moved_paths(recorded, same) == {}
     (tmp_path / "data" / "train.jsonl").rename(tmp_path / "moved.jsonl")
-    assert changed_keys(recorded, recipe("../teacher", "../moved.jsonl", "images", "held.jsonl")) == []
+    moved = recipe("../teacher", "../moved.jsonl", "images", "held.jsonl")
+    assert changed_keys(recorded, moved) == []
+    assert moved_paths(recorded, moved) == {str(tmp_path / "data" / "train.jsonl"): str(tmp_path / "moved.jsonl")}

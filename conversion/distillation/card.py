@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
-from mmmamba.conversion.publish import Provenance, model_card
+from mmmamba.conversion.publish import Provenance, license_of, model_card
 
 from .data.sources import local_files
 from .recipe import STAGES, Recipe, resolve_path
@@ -35,6 +35,7 @@ def student_card(name: str, config: MmMambaConfig, recipe: Recipe, results: dict
     provenance = Provenance(
         base_model=recipe.base_model,
         origin=f"Seeded from {resolve_path(recipe.teacher).name} and distilled from it.",
+        license=license_of(resolve_path(recipe.teacher)),
         datasets=[entry["dataset"] for entry in entries if "dataset" in entry and not local_files(entry)],
         files=[name for entry in entries for name in _local_data(entry)],
         results=[evaluation] if evaluation else [],

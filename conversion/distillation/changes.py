@@ -45,15 +45,24 @@ def changed_keys(old: Recipe, new: Recipe, ignore: Collection[str] = ()) -> list
             continue
         before, now = getattr(old, entry.name), getattr(new, entry.name)
         if isinstance(before, Stage) and isinstance(now, Stage):
+            without_effect = STAGE_KEYS_WITHOUT_EFFECT
+            if any(getattr(stage, "on_policy", 0) for stage in (before, now)):  # answers are drawn by micro-batch
+                without_effect = without_effect - {"per_device_batch_size"}
             changed += [
                 f"{entry.name}.{key.name}"
                 for key in dataclasses.fields(before)
-                if key.name not in STAGE_KEYS_WITHOUT_EFFECT
+                if key.name not in without_effect
                 and not _is_same(key.name, getattr(before, key.name), getattr(now, key.name))
             ]
         elif not _is_same(entry.name, before, now):
             changed.append(entry.name)
     return changed
+
+
+def moved_paths(old: Recipe, new: Recipe) -> dict[str, str]:
+    """Recorded paths that lead nowhere any more, and those that stand in their places now."""
+    pairs = zip(_all_paths(with_absolute_paths(old)), _all_paths(with_absolute_paths(new)), strict=False)
+    return {before: now for before, now in pairs if before != now and not _exists(before)}
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -69,6 +78,13 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         data=_map_paths(recipe.data, _absolute),
         held_out=_map_paths(recipe.held_out, _absolute),
     )
+
+
+def _all_paths(recipe: Recipe) -> list[str]:
+    found = [recipe.teacher]
+    for entries in (recipe.data, recipe.held_out, recipe.stage_4 and recipe.stage_4.data):
+        _map_paths(entries, lambda path: found.append(path) or path)
+    return found
 
 
 def _is_same(name: str, before: Any, now: Any) -> bool:

@@ -4,6 +4,7 @@ checkpoints/checkpoint-500/complete       {"processes": 8, "launch": "one proces
                            stream-0.json  if the data are a stream: where process 0 stands in it
 """
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -51,6 +52,18 @@ def launch() -> dict[str, Any]:
     elif state.distributed_type == DistributedType.DEEPSPEED:
         kind = f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
     return {"processes": state.num_processes, "launch": kind}
+
+
+def check_sharding() -> None:
+    """Raises ValueError if FSDP or DeepSpeed is asked for and Accelerate runs DDP instead, as it does without GPUs."""
+    state = AcceleratorState()
+    for name, kind in (("FSDP", DistributedType.FSDP), ("DeepSpeed", DistributedType.DEEPSPEED)):
+        asked = os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"
+        if asked and state.num_processes > 1 and state.distributed_type != kind:
+            raise ValueError(
+                f"The launch asks for {name}, which Accelerate does on GPUs only, but its device is "
+                f"{state.device.type}; start it where torch sees GPUs, or without {name}."
+            )
 
 
 def check_launch(checkpoint: Path) -> str | None:

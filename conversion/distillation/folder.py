@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from mmmamba.conversion.publish import remove_partial_folders
 from mmmamba.conversion.shards import read_json, write_json
 
-from .changes import SEEDING_KEYS, changed_keys, with_absolute_paths
+from .changes import SEEDING_KEYS, changed_keys, moved_paths, with_absolute_paths
 from .checkpoints import MARKER, from_main_process
 from .lock import ProcessLock, is_lock_file, left_behind
 from .recipe import STAGES, Recipe, dump_recipe, load_recipe
@@ -200,10 +200,14 @@ class RunFolder:
         if not self.recipe_file.is_file():
             return None
         try:
-            changed = changed_keys(load_recipe(self.recipe_file), recipe, ignore=self._unused_keys())
+            recorded = load_recipe(self.recipe_file)
         except ValueError as error:  # raised here, it would leave the other processes waiting
             return f"{self.recipe_file}: {error}"
+        changed = changed_keys(recorded, recipe, ignore=self._unused_keys())
         if not changed:
+            if self.seeded.is_dir():
+                for before, now in moved_paths(recorded, recipe).items():
+                    print(f"WARNING: {before} is gone, so {now} is taken for the same; make sure that it is.")
             return None
         again = f"remove {self.path} to start anew"
         stages = {key.split(".")[0].replace("_", "-") for key in changed}

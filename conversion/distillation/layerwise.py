@@ -81,13 +81,14 @@ class LayerwiseDistiller(nn.Module):
         totals: Tensor | None = None,
         observe: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
-        """Mean squared error of each mixer's heads against its layer's attention heads.
+        """Mean squared error of each mixer against its layer's attention, at the place that `align` says.
 
         Args:
             batch: The teacher's inputs.
-            totals: (3,), see `count_tokens`: what the sums over positions are divided by; those of `batch` if not
+            totals: (4,), see `count_tokens`: what the sums over positions are divided by; those of `batch` if not
                 given.
-            observe: Called with layer, student heads and teacher heads, both (batch, length, heads, head_dim).
+            observe: Called with the layer and what is compared, the mixer's and the attention's: (batch, length,
+                heads, head_dim) with `align="heads"`, else (batch, length, hidden).
 
         Returns:
             (layers,), in at least fp32.
@@ -126,9 +127,10 @@ class LayerwiseDistiller(nn.Module):
         return torch.stack([errors[layer] for layer in self.mixers])
 
     def _valid_positions(self, inputs: dict[str, Tensor]) -> list[tuple[Tensor, Sequences | None]]:
-        """Which positions (batch, length) are valid, and their sequences: for embedding layers, for language layers.
+        """Of the teacher's inputs, which positions (batch, length) are no padding, and the sequences they form.
 
-        Args: inputs, of the teacher.
+        Returns:
+            Both for embedding layers, whose tiles have more positions than tokens, and both for language layers.
         """
         ids, mask, position_ids = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
         packed, model, layout = position_ids is not None and mask is None, self.teacher.model, None

@@ -162,18 +162,19 @@ def distillation_loss(
 
     def chunk_loss(chunk: slice) -> Callable[[Tensor], Tensor]:
         def loss(hidden: Tensor) -> Tensor:
-            logits, loss = student_head(hidden), 0.0
+            logits, total = student_head(hidden), 0.0
             if kl_weight:
                 with torch.no_grad():
                     teacher_logits = teacher_head(teacher_hidden[chunk])
-                kl = kl_sum(logits[kl_mask[chunk]], teacher_logits[kl_mask[chunk]], temperature, divergence)
-                loss = kl_weight * kl / positions
+                # Without labels all positions here count.
+                pair = [x[kl_mask[chunk]] if hard_weight else x for x in (logits, teacher_logits)]
+                total = kl_weight * kl_sum(*pair, temperature, divergence) / positions
             if hard_weight:
                 hard = F.cross_entropy(
                     logits.to(state_dtype(logits.dtype)), targets[chunk], ignore_index=-100, reduction="sum"
                 )
-                loss = loss + hard_weight * hard / labelled
-            return loss
+                total = total + hard_weight * hard / labelled
+            return total
 
         return loss
 

@@ -16,6 +16,12 @@ from transformers import GenerationConfig
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 
+NEEDS_WHOLE_WEIGHTS = (
+    "on_policy lets every process write answers of its own, which needs whole weights on each; start without FSDP "
+    "(several GPUs without sharding, or ZeRO-2), or set on_policy=0."
+)
+
+
 @dataclass(frozen=True)
 class AnswerWriter:
     """Replaces the answers of some micro-batches by the student's own.
@@ -95,7 +101,7 @@ class AnswerWriter:
             max_new_tokens=self.max_new_tokens,
             eos_token_id=sorted(self.end_tokens) or None,
             pad_token_id=self.pad_token_id,
-            disable_compile=True,  # what is recorded lives for one call, in which the weights stay as they are
+            disable_compile=True,  # weights change before the next call, so a recorded graph would serve one only
             **(sampling if self.temperature else {"do_sample": False}),
         )
         training = student.training

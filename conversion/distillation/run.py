@@ -10,7 +10,7 @@ from accelerate import PartialState
 from transformers.utils import logging
 
 from .cost import cost_table, stage_costs
-from .data.check import DataReport, check_data
+from .data.check import check_data
 from .data.training_data import TrainingData
 from .folder import RunFolder
 from .memory import memory_table
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{memory_table(recipe, config)}")
         return
     if args.check_data is not None:
-        print(_check_data(recipe, args.check_data))
+        print(*_check_data(recipe, args.check_data), sep="\n\n")
         return
     folder = RunFolder(distill(recipe, args.only))
     if PartialState().is_main_process:
@@ -89,10 +89,16 @@ def run(args: argparse.Namespace) -> None:
                 print(f"{key.replace('_', ' ')}: loss {value['loss']:.4g} after {value['tokens']:,} tokens")
 
 
-def _check_data(recipe: Recipe, num_rows: int) -> DataReport:
-    """Reads rows as the first stage does. Needs the teacher's tokenizer and configuration, but not its weights."""
+def _check_data(recipe: Recipe, num_rows: int) -> Iterator[str]:
+    """Reads rows as the first stage does, and as stage 4 does if it has data of its own.
+
+    Needs the teacher's tokenizer and configuration, but not its weights.
+    """
     if not recipe.stages:
         raise ValueError("stages=[] reads no data; name the stages whose data to check.")
     load_teacher_config(recipe)
-    dataset = TrainingData(recipe, resolve_path(recipe.teacher)).for_stage(recipe.stages[0])
-    return check_data(dataset, num_rows, recipe.seed, recipe.workers, recipe.bad_share)
+    data, first = TrainingData(recipe, resolve_path(recipe.teacher)), recipe.stages[0]
+    numbers = [first] + [4] * (4 in recipe.stages[1:] and recipe.stage_data(4) != recipe.stage_data(first))
+    for number in numbers:
+        report = check_data(data.for_stage(number), num_rows, recipe.seed, recipe.workers, recipe.bad_share)
+        yield f"stage {number}\n{report}" if len(numbers) > 1 else str(report)

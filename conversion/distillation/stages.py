@@ -11,16 +11,20 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.publish import (
+    Provenance,
     check_model_folder,
     expected_specs,
+    license_of,
     whole_folder,
     write_card,
     write_model_files,
@@ -31,13 +35,13 @@ from mmmamba.conversion.shards import ShardReader, ShardWriter, read_json, write
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 
 from .card import student_card
-from .checkpoints import check_launch, last_checkpoint, stream_file
+from .checkpoints import check_launch, check_sharding, last_checkpoint, stream_file
 from .data import BadRowCounter, ConversationStream
 from .data.training_data import TrainingData
 from .end_to_end import EndToEndDistiller
 from .folder import RunFolder
 from .layerwise import LayerwiseDistiller
-from .on_policy import AnswerWriter
+from .on_policy import NEEDS_WHOLE_WEIGHTS, AnswerWriter
 from .placement import costliest_layers, replacement_kl
 from .recipe import Recipe, resolve_path
 from .trainer import DistillationTrainer, gradient_accumulation_steps, plot_losses, training_arguments
@@ -73,6 +77,9 @@ class Run:
         self.is_main = PartialState().is_main_process
         for number in recipe.stages:
             gradient_accumulation_steps(recipe, number)
+        under_fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")  # what `accelerate launch` sets
+        if under_fsdp and 3 in recipe.stages and recipe.stage(3).on_policy:
+            raise ValueError(NEEDS_WHOLE_WEIGHTS)
         if recipe.evaluate:
             from mmmamba.examples.shapes.evaluate import check_is_shapes_model
 
@@ -177,6 +184,7 @@ def train(run: Run, number: int) -> None:
         folder / "logs",
         writer,
     )
+    check_sharding()
     warning = check_launch(checkpoint) if checkpoint else None
     if checkpoint and run.is_main:
         print(f"stage {number}: resumes from {checkpoint}")
@@ -206,7 +214,7 @@ def train(run: Run, number: int) -> None:
         config = MmMambaConfig.from_pretrained(before)
         with whole_folder(model_folder) as partial:
             _write_weights(partial, config, torch.float32, [distiller.student_tensors(state), ShardReader(before)])
-            write_model_folder(partial, config, f"{run.name}-stage-{number}", companions=run.teacher_folder)
+            write_model_folder(partial, config, f"{run.name}-stage-{number}", **_from_teacher(run))
         run.folder.remove(checkpoints)
     del trainer, distiller, state
     gc.collect()
@@ -237,7 +245,7 @@ def place(run: Run) -> None:
         ]
         with whole_folder(run.folder.placed) as partial:
             _write_weights(partial, config, torch.float32, [ShardReader(before), ShardReader(run.teacher_folder)])
-            write_model_folder(partial, config, f"{run.name}-placed", companions=run.teacher_folder)
+            write_model_folder(partial, config, f"{run.name}-placed", **_from_teacher(run))
     PartialState().wait_for_everyone()
 
 
@@ -304,6 +312,12 @@ def make_distiller(recipe: Recipe, number: int, teacher: nn.Module | None, stude
         include_padding=stage.include_padding,
         chunk_size=stage.logits_chunk,
     )
+
+
+def _from_teacher(run: Run) -> dict[str, Any]:
+    """What `write_model_folder` takes from the teacher for a model between two stages."""
+    provenance = Provenance(base_model_relation=None, license=license_of(run.teacher_folder))
+    return {"companions": run.teacher_folder, "provenance": provenance}
 
 
 def _answer_writer(run: Run, number: int, args: TrainingArguments) -> AnswerWriter | None:

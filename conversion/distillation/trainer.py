@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 from tqdm import tqdm
@@ -24,7 +24,7 @@ from .checkpoints import MarkCompleteCheckpoints
 from .data import BadRowCounter, ConversationStream, StreamLoader, TileNormalizer
 from .data.curriculum import CurriculumSampler, LengthCurriculum
 from .losses import count_tokens
-from .on_policy import AnswerWriter
+from .on_policy import NEEDS_WHOLE_WEIGHTS, AnswerWriter
 from .recipe import Recipe, Stage
 
 
@@ -126,18 +126,22 @@ class DistillationTrainer(Trainer):
         args.ignore_data_skip = isinstance(dataset, ConversationStream)
         super().__init__(distiller, args, data_collator=collate, train_dataset=dataset)
         if answer_writer is not None and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
-            raise ValueError(
-                "on_policy lets every process write answers of its own, which needs whole weights on each; start "
-                "without FSDP (several GPUs without sharding, or ZeRO-2), or set on_policy=0."
-            )
+            raise ValueError(NEEDS_WHOLE_WEIGHTS)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(MarkCompleteCheckpoints())
+        self._progress_bar = _ProgressBar()
         if self.is_world_process_zero():
             from torch.utils.tensorboard import SummaryWriter
 
-            self.add_callback(_ProgressBar())
+            self.add_callback(self._progress_bar)
             self.add_callback(TensorBoardCallback(SummaryWriter(logs)))
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._progress_bar.close()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices and convolutions: there is no weight decay on A_log, dt_bias, norms and biases."""
@@ -172,6 +176,7 @@ class DistillationTrainer(Trainer):
             rows = int((batch["position_ids"] == 0).sum()) if packed else len(batch["input_ids"])
             num_rows += batch.pop("num_rows", rows)
             if self.answer_writer is not None:
+                batch = send_to_device(batch, device)  # those of a stream are not there yet
                 with self._autocast():
                     batch = self.answer_writer(self.model.student, batch, self.state.global_step, index)
                 batch_samples[index] = batch
@@ -215,6 +220,8 @@ def repeating_sampler(dataset: Dataset, num_samples: int, seed: int) -> Sampler:
 class _ProgressBar(TrainerCallback):
     """One line with the loss, tokens per second and the time left."""
 
+    bar: tqdm | None = None
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, mininterval=1)
         self.last_time, self.last_tokens = time.perf_counter(), state.num_input_tokens_seen
@@ -230,8 +237,10 @@ class _ProgressBar(TrainerCallback):
         self.last_time, self.last_tokens = now, state.num_input_tokens_seen
         self.bar.set_postfix_str(f"loss {logs['loss']:.4g}, {rate:,.0f} tokens/s", refresh=False)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+    def close(self) -> None:
+        """Ends the line, so that what is said next, such as an error, has one of its own."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 def plot_losses(history: list[dict], title: str, file: Path) -> None:

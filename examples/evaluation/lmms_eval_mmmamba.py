@@ -40,7 +40,7 @@ class MmMamba(lmms):
         max_batch_size: Not used; lmms-eval passes it to every model.
 
     Raises:
-        ValueError: if `batch_size` is no number.
+        ValueError: if `batch_size` is no number, or the model reads text only.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class MmMamba(lmms):
         # Many CPUs have no instructions for half precision.
         dtype = dtype or ("float32" if self.device.type == "cpu" else "auto")
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)
+        if getattr(self.processor, "image_processor", None) is None:
+            raise ValueError(f"{pretrained} reads text only; score it with lm-evaluation-harness instead.")
         self.model = AutoModel.from_pretrained(pretrained, dtype=dtype, trust_remote_code=True).to(self.device).eval()
         self.batch_size, self.max_new_tokens = int(batch_size), max_new_tokens
 

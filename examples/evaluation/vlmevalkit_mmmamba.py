@@ -28,6 +28,9 @@ class MmMamba(BaseModel):
         model_path: Model folder, or its name on the Hub.
         device: Such as "cpu"; a GPU if there is one, if not given.
         options: Arguments of `generate`. The defaults answer greedily with up to 1024 tokens.
+
+    Raises:
+        ValueError: if the model reads text only.
     """
 
     INSTALL_REQ = False
@@ -40,6 +43,8 @@ class MmMamba(BaseModel):
         # Many CPUs have no instructions for half precision.
         dtype = torch.float32 if device == "cpu" else "auto"
         self.processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
+        if getattr(self.processor, "image_processor", None) is None:
+            raise ValueError(f"{model_path} reads text only; score it with lm-evaluation-harness instead.")
         self.model = AutoModel.from_pretrained(model_path, dtype=dtype, trust_remote_code=True).to(device).eval()
         self.options = {"max_new_tokens": 1024, "do_sample": False, **options}
 

@@ -28,6 +28,12 @@ def check_is_shapes_model(folder: str | Path) -> None:
     check_model_folder(folder)
     config, tokenizer = MmMambaConfig.from_pretrained(folder), make_processor().tokenizer
     vision = config.vision_config
+    if vision is None:
+        raise ValueError(
+            f"{folder} reads text only, and the picture world asks about pictures; score it with "
+            "lm-evaluation-harness (docs/distill.md), or give one that reads pictures (evaluate=0 leaves it out of a "
+            "recipe)."
+        )
     found = (config.text_config.vocab_size, vision.image_size, vision.tokens_per_tile)
     expected = (len(tokenizer), TILE, TOKENS_PER_TILE)
     if found != expected:

@@ -11,7 +11,7 @@ import torch
 from mmmamba.conversion.shards import write_text
 
 
-CHANCE = 1e-4  # what is less likely is no chance
+CHANCE = 1e-4  # an excess of bad rows that is less likely by chance than this stops a run
 
 
 class BadRowCounter:

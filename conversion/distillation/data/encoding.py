@@ -68,7 +68,9 @@ class ConversationEncoder:
             )
         self._control_tokens = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, self._control_tokens)) or "(?!)")  # that matches nothing
+        self._trims_answers = False
         self._turn_end = self._find_turn_end()
+        self._trims_answers = self._find_trimming()
 
     def __call__(
         self,
@@ -169,6 +171,8 @@ class ConversationEncoder:
         for message in messages:
             around = delimiter if message["role"] == "assistant" else ""
             content = message["content"]
+            if around and self._trims_answers:  # which the delimiters would hinder
+                content = _trimmed(content)
             if isinstance(content, str):
                 # As in chat(): control tokens become text, placeholders keep their meaning.
                 parts = [content] if literal_placeholders else content.split(PLACEHOLDER)
@@ -193,9 +197,7 @@ class ConversationEncoder:
             return self._encode_by_offsets(pieces)
         prompt = "".join(pieces)
         tokens = self.tokenizer.tokenize(prompt)
-        ids = self.tokenizer(prompt)["input_ids"]
-        written = prompt.startswith(self.tokenizer.bos_token or prompt)  # by the chat template
-        num_prefix_tokens = int(self.tokenizer.add_bos_token and not written)
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         # A control token in the prompt is one token, whatever stands around it. So control tokens align offsets in the
         # text with indices of tokens, and the text between two of them is encoded on its own.
         starts = [match.start() for match in self._control.finditer(prompt)]
@@ -220,16 +222,14 @@ class ConversationEncoder:
 
         labels = [-100] * len(ids)
         for start, end in self._answers(pieces):
-            answer = slice(num_prefix_tokens + tokens_before(start), num_prefix_tokens + tokens_before(end))
+            answer = slice(tokens_before(start), tokens_before(end))
             labels[answer] = ids[answer]
         return ids, labels
 
     def _encode_by_offsets(self, pieces: list[str]) -> tuple[list[int], list[int]]:
         """The same with any fast tokenizer."""
         prompt = "".join(pieces)
-        # In Transformers a chat template writes the beginning token; ours adds it where the template does not.
-        options = {} if self._sanitizes else {"add_special_tokens": False}
-        encoded = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False, **options)
+        encoded = self.tokenizer(prompt, return_offsets_mapping=True, verbose=False, add_special_tokens=False)
         # Marks keep control tokens in texts apart. Other tokenizers than ours encode them, too.
         in_marks = {match.start() for match in MARKS.finditer(prompt)}
         tokens = [
@@ -255,12 +255,28 @@ class ConversationEncoder:
                 yield offset, end + (len(self._turn_end) if ended else 0)
             offset = end
 
+    def _find_trimming(self) -> bool:
+        """Whether the chat template removes white space around answers."""
+        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "\n answer \n"}]
+        with template_errors_in_a_sentence():
+            return "\n answer \n" not in self.tokenizer.apply_chat_template(messages, tokenize=False)
+
     def _find_turn_end(self) -> str:
         """What the chat template writes after an answer, up to and with its first control token; empty without one."""
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         tail = self._render(messages, literal_placeholders=True)[-1]
         ends = [match.end() for pattern in (self._control, RESERVED_PIECE) if (match := pattern.search(tail))]
         return tail[: min(ends)] if ends else tail
+
+
+def _trimmed(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return content.strip()
+    parts = list(content)
+    for index, strip in ((0, str.lstrip), (-1, str.rstrip)):
+        if parts and parts[index]["type"] == "text":
+            parts[index] = parts[index] | {"text": strip(parts[index]["text"])}
+    return parts
 
 
 def _locate(path: str, root: Path, any_path: bool) -> str | bytes:

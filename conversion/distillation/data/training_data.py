@@ -15,7 +15,6 @@ from mmmamba.conversion.distillation.recipe import Recipe
 from mmmamba.conversion.shards import read_json
 from mmmamba.image_processing_mmmamba import MmMambaImageProcessorPil
 from mmmamba.processing_mmmamba import MmMambaProcessor
-from mmmamba.tokenization_mmmamba import MmMambaTokenizer, MmMambaTokenizerFast
 
 from .collate import pack, pad
 from .curriculum import LengthCurriculum
@@ -128,25 +127,18 @@ def load_processor(folder: Path) -> MmMambaProcessor | PreTrainedTokenizerBase:
         ValueError: if the folder has no tokenizer.
     """
     config = MmMambaConfig.from_pretrained(folder)
-    tokenizer = load_tokenizer(folder, config)
+    tokenizer = _load_any_tokenizer(folder, config)
     if not (folder / "preprocessor_config.json").is_file():
         return tokenizer
     image_processor = MmMambaImageProcessorPil.from_pretrained(folder)
     return MmMambaProcessor(image_processor, tokenizer, tokens_per_tile=config.tokens_per_tile)
 
 
-def load_tokenizer(folder: Path, config: MmMambaConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, of the class that the folder names: this package's, or one of Transformers'.
-
-    Raises:
-        ValueError: if the folder has no tokenizer.
-    """
+def _load_any_tokenizer(folder: Path, config: MmMambaConfig) -> PreTrainedTokenizerBase:
+    """Of the class that the folder names: this package's, or one of Transformers'."""
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"{folder} has no tokenizer; put the model's tokenizer files into it.")
     name = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
-    if name not in tokenization_mmmamba.__all__:
-        return AutoTokenizer.from_pretrained(folder, config=config)
-    kind = getattr(tokenization_mmmamba, name)
-    if kind in (MmMambaTokenizer, MmMambaTokenizerFast):  # which are two classes for one tokenizer
-        kind = MmMambaTokenizer if (folder / "tokenizer.model").is_file() else MmMambaTokenizerFast
-    return kind.from_pretrained(folder)
+    if name in tokenization_mmmamba.__all__:
+        return tokenization_mmmamba.load_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder, config=config)
