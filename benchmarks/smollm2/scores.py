@@ -93,7 +93,7 @@ def recall_prompts(items: int, count: int, seed: int = 0) -> Iterator[tuple[str,
 
 
 @torch.inference_mode()
-def recall_scores(model, tokenizer, count: int = 40) -> dict[int, float]:
+def recall_scores(model, tokenizer, count: int = 24) -> dict[int, float]:
     """Share of lists whose thing is the likeliest of all `THINGS`, by the number of items."""
     candidates = torch.tensor([tokenizer(f" {thing}", add_special_tokens=False)["input_ids"][0] for thing in THINGS])
     scores = {}
