@@ -293,9 +293,10 @@ def _read_config(folder: Path, options: dict) -> PreTrainedConfig:
 
 def check_language_model(model_type: str) -> None:
     """Raises ValueError for a model that this network cannot be, saying what it has that this has not."""
-    if model_type in LANGUAGE_MODELS:
+    is_name = isinstance(model_type, str)
+    if is_name and model_type in LANGUAGE_MODELS:
         return
-    reason = OTHER_MODELS.get(model_type)
+    reason = OTHER_MODELS.get(model_type) if is_name else None
     reason = "is not known here" if reason is None else f"{reason}, which this network does not"
     raise ValueError(
         f"model_type={model_type!r} {reason}; give HoVLE (internvl_chat), the released mmMamba (mmMamba_chat) or a "
