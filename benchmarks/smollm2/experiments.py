@@ -140,7 +140,11 @@ class Experiments:
         tokens = sum(value["tokens"] for key, value in results.items() if key.startswith("stage_"))
         file = self.scores_file(name, seed)
         file.parent.mkdir(exist_ok=True)
-        found |= {"trained tokens": tokens, "overrides": self.overrides(name)}
+        losses = {}
+        for history in sorted(folder.glob("stage-*/history.json")):
+            entries = json.loads(history.read_text(encoding="utf-8"))["history"]
+            losses[history.parent.name] = [entry["loss"] for entry in entries if "loss" in entry]
+        found |= {"trained tokens": tokens, "overrides": self.overrides(name), "losses": losses}
         write_text(file, json.dumps(found, indent=1) + "\n")
 
     def summarize(self, seeds: list[int]) -> Tables:
