@@ -26,6 +26,7 @@ TESTS = (
     "cache",
     "generation",
     "chat",
+    "chat_templates",
     "loading",
     "pictures",
     "conversation",
