@@ -86,7 +86,7 @@ def test_a_refusal_names_the_key_and_what_to_remove(recipe, tmp_path):
     )
 
 
-def test_a_run_goes_on_from_another_working_directory(recipe, teacher, tmp_path, monkeypatch):
+def test_a_run_goes_on_from_another_working_directory(recipe, teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     file = write_conversations(tmp_path)
     options = ["stages=[1]", "bad_share=0.5", "workers=0"]
@@ -96,6 +96,7 @@ def test_a_run_goes_on_from_another_working_directory(recipe, teacher, tmp_path,
     relative = os.path.relpath(teacher)
     distill(recipe("../run", *options, f"data=[{{file: ../{file.name}}}]", f"teacher={relative}"))
     assert (tmp_path / "run" / "model").is_dir()
+    assert "is gone" not in capsys.readouterr().out  # the recorded paths were found
 
 
 def test_what_stands_in_the_place_of_a_file_that_is_gone_is_named(recipe, tmp_path, capsys):

@@ -36,8 +36,9 @@ import mmmamba
 from mmmamba.cli import arguments
 from mmmamba.conversion.distillation import run as command
 from mmmamba.conversion.distillation import stages, trainer
-from mmmamba.conversion.distillation.data.training_data import TrainingData
+from mmmamba.conversion.distillation.data.training_data import TrainingData, load_processor
 from mmmamba.conversion.distillation.folder import RunFolder
+from mmmamba.conversion.distillation.layerwise import LayerwiseDistiller
 from mmmamba.conversion.distillation.placement import replacement_kl
 from mmmamba.conversion.distillation.recipe import load_recipe
 from mmmamba.conversion.distillation.run import distill
@@ -529,3 +530,19 @@ def test_a_folder_that_is_no_run_is_left_alone(recipe, tmp_path):
     with pytest.raises(FileExistsError, match="exists and is no run"):
         distill(recipe(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_models_read_tiles_as_the_processor_gives_them(recipe, teacher, tmp_path):
+    """Rows hold levels of 0 to 255, which the trainer is to normalise."""
+    made = recipe(tmp_path / "run", "stages=[1]", "stage_1.steps=1", "stage_1.warmup=0", "stage_1.decay=0")
+    distill(made)
+    entry = json.loads((tmp_path / "run" / "stage-1" / "history.json").read_text())["history"][0]
+    data, of_images = TrainingData(made, teacher), load_processor(teacher).image_processor
+    batch = data.collate([data.for_stage(1)[index] for index in range(made.stage(1).batch_size)])
+    assert batch["pixel_values"].dtype == torch.uint8
+    mean, std = (torch.tensor(values)[:, None, None] for values in (of_images.image_mean, of_images.image_std))
+    batch["pixel_values"] = (batch["pixel_values"] / 255 - mean) / std
+    folders = (teacher, tmp_path / "run" / "seeded")
+    models = (MmMambaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32) for folder in folders)
+    expected = LayerwiseDistiller(*models, stage=1)(**{k: v for k, v in batch.items() if k != "num_rows"})
+    assert entry["loss"] == pytest.approx(expected.item(), rel=1e-5)
