@@ -192,6 +192,12 @@ def test_a_curriculum_reads_the_same_tokens_in_short_rows_first(collate, process
     assert bad == [(str(tmp_path / "b.txt"), "it is not UTF-8 text")]
 
 
+def test_a_single_last_token_is_no_row_of_a_curriculum():
+    ids = torch.arange(21)
+    pieces = LengthCurriculum([{"input_ids": ids, "labels": ids}], [10, 40])[0]["rows"]
+    assert [piece["input_ids"].tolist() for piece in pieces] == [ids[:10].tolist(), ids[10:20].tolist()]
+
+
 WRONG = [
     ({"documents": "gone.txt"}, FileNotFoundError, r"documents=gone.txt names no file that ends in \.txt, "),
     ({"documents": "*.bin"}, FileNotFoundError, "names no file"),
