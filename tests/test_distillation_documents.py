@@ -192,9 +192,11 @@ def test_a_curriculum_reads_the_same_tokens_in_short_rows_first(collate, process
     assert bad == [(str(tmp_path / "b.txt"), "it is not UTF-8 text")]
 
 
-def test_a_single_last_token_is_no_row_of_a_curriculum():
-    ids = torch.arange(21)
-    pieces = LengthCurriculum([{"input_ids": ids, "labels": ids}], [10, 40])[0]["rows"]
+def test_a_single_last_token_is_no_row_of_a_curriculum(processor, tmp_path):
+    (tmp_path / "a.txt").write_text(STORY * 4)
+    whole = open_data({"documents": str(tmp_path / "a.txt")}, processor, row_tokens=21)
+    ids = whole[0]["input_ids"]
+    pieces = LengthCurriculum(whole, [10, 21])[0]["rows"]
     assert [piece["input_ids"].tolist() for piece in pieces] == [ids[:10].tolist(), ids[10:20].tolist()]
 
 
