@@ -217,13 +217,13 @@ def test_the_embedding_alone_is_compared_with_names_as_it_stands_in_the_model(pr
     with torch.no_grad():
         found = embedding(**batch)
         rows = model.get_image_features(batch["pixel_values"]).pooler_output
-        means = model(inputs_embeds=rows, output_hidden_states=True).hidden_states[1].mean(1)  # behind its one layer
-    cosines = torch.cosine_similarity(means[:, None], names[None], dim=-1)
+        rows = model(inputs_embeds=rows, output_hidden_states=True).hidden_states[1]  # behind its one layer
+    cosines = torch.cosine_similarity(rows.mean(1)[:, None], names[None], dim=-1)
     torch.testing.assert_close(found["logits"], np.e**2.7 * cosines, rtol=1e-4, atol=1e-4)
     likelihood = found["logits"].log_softmax(-1)
     right = likelihood[torch.arange(3), batch["labels"]]
-    distance = (means - names[batch["labels"]]).square().mean() / names.var()
-    expected = -(0.9 * right + 0.1 * likelihood.mean(-1)).mean() + 0.1 * distance
+    distance = (rows - names[batch["labels"], None]).square().mean() / names.var()
+    expected = -(0.9 * right + 0.1 * likelihood.mean(-1)).mean() + distance
     torch.testing.assert_close(found["loss"], expected, rtol=1e-4, atol=1e-4)
 
 

@@ -66,7 +66,7 @@ class Phase:
 PHASES = {
     "distill": Phase(steps=1200, batch_size=32, learning_rate=5e-4, save_every=50),
     "align": Phase(steps=40, batch_size=8, learning_rate=5e-4, save_every=20),
-    "tune": Phase(steps=100, batch_size=8, learning_rate=2e-4, save_every=20),
+    "tune": Phase(steps=200, batch_size=8, learning_rate=2e-4, save_every=20),
 }
 
 
@@ -142,7 +142,7 @@ def name_embeddings(table: Tensor, tokenizer: PreTrainedTokenizerBase, concepts:
 
 
 class NamedEmbedding(nn.Module):
-    """Patch embedding and embedding layers, whose rows' mean is to be near the text embedding of what they show.
+    """Patch embedding and embedding layers, whose rows are to be near the text embedding of what they show.
 
     Args:
         model: Whose patch embedding and embedding layers are copied.
@@ -170,14 +170,15 @@ class NamedEmbedding(nn.Module):
             labels: (pictures,), numbers of concepts.
 
         Returns:
-            `loss`: cross entropy of scaled cosines with the names, and the squared distance from the right one, which
-            sets the rows' scale; `logits` (pictures, concepts).
+            `loss`: cross entropy of scaled cosines of the rows' mean with the names, and the squared distance of each
+            row from the right one; `logits` (pictures, concepts).
         """
         rows = self.model.get_image_features(pixel_values).pooler_output  # (pictures, rows, hidden)
-        means = self.model(inputs_embeds=rows, use_cache=False).last_hidden_state.mean(1)
-        logits = self.log_scale.exp() * F.normalize(means, dim=-1) @ F.normalize(self.names, dim=-1).T
-        distance = F.mse_loss(means, self.names[labels]) / self.names.var()
-        return {"loss": F.cross_entropy(logits, labels, label_smoothing=0.1) + 0.1 * distance, "logits": logits}
+        rows = self.model(inputs_embeds=rows, use_cache=False).last_hidden_state
+        logits = self.log_scale.exp() * F.normalize(rows.mean(1), dim=-1) @ F.normalize(self.names, dim=-1).T
+        # Of each row, so that the language model reads rows like those of texts.
+        distance = F.mse_loss(rows, self.names[labels, None].expand_as(rows)) / self.names.var()
+        return {"loss": F.cross_entropy(logits, labels, label_smoothing=0.1) + distance, "logits": logits}
 
 
 class NamedPictures(Dataset):
