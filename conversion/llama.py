@@ -279,10 +279,8 @@ def _read_config(folder: Path, options: dict) -> PreTrainedConfig:
             config = LlamaConfig(**{k: v for k, v in read_json(folder / "config.json").items() if k != "auto_map"})
             config.model_type = kind
         else:
-            if kind is not None:
-                check_language_model(kind)
-                if kind not in CONFIG_MAPPING:
-                    raise ValueError(f"{kind!r} needs a newer Transformers than {transformers.__version__}")
+            if kind in LANGUAGE_MODELS and kind not in CONFIG_MAPPING:
+                raise ValueError(f"{kind!r} needs a newer Transformers than {transformers.__version__}")
             config = AutoConfig.from_pretrained(folder, **options)
     except Exception as error:  # Transformers and its validators raise nearly anything
         reason = " ".join(str(getattr(error, "__cause__", None) or error).split())
