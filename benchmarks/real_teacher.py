@@ -58,6 +58,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "decoder": [*ALL, "stage_3.trainable=decoder"],
     },
     "long": {
+        "hybrid-15-measured-long": [*stages(1, 2, 3, budget=5 * BUDGET), "num_attention=15", "strategy=measured"],
         "hybrid-8-long": stages(1, 2, 3, budget=5 * BUDGET) + EIGHT,
         "linear-long": stages(1, 2, 3, budget=5 * BUDGET),
     },
@@ -71,7 +72,8 @@ TABLES = {
         "8, head-interleaved": "hybrid-8",
         "8, measured": "hybrid-8-measured",
         "none (linear)": "linear",
-        "8, five times the tokens": "hybrid-8-long",
+        "15, measured, five times the tokens": "hybrid-15-measured-long",
+        "8, head-interleaved, five times the tokens": "hybrid-8-long",
         "none, five times the tokens": "linear-long",
     },
     "stage 3 learns (8 of 30 attention)": {
@@ -125,7 +127,7 @@ def show(tables: Tables, file: Path) -> None:
     """Plots the students and the losses of a run, and prints what students and teacher say."""
     plot(tables["student"], file.with_suffix(".png"))
     runs = {row["experiment"]: row["scores"]["losses"] for row in tables["student"].values()}
-    if losses := runs.get("hybrid-8-long") or runs.get("hybrid-8"):
+    if losses := runs.get("hybrid-15-measured-long") or runs.get("hybrid-15-measured") or runs.get("hybrid-8"):
         plot_losses(losses, file.with_name(f"{file.stem}-losses.png"))
     for prompt in scores.PROMPTS:
         print(f"\n**{prompt}**\n")
