@@ -66,7 +66,7 @@ class Phase:
 PHASES = {
     "distill": Phase(steps=1200, batch_size=32, learning_rate=5e-4, save_every=50),
     "align": Phase(steps=40, batch_size=8, learning_rate=5e-4, save_every=20),
-    "tune": Phase(steps=200, batch_size=8, learning_rate=2e-4, save_every=20),
+    "tune": Phase(steps=600, batch_size=8, learning_rate=2e-4, save_every=20),
 }
 
 
