@@ -140,21 +140,23 @@ def plot(students: dict[str, dict], file: Path) -> None:
     """Draws KL by position and recall by number of items, a line per student."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for label, row in students.items():
+    for index, (label, row) in enumerate(students.items()):
+        style = {"marker": "o", "color": f"C{index}", "label": label}
         parts = row["scores"]["long text"]["speeches"]["by position"]
         places = [(index + 0.5) / len(parts) * 4 for index in range(len(parts))]
         if label != "teacher":
-            left.plot(places, [part["kl"] for part in parts], marker="o", label=label)
+            left.plot(places, [part["kl"] for part in parts], **style)
         recall = row["scores"]["recall"]
-        right.plot(list(map(int, recall)), [100 * value for value in recall.values()], marker="o", label=label)
-    left.set(xlabel="position, in trained lengths", ylabel="KL(teacher ‖ student), nats per token")
-    right.set(xscale="log", xlabel="people in the list", ylabel="right of 24, %")
+        right.plot(list(map(int, recall)), [100 * value for value in recall.values()], **style)
+    left.set(xlabel="position, in trained lengths", ylabel="KL(teacher ‖ student), nats per token", ylim=(0, None))
+    right.set(xscale="log", xlabel="people in the list", ylabel="right of 24, %", ylim=(0, None))
     right.set_xticks(scores.ITEMS, list(map(str, scores.ITEMS)))
+    right.minorticks_off()
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(file, dpi=120)
 
 
@@ -166,7 +168,7 @@ def plot_losses(losses: dict[str, list[float]], file: Path) -> None:
     for axes, (stage, values) in zip(figure.subplots(1, len(losses)), losses.items(), strict=True):
         axes.plot(range(1, len(values) + 1), values, linewidth=1)
         unit = "KL, nats per token" if stage == "stage-3" else "mean squared error of heads"
-        axes.set(title=stage.replace("-", " "), xlabel="step", ylabel=unit, yscale="log")
+        axes.set(title=stage.replace("-", " "), xlabel="step", ylabel=unit, ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
 
