@@ -306,6 +306,15 @@ def test_a_stage_killed_before_its_model_was_written_takes_no_step_too_many(reci
     assert results(tmp_path / "cut")["stage_1"]["tokens"] == results(tmp_path / "whole")["stage_1"]["tokens"]
 
 
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_stage_that_diverges_ends_in_a_sentence_and_leaves_no_model(recipe, tmp_path, monkeypatch, log_every):
+    plain = LayerwiseDistiller.forward
+    monkeypatch.setattr(LayerwiseDistiller, "forward", lambda *args, **kwargs: plain(*args, **kwargs) * float("nan"))
+    with pytest.raises(ValueError, match=r"stage-2 diverged: its loss is nan at step \d+; remove .*stage-2 and"):
+        distill(recipe(tmp_path / "run", "stages=[2, 3]", f"log_every={log_every}"))
+    assert not (tmp_path / "run" / "stage-2" / "model").exists() and not (tmp_path / "run" / "stage-3").exists()
+
+
 def test_a_run_without_any_image_says_so_from_its_dataloader_worker(recipe, tmp_path, conversations, capsys):
     (tmp_path / "elsewhere").mkdir()
     data = f"data=[{{file: {conversations}, root: {tmp_path / 'elsewhere'}}}]"

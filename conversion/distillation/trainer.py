@@ -4,6 +4,7 @@ The losses are in `layerwise` and `end_to_end`; devices, accumulation, sharding,
 the Trainer's and Accelerate's.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -104,7 +105,8 @@ class DistillationTrainer(Trainer):
         answer_writer: Replaces answers by the student's own, see `on_policy`; None for none.
 
     Raises:
-        ValueError: if the student is to write answers and its weights are sharded.
+        ValueError: if the student is to write answers and its weights are sharded; from `train`, if the loss is NaN or
+            infinite.
     """
 
     def __init__(
@@ -202,6 +204,13 @@ class DistillationTrainer(Trainer):
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        for key in ("loss", "train_loss"):  # of the last steps, and in the end of all
+            if not math.isfinite(logs.get(key, 0.0)):
+                folder = Path(self.args.output_dir).parent
+                raise ValueError(
+                    f"{folder.name} diverged: its loss is {logs[key]} at step {self.state.global_step}; remove "
+                    f"{folder} and start again with a lower learning_rate or clip."
+                )
         logs["tokens"] = self.state.num_input_tokens_seen
         super().log(logs, *args, **kwargs)
 
