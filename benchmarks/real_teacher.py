@@ -57,7 +57,9 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "fine-tuned": stages(1, 2, 3, 4),
         "decoder": [*ALL, "stage_3.trainable=decoder"],
     },
-    "best": {"hybrid-15-measured-long": [*stages(1, 2, 3, budget=5 * BUDGET), "num_attention=15", "strategy=measured"]},
+    "best": {
+        "hybrid-15-measured-long": [*stages(1, 2, 3, budget=5 * BUDGET), "num_attention=15", "strategy=measured"]
+    },
     "long": {
         "hybrid-8-long": stages(1, 2, 3, budget=5 * BUDGET) + EIGHT,
         "linear-long": stages(1, 2, 3, budget=5 * BUDGET),

