@@ -147,7 +147,7 @@ def plot(students: dict[str, dict], file: Path) -> None:
     for index, (label, row) in enumerate(students.items()):
         style = {"marker": "o", "color": f"C{index}", "label": label}
         parts = row["scores"]["long text"]["speeches"]["by position"]
-        places = [(index + 0.5) / len(parts) * 4 for index in range(len(parts))]
+        places = [(part + 0.5) / len(parts) * 4 for part in range(len(parts))]
         if label != "teacher":
             left.plot(places, [part["kl"] for part in parts], **style)
         recall = row["scores"]["recall"]
