@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from mmmamba import backends_mmmamba
-from mmmamba.backends_mmmamba import BACKENDS, ENVIRONMENT, backend, find, project, unavailable_reason
+from mmmamba.backends_mmmamba import (
+    BACKENDS,
+    ENVIRONMENT,
+    attention_kernels,
+    backend,
+    find,
+    project,
+    unavailable_reason,
+)
 from mmmamba.ssm_mmmamba import TORCH
 
 
@@ -148,3 +156,12 @@ def test_a_single_row_is_multiplied_in_slices(monkeypatch):
     hook(layer.float())
     project(layer, torch.randn(1, 1, 24))
     assert len(products) == 1
+
+
+def test_cudnn_attention_is_left_out_on_a_gpu_only():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with attention_kernels(torch.device("cuda")):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+    with attention_kernels(torch.device("cpu")):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
