@@ -167,7 +167,7 @@ def open_language_model(source: Path, gguf: Path | None, vision: VisionPlan | No
     else:
         _check_rope(gguf)
         tensors = LoadedTensors(_unpacked(folder, options))
-    tokenizer, notes = _read_tokenizer(folder, original, options, with_pictures=vision is not None)
+    tokenizer, notes = _read_tokenizer(folder, original, gguf, with_pictures=vision is not None)
     config = language_model_config(original)
     if gguf is None and (folder / "generation_config.json").is_file():
         ends = GenerationConfig.from_pretrained(folder).eos_token_id
@@ -476,16 +476,16 @@ def _reason_unused(tied: bool, name: str) -> str | None:
 
 
 def _read_tokenizer(
-    folder: Path, original: PreTrainedConfig, options: dict, with_pictures: bool
+    folder: Path, original: PreTrainedConfig, gguf: Path | None, with_pictures: bool
 ) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
     """The tokenizer as one of this package's, and notes on what it lacks."""
-    if not options and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if gguf is None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None, [f"{folder} has no tokenizer; put its files there and convert again to have one."]
     try:
         if original.model_type == "internlm2" and (folder / "tokenizer.model").is_file():  # whose class is remote code
             theirs = MmMambaTokenizerFast.from_pretrained(folder, extra_special_tokens=[])
         else:
-            theirs = AutoTokenizer.from_pretrained(folder, **options)
+            theirs = AutoTokenizer.from_pretrained(folder, **({} if gguf is None else {"gguf_file": gguf.name}))
     except Exception as error:  # as for the configuration
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} has a tokenizer that Transformers cannot read ({reason:.300}).") from None
@@ -494,10 +494,22 @@ def _read_tokenizer(
             f"{folder} has a tokenizer without a fast version ({type(theirs).__name__}); save it with a "
             "tokenizer.json first."
         )
+    if gguf is not None:
+        _name_special_tokens(theirs, gguf)
     tokenizer = text_tokenizer(theirs, with_pictures)
     if not tokenizer.chat_template:
         return tokenizer, [f"{folder} has no chat template, so the model continues texts but cannot chat."]
     return tokenizer, []
+
+
+def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+    """Those that a GGUF file names: Transformers 5.17 takes the one that begins a text for the one that ends it."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf)
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        if (field := reader.get_field(f"tokenizer.ggml.{key}_token_id")) is not None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(field.contents()))
 
 
 def text_tokenizer(theirs: PreTrainedTokenizerBase, with_pictures: bool = False) -> MmMambaTextTokenizer:

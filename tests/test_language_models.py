@@ -438,9 +438,10 @@ def write_gguf(file, without=(), scaled=None):
     writer.add_token_merges([" ".join(pair) for pair in merges])
     control = [gguf.TokenType.CONTROL if i < 3 else gguf.TokenType.NORMAL for i in range(len(vocabulary))]
     writer.add_token_types(control)
-    writer.add_bos_token_id(0)
+    writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
     writer.add_chat_template(TEMPLATE)
     writer.add_license("apache-2.0")
     shapes = {"token_embd": (len(vocabulary), 32), "output": (len(vocabulary), 32), "output_norm": (32,)}
@@ -472,9 +473,13 @@ def test_a_gguf_file_gives_the_logits_of_transformers_own_reader(tmp_path):
         expected = theirs(ids).logits
     torch.testing.assert_close(logits(tmp_path / "ours", ids), expected.double(), **FP32)
     assert ModelCard.load(tmp_path / "ours" / "README.md").data.license == "apache-2.0"
-    original = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    original, words = (
+        AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf"),
+        load_tokenizer(tmp_path / "ours"),
+    )
     for text in TEXTS:
-        assert load_tokenizer(tmp_path / "ours")(text)["input_ids"] == original(text)["input_ids"]
+        assert words(text)["input_ids"] == original(text)["input_ids"]
+    assert (words.bos_token_id, words.eos_token_id, words.unk_token_id, words.pad_token_id) == (1, 2, 0, 2)
     shutil.copyfile(tmp_path / "model.gguf", tmp_path / "other.gguf")
     with pytest.raises(ValueError, match="2 GGUF files"):
         convert(tmp_path, tmp_path / "again")
