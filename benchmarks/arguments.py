@@ -48,6 +48,7 @@ def scan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPE_NAMES, default=["fp32", "bf16"])
     parser.add_argument("--backward", action="store_true", help="forward and backward")
+    parser.add_argument("--mamba-ssm", type=Path, metavar="DIR", help="source of mamba_ssm, if it is not installed")
 
 
 def decode(parser: argparse.ArgumentParser) -> None:

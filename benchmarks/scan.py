@@ -7,6 +7,11 @@ Peers without grouped keys and values get them repeated for every query head; re
 """
 
 import argparse
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +38,16 @@ def scan_inputs(args: argparse.Namespace, dtype: torch.dtype, device: torch.devi
     return [v, k, q, F.softplus(draw(args.heads) - 3), -torch.ones(args.heads, device=device)]
 
 
-def candidates(tensors: list[torch.Tensor], repeated: list[torch.Tensor]) -> dict:
+def use_source(folder: Path) -> None:
+    """Makes mamba_ssm's Triton kernels importable from its source: its packages import CUDA extensions."""
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.utils"):
+        sys.modules[name] = module_from_spec(ModuleSpec(name, None, is_package=True))
+        sys.modules[name].__path__ = [str(folder / name.replace(".", "/"))]
+
+
+def candidates(
+    tensors: list[torch.Tensor], repeated: list[torch.Tensor], mamba_ssm: Path | None
+) -> dict[str, Callable[[], torch.Tensor]]:
     """Functions that scan the same inputs and return y; `repeated` are v and k, repeated for every query head."""
     (v, k, q, dt, A), functions = tensors, {}
     for name in ("torch", "triton"):
@@ -43,12 +57,14 @@ def candidates(tensors: list[torch.Tensor], repeated: list[torch.Tensor]) -> dic
 
     # Where mamba_ssm is installed, Transformers' decorator puts its kernel in place: undecorated is the PyTorch path.
     peers = {"transformers": getattr(mamba2_chunk_scan, "__wrapped__", mamba2_chunk_scan)}
-    if unavailable_reason("cuda", v.device.type, v.dtype) is None:
+    if mamba_ssm is not None:
+        use_source(mamba_ssm)
+    if mamba_ssm is not None or unavailable_reason("cuda", v.device.type, v.dtype) is None:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
         peers["mamba_ssm"] = mamba_chunk_scan_combined
     for name, scan in peers.items():
-        for chunk in (128, 256):
+        for chunk in (128, 256) if name == "transformers" else (256,):  # mamba_ssm autotunes each for a minute
             label = f"{name}, chunks of {chunk}"
             functions[label] = lambda scan=scan, chunk=chunk: scan(repeated[0], dt, A, repeated[1], q, chunk)
     return functions
@@ -76,7 +92,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     for dtype in args.dtypes:
         tensors = scan_inputs(args, DTYPES[dtype], device)
         repeated = [x.repeat_interleave(args.heads // args.kv_heads, 2) for x in tensors[:2]]
-        functions = candidates(tensors, repeated)
+        functions = candidates(tensors, repeated, args.mamba_ssm)
         errors = relative_errors(functions, tensors)
         if args.backward:
             for tensor in [*tensors, *repeated]:

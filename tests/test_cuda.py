@@ -12,6 +12,7 @@ from mmmamba.ssm_mmmamba import TORCH, Sequences, decode_step
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+THEIR_ERROR = 1e-4 if DEVICE == "cpu" else 5e-3  # on a GPU their fp32 products are tf32
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_the_scan_equals_the_reference(cuda):
                 outputs_and_gradients(cuda, inputs), outputs_and_gradients(TORCH, inputs, dtype=torch.float64)
             )
         )
-        < 1e-4
+        < THEIR_ERROR
     )
 
 
@@ -69,7 +70,7 @@ def test_packed_sequences_do_not_mix(cuda):
                 outputs_and_gradients(TORCH, inputs, sequences, torch.float64),
             )
         )
-        < 1e-4
+        < THEIR_ERROR
     )
     x = torch.randn(1, 65, 16, device=DEVICE)
     arguments = torch.randn(16, 2, device=DEVICE), torch.randn(16, device=DEVICE), torch.randn(2, 16, 1, device=DEVICE)

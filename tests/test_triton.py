@@ -132,6 +132,17 @@ def test_scan_of_every_head_size(size, dtype):
     agree(TRITON.ssd_scan, TORCH.ssd_scan, inputs, dtype, exact=(3, 4, 5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("head_dim", "state_size"), [(39, 39), (80, 80), (96, 96), (16, 39), (16, 64), (64, 16)])
+def test_scan_of_sizes_that_fill_no_block(head_dim, state_size, dtype):
+    """Two blocks of steps in a chunk, and a second chunk."""
+    torch.manual_seed(0)
+    inputs = [random(1, 147, 1, head_dim), random(1, 147, 1, state_size) / state_size**0.5]
+    inputs += [random(1, 147, 2, state_size), F.softplus(random(1, 147, 2) - 2), -torch.rand(2)]
+    run = lambda backend: lambda *xs: backend.ssd_scan(*xs, None)  # noqa: E731
+    agree(run(TRITON), run(TORCH), inputs, dtype, exact=(3, 4))
+
+
 @pytest.mark.parametrize("layout", [("rows", 2, 260), ("packed", [259, 129, 2]), ("padded", [257, 0, 129], True)])
 def test_states_pass_through_many_chunks(layout):
     torch.manual_seed(0)

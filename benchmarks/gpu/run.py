@@ -1,6 +1,7 @@
 """What `run.sh` runs: kernel tests and benchmarks with a time limit each, collected in one JSON and one report."""
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -16,20 +17,25 @@ from mmmamba.benchmarks.timing import format_table, machine_info
 
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ["tests/test_triton.py", "tests/test_cuda.py", "tests/test_capture.py"]
+MAMBA_SSM = ROOT / "tests" / ".source_distributions" / "mamba_ssm-2.3.2.post1"  # its Triton kernels need no build
+TESTS = ["tests/test_triton.py", "tests/test_capture.py"]
 OUTPUT_LIMIT = 6000  # characters of a section's output that the report quotes
 
 
 def sections(small: bool) -> list[tuple[str, int, list[str]]]:
-    """Name, time limit in seconds and command of each section; under nine minutes in all."""
+    """Name, time limit in seconds and command of each section, the most important first."""
     size = ["--size", "small", "--layers", "4"] if small else ["--size", "released", "--dtype", "bf16"]
     rounds = ["--rounds", "3" if small else "5"]
     lengths = ["256", "512"] if small else ["1024", "8192", "32768", "103000"]
     million = "2048" if small else "1048576"
     batch_sizes = ["2", "4"] if small else ["64", "256"]
-    scan_length = ["--length", "256" if small else "8192"]
-    tests = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", *TESTS]
-    tests += ["-k", "no_such_test" if small else "not compiles_for"]
+    scan_options = ["--length", "256" if small else "8192"]
+    if MAMBA_SSM.is_dir() and not small:
+        scan_options += ["--mamba-ssm", str(MAMBA_SSM)]
+    pytest = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "--tb=short"]
+    pytest += ["-k", "no_such_test" if small else "not compiles_for"]
+    if importlib.util.find_spec("xdist"):
+        pytest += ["-n", "8"]  # compiling kernels takes most of the time
 
     def bench(name, *options):
         return [sys.executable, "-m", "mmmamba", "bench", name, *rounds, *options]
@@ -38,17 +44,18 @@ def sections(small: bool) -> list[tuple[str, int, list[str]]]:
         return bench("decode", *size, "--models", *OURS[:2], "--lengths", lengths[0], "--batch", batch_size)
 
     return [
-        ("kernel tests", 130, tests),
+        ("kernel tests", 200, [*pytest, *TESTS]),
         ("warm-up", 40, [sys.executable, "-m", "mmmamba.benchmarks.gpu.warm_up", *size]),
-        ("scan", 25, bench("scan", *scan_length)),
-        ("scan-backward", 25, bench("scan", *scan_length, "--backward")),
-        ("decode", 90, bench("decode", *size, "--models", *OURS, *PEERS, "--lengths", *lengths)),
-        ("decode-million", 20, bench("decode", *size, "--models", *OURS[:2], "--lengths", million)),
-        *((f"decode-{batch_size}", 20, decode_batch(batch_size)) for batch_size in batch_sizes),
-        ("prefill", 60, bench("prefill", *size, "--models", *OURS, "llama", "--lengths", *lengths[1::2])),
-        ("prefill-peers", 30, bench("prefill", *size, "--models", "linear", *PEERS, "--lengths", lengths[1])),
-        ("memory", 50, bench("memory", *size, "--models", *OURS, "--lengths", *lengths[1::2], "--rounds", "1")),
-        ("million", 20, bench("memory", *size, "--models", "linear", "--lengths", million, "--rounds", "1")),
+        ("scan", 120, bench("scan", *scan_options)),
+        ("scan-backward", 120, bench("scan", *scan_options, "--backward")),
+        ("decode", 110, bench("decode", *size, "--models", *OURS, *PEERS, "--lengths", *lengths)),
+        ("decode-million", 40, bench("decode", *size, "--models", *OURS[:2], "--lengths", million)),
+        *((f"decode-{batch_size}", 40, decode_batch(batch_size)) for batch_size in batch_sizes),
+        ("prefill", 90, bench("prefill", *size, "--models", *OURS, "llama", "--lengths", *lengths[1::2])),
+        ("prefill-peers", 50, bench("prefill", *size, "--models", "linear", *PEERS, "--lengths", lengths[1])),
+        ("memory", 90, bench("memory", *size, "--models", *OURS, "--lengths", *lengths[1::2], "--rounds", "1")),
+        ("million", 40, bench("memory", *size, "--models", "linear", "--lengths", million, "--rounds", "1")),
+        ("mamba_ssm's kernels", 200, [*pytest, "tests/test_cuda.py"]),  # which are autotuned, by minutes
     ]
 
 
@@ -56,14 +63,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("gpu-results"))
     parser.add_argument("--device", default="cuda", help="cpu tries the script out, with small models")
+    parser.add_argument("--sections", nargs="+", metavar="NAME", help="only these (default: all)")
     parser.add_argument("--limit", type=float, default=530, help="seconds after which no section is started")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: torch finds no CUDA device; --device cpu tries the script out.")
+    chosen = sections(small=args.device == "cpu")
+    if unknown := set(args.sections or ()) - {name for name, *_ in chosen}:
+        parser.error(f"unknown section {unknown.pop()}; choose from {', '.join(name for name, *_ in chosen)}")
     start = time.perf_counter()
     args.folder.mkdir(parents=True, exist_ok=True)
     result, report = {"machine": machine_info(torch.device(args.device)), "sections": {}}, []
-    for name, limit, command in sections(small=args.device == "cpu"):
+    for name, limit, command in chosen:
+        if args.sections and name not in args.sections:
+            continue
         left = args.limit - (time.perf_counter() - start)
         if left < 10:
             result["sections"][name] = {"status": "not started: out of time"}
