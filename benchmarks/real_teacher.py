@@ -23,6 +23,7 @@ ROW_TOKENS, BATCH_SIZE, BUDGET = 256, 2, 60  # tokens of a row, rows of a step, 
 SCORED_ROWS = 8  # of each domain
 stages = partial(experiments.stages, budget=BUDGET, batch_size=BATCH_SIZE)
 ALL = stages(1, 2, 3)
+LARGE = [*experiments.stages(1, 2, 3, budget=10 * BUDGET, batch_size=8 * BATCH_SIZE), "precision=bf16"]
 EIGHT = ["num_attention=8", "strategy=head-interleaved"]
 LABELS, BOTH = ["stage_3.kl_weight=0", "stage_3.hard_weight=1"], ["stage_3.hard_weight=1"]
 # Experiments by group and name: overrides of the recipe.
@@ -60,6 +61,11 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     "best": {
         "hybrid-15-measured-long": [*stages(1, 2, 3, budget=5 * BUDGET), "num_attention=15", "strategy=measured"]
     },
+    "large": {  # minutes on a GPU
+        "hybrid-15-measured-large": [*LARGE, "num_attention=15", "strategy=measured"],
+        "linear-large": LARGE,
+        "linear-labels-large": LARGE + LABELS,
+    },
     "long": {
         "hybrid-8-long": stages(1, 2, 3, budget=5 * BUDGET) + EIGHT,
         "linear-long": stages(1, 2, 3, budget=5 * BUDGET),
@@ -77,6 +83,8 @@ TABLES = {
         "15, measured, five times the tokens": "hybrid-15-measured-long",
         "8, head-interleaved, five times the tokens": "hybrid-8-long",
         "none, five times the tokens": "linear-long",
+        "15, measured, eighty times the tokens": "hybrid-15-measured-large",
+        "none, eighty times the tokens": "linear-large",
     },
     "stage 3 learns (8 of 30 attention)": {
         "the teacher's distribution": "hybrid-8",
@@ -87,6 +95,10 @@ TABLES = {
         "the teacher's distribution": "linear",
         "labels alone": "linear-labels",
         "both": "linear-both",
+    },
+    "stage 3 learns (linear, eighty times the tokens)": {
+        "the teacher's distribution": "linear-large",
+        "labels alone": "linear-labels-large",
     },
     "start (linear)": {
         "scratch": "initialization-scratch",

@@ -144,7 +144,8 @@ class Experiments:
         for history in sorted(folder.glob("stage-*/history.json")):
             entries = json.loads(history.read_text(encoding="utf-8"))["history"]
             losses[history.parent.name] = [entry["loss"] for entry in entries if "loss" in entry]
-        found |= {"trained tokens": tokens, "overrides": self.overrides(name), "losses": losses}
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+        found |= {"trained tokens": tokens, "overrides": self.overrides(name), "losses": losses, "device": device}
         write_text(file, json.dumps(found, indent=1) + "\n")
 
     def summarize(self, seeds: list[int]) -> Tables:
@@ -163,6 +164,7 @@ class Experiments:
                     "experiment": name,
                     "seeds": len(by_seed),
                     "trained tokens": by_seed[0]["trained tokens"],
+                    "device": by_seed[0].get("device", "a CPU"),
                     "mean": {measure: statistics.mean(x) for measure, x in values.items()},
                     "spread": {measure: statistics.stdev(x) if len(x) > 1 else None for measure, x in values.items()},
                     "scores": by_seed[0],
