@@ -1,6 +1,7 @@
 """A teacher that we did not train, on text that we did not make: SmolLM2-135M-Instruct carved, with its controls.
 
     python benchmarks/real_teacher.py run            # all experiments, one per CPU core at a time; resumes
+    python benchmarks/real_teacher.py run large      # eighty times the tokens: minutes on a GPU, hours on CPUs
     python benchmarks/real_teacher.py run losses     # one group of them
     python benchmarks/real_teacher.py report         # tables and plots of the finished ones
 
@@ -23,7 +24,9 @@ ROW_TOKENS, BATCH_SIZE, BUDGET = 256, 2, 60  # tokens of a row, rows of a step, 
 SCORED_ROWS = 8  # of each domain
 stages = partial(experiments.stages, budget=BUDGET, batch_size=BATCH_SIZE)
 ALL = stages(1, 2, 3)
-LARGE = [*experiments.stages(1, 2, 3, budget=10 * BUDGET, batch_size=8 * BATCH_SIZE), "precision=bf16"]
+LARGE = [
+    *experiments.stages(1, 2, 3, budget=10 * BUDGET, batch_size=8 * BATCH_SIZE), "precision=bf16", "save_every=200",
+]  # fmt: skip
 EIGHT = ["num_attention=8", "strategy=head-interleaved"]
 LABELS, BOTH = ["stage_3.kl_weight=0", "stage_3.hard_weight=1"], ["stage_3.hard_weight=1"]
 # Experiments by group and name: overrides of the recipe.
@@ -197,6 +200,7 @@ EXPERIMENTS = Experiments(
     prepare=prepare,
     score=score,
     show=show,
+    for_gpus=("large",),
 )
 
 if __name__ == "__main__":

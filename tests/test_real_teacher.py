@@ -28,7 +28,7 @@ def test_every_experiment_has_a_valid_recipe_and_stands_in_a_table():
 
 
 def test_experiments_of_one_table_read_as_many_rows_of_as_many_tokens_unless_they_say_otherwise():
-    for rows in real_teacher.TABLES.values():
+    for table, rows in real_teacher.TABLES.items():
         for label, name in rows.items():
             overrides = {name: x for group in real_teacher.GROUPS.values() for name, x in group.items()}.get(name)
             if overrides is not None:
@@ -38,7 +38,9 @@ def test_experiments_of_one_table_read_as_many_rows_of_as_many_tokens_unless_the
                     for stage in map(recipe.stage, recipe.stages)
                 )
                 budget = real_teacher.BUDGET * real_teacher.BATCH_SIZE * real_teacher.ROW_TOKENS
-                assert tokens == budget * (5 if "five times" in label else 1)
+                times = {"long": 5, "large": 80}.get(name.rpartition("-")[2], 1)
+                assert tokens == budget * times
+                assert times == 1 or {5: "five times", 80: "eighty times"}[times] in f"{table} {label}"
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,7 @@ class Experiments:
         prepare: Makes the teacher and the data in the folder.
         score: Scores of a model folder.
         show: Prints and plots what the report has beside its tables; it is given them and the report's file.
+        for_gpus: Groups that take many hours on CPUs, which run there only if they are named.
     """
 
     script: Path
@@ -71,6 +72,7 @@ class Experiments:
     prepare: Callable[[Path], None]
     score: Callable[[Path], dict]
     show: Callable[[Tables, Path], None]
+    for_gpus: tuple[str, ...] = ()
 
     def run_folder(self, name: str, seed: int) -> Path:
         return self.folder / ("teacher" if name == "teacher" else f"{name}-{seed}")
@@ -202,7 +204,10 @@ class Experiments:
         commands = parser.add_subparsers(dest="command", required=True)
         run_parser = commands.add_parser("run", help="fetch, run experiments and score them")
         groups = ", ".join(self.groups)
-        run_parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {groups} (default: all)")
+        default = [group for group in self.groups if torch.cuda.is_available() or group not in self.for_gpus]
+        run_parser.add_argument(
+            "groups", nargs="*", metavar="GROUP", help=f"of {groups} (default here: {', '.join(default)})"
+        )
         workers = 1 if torch.cuda.is_available() else os.cpu_count()
         run_parser.add_argument("--workers", type=int, default=workers, help="experiments at once")
         score_parser = commands.add_parser("score", help="score one finished experiment (done by `run`)")
@@ -220,5 +225,5 @@ class Experiments:
         else:
             if unknown := [group for group in args.groups if group not in self.groups]:
                 parser.error(f"unknown group {unknown[0]}; choose from {groups}")
-            if not self.run(args.groups or list(self.groups), args.seeds, args.workers):
+            if not self.run(args.groups or default, args.seeds, args.workers):
                 raise SystemExit(1)
