@@ -26,7 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
-from .backends_mmmamba import are_plain, attention_kernels, backend, project
+from .backends_mmmamba import are_plain, backend, project, without_cudnn_attention
 from .cache_mmmamba import CACHE, MmMambaCache
 from .chat_mmmamba import ChatMixin
 from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig
@@ -166,7 +166,7 @@ class MmMambaAttention(nn.Module):
             self.config._attn_implementation, eager_attention
         )
         kwargs |= {"scaling": self.scaling, "dropout": self.config.attention_dropout if self.training else 0.0}
-        with attention_kernels(q.device):
+        with without_cudnn_attention(q.device):
             heads, weights = attend(self, q, k, v, attention_mask, **kwargs)
         if attention_weights is not None:
             attention_weights.append(weights)

@@ -1,7 +1,7 @@
 """A teacher that we did not train, on text that we did not make: SmolLM2-135M-Instruct carved, with its controls.
 
-    python benchmarks/real_teacher.py run            # all experiments, one per CPU core at a time; resumes
-    python benchmarks/real_teacher.py run large      # eighty times the tokens: minutes on a GPU, hours on CPUs
+    python benchmarks/real_teacher.py run            # all but `large`, one per CPU core at a time; resumes
+    python benchmarks/real_teacher.py run large      # eighty times the tokens, for a GPU, which runs them by default
     python benchmarks/real_teacher.py run losses     # one group of them
     python benchmarks/real_teacher.py report         # tables and plots of the finished ones
 
@@ -64,7 +64,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     "best": {
         "hybrid-15-measured-long": [*stages(1, 2, 3, budget=5 * BUDGET), "num_attention=15", "strategy=measured"]
     },
-    "large": {  # minutes on a GPU
+    "large": {
         "hybrid-15-measured-large": [*LARGE, "num_attention=15", "strategy=measured"],
         "linear-large": LARGE,
         "linear-labels-large": LARGE + LABELS,
@@ -86,8 +86,8 @@ TABLES = {
         "15, measured, five times the tokens": "hybrid-15-measured-long",
         "8, head-interleaved, five times the tokens": "hybrid-8-long",
         "none, five times the tokens": "linear-long",
-        "15, measured, eighty times the tokens": "hybrid-15-measured-large",
-        "none, eighty times the tokens": "linear-large",
+        "15, measured, eighty times the tokens, bf16, 16 rows a step": "hybrid-15-measured-large",
+        "none, eighty times the tokens, bf16, 16 rows a step": "linear-large",
     },
     "stage 3 learns (8 of 30 attention)": {
         "the teacher's distribution": "hybrid-8",

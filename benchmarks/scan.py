@@ -39,7 +39,13 @@ def scan_inputs(args: argparse.Namespace, dtype: torch.dtype, device: torch.devi
 
 
 def use_source(folder: Path) -> None:
-    """Makes mamba_ssm's Triton kernels importable from its source: its packages import CUDA extensions."""
+    """Makes mamba_ssm's Triton kernels importable from its source: its packages import CUDA extensions.
+
+    Raises:
+        ValueError: if they are not there.
+    """
+    if not (folder / "mamba_ssm" / "ops" / "triton" / "ssd_combined.py").is_file():
+        raise ValueError(f"--mamba-ssm {folder} is not mamba_ssm's source; give the folder that holds mamba_ssm/ops.")
     for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.utils"):
         sys.modules[name] = module_from_spec(ModuleSpec(name, None, is_package=True))
         sys.modules[name].__path__ = [str(folder / name.replace(".", "/"))]
@@ -58,6 +64,8 @@ def candidates(
     # Where mamba_ssm is installed, Transformers' decorator puts its kernel in place: undecorated is the PyTorch path.
     peers = {"transformers": getattr(mamba2_chunk_scan, "__wrapped__", mamba2_chunk_scan)}
     if mamba_ssm is not None:
+        if v.device.type != "cuda":
+            raise ValueError(f"mamba_ssm's kernels run on CUDA devices, not {v.device}; leave --mamba-ssm out.")
         use_source(mamba_ssm)
     if mamba_ssm is not None or unavailable_reason("cuda", v.device.type, v.dtype) is None:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined

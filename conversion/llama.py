@@ -503,13 +503,25 @@ def _read_tokenizer(
 
 
 def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
-    """Those that a GGUF file names: Transformers 5.17 takes the one that begins a text for the one that ends it."""
+    """Sets the special tokens that a GGUF file names; Transformers 5.17 takes the first of a text for the last.
+
+    Raises:
+        ValueError: if the file names one that its vocabulary has not.
+    """
     from gguf import GGUFReader
 
     reader = GGUFReader(gguf)
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        if (field := reader.get_field(f"tokenizer.ggml.{key}_token_id")) is not None:
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(field.contents()))
+        field = reader.get_field(f"tokenizer.ggml.{key}_token_id")
+        if field is None:
+            continue
+        token = tokenizer.convert_ids_to_tokens(field.contents()) if field.contents() < len(tokenizer) else None
+        if token is None:
+            raise ValueError(
+                f"{gguf.name} names token {field.contents()} as its {name} token, and its vocabulary has "
+                f"{len(tokenizer)}; it is damaged."
+            )
+        setattr(tokenizer, f"{name}_token", token)
 
 
 def text_tokenizer(theirs: PreTrainedTokenizerBase, with_pictures: bool = False) -> MmMambaTextTokenizer:

@@ -3,20 +3,22 @@
 import ast
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_model, token_ids
 
-from mmmamba import backends_mmmamba
+from mmmamba import backends_mmmamba, modeling_mmmamba
 from mmmamba.backends_mmmamba import (
     BACKENDS,
     ENVIRONMENT,
-    attention_kernels,
     backend,
     find,
     project,
     unavailable_reason,
+    without_cudnn_attention,
 )
 from mmmamba.ssm_mmmamba import TORCH
 
@@ -158,10 +160,27 @@ def test_a_single_row_is_multiplied_in_slices(monkeypatch):
     assert len(products) == 1
 
 
-def test_cudnn_attention_is_left_out_on_a_gpu_only():
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    with attention_kernels(torch.device("cuda")):
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
-    with attention_kernels(torch.device("cpu")):
-        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+def test_cudnn_attention_is_left_out_in_inference_on_a_gpu_only():
+    enabled, gpu = torch.backends.cuda.cudnn_sdp_enabled, torch.device("cuda")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with torch.no_grad(), without_cudnn_attention(gpu):
+        assert not enabled()
+    with without_cudnn_attention(gpu):  # training
+        assert enabled()
+    with torch.no_grad(), without_cudnn_attention(torch.device("cpu")):
+        assert enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # a user's choice stays
+    with torch.no_grad(), without_cudnn_attention(gpu):
+        assert not enabled()
+    assert not enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_attention_layers_leave_cudnn_out(monkeypatch):
+    devices = []
+    monkeypatch.setattr(
+        modeling_mmmamba, "without_cudnn_attention", lambda device: nullcontext(devices.append(device.type))
+    )
+    with torch.no_grad():
+        tiny_model("hybrid")(token_ids(5, seed=0)[None])
+    assert devices == ["cpu"] * tiny_model("hybrid").config.text_config.layer_types.count("full_attention")

@@ -12,7 +12,7 @@ from mmmamba.ssm_mmmamba import TORCH, Sequences, decode_step
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-THEIR_ERROR = 1e-4 if DEVICE == "cpu" else 5e-3  # on a GPU their fp32 products are tf32
+THEIR_ERROR = 1e-4 if DEVICE == "cpu" else 3e-3  # on a GPU their fp32 products are tf32, as coarse as fp16
 
 
 @pytest.fixture(scope="module")

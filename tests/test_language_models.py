@@ -441,7 +441,7 @@ def write_gguf(file, without=(), scaled=None):
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
-    writer.add_pad_token_id(2)
+    writer.add_pad_token_id(0)
     writer.add_chat_template(TEMPLATE)
     writer.add_license("apache-2.0")
     shapes = {"token_embd": (len(vocabulary), 32), "output": (len(vocabulary), 32), "output_norm": (32,)}
@@ -479,7 +479,7 @@ def test_a_gguf_file_gives_the_logits_of_transformers_own_reader(tmp_path):
     )
     for text in TEXTS:
         assert words(text)["input_ids"] == original(text)["input_ids"]
-    assert (words.bos_token_id, words.eos_token_id, words.unk_token_id, words.pad_token_id) == (1, 2, 0, 2)
+    assert (words.bos_token_id, words.eos_token_id, words.unk_token_id, words.pad_token_id) == (1, 2, 0, 0)
     shutil.copyfile(tmp_path / "model.gguf", tmp_path / "other.gguf")
     with pytest.raises(ValueError, match="2 GGUF files"):
         convert(tmp_path, tmp_path / "again")

@@ -133,13 +133,18 @@ def test_scan_of_every_head_size(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize(("head_dim", "state_size"), [(39, 39), (80, 80), (96, 96), (16, 39), (16, 64), (64, 16)])
-def test_scan_of_sizes_that_fill_no_block(head_dim, state_size, dtype):
-    """Two blocks of steps in a chunk, and a second chunk."""
+@pytest.mark.parametrize(("head_dim", "state_size"), [(16, 39), (39, 39), (64, 64), (80, 80), (128, 128)])
+def test_scan_of_padded_rows_with_grouped_heads(head_dim, state_size, dtype):
+    """The first sizes in bf16 were wrong on an H200 (torch 2.11, triton 3.6); why is not known."""
     torch.manual_seed(0)
-    inputs = [random(1, 147, 1, head_dim), random(1, 147, 1, state_size) / state_size**0.5]
-    inputs += [random(1, 147, 2, state_size), F.softplus(random(1, 147, 2) - 2), -torch.rand(2)]
-    run = lambda backend: lambda *xs: backend.ssd_scan(*xs, None)  # noqa: E731
+    rows, length, _, sequences = laid_out(("padded", [7, 140], False))
+    inputs = [
+        random(rows, length, 2, head_dim),
+        random(rows, length, 2, state_size),
+        random(rows, length, 4, state_size),
+    ]
+    inputs += [F.softplus(random(rows, length, 4) - 2), -2 * torch.rand(4, dtype=torch.float64)]
+    run = lambda backend: lambda *xs: backend.ssd_scan(*xs, None, sequences=sequences)  # noqa: E731
     agree(run(TRITON), run(TORCH), inputs, dtype, exact=(3, 4))
 
 

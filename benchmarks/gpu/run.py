@@ -17,7 +17,7 @@ from mmmamba.benchmarks.timing import format_table, machine_info
 
 
 ROOT = Path(__file__).resolve().parents[2]
-MAMBA_SSM = ROOT / "tests" / ".source_distributions" / "mamba_ssm-2.3.2.post1"  # its Triton kernels need no build
+SOURCES = ROOT / "tests" / ".source_distributions"  # of packages, which tests download
 TESTS = ["tests/test_triton.py", "tests/test_capture.py"]
 OUTPUT_LIMIT = 6000  # characters of a section's output that the report quotes
 
@@ -30,8 +30,8 @@ def sections(small: bool) -> list[tuple[str, int, list[str]]]:
     million = "2048" if small else "1048576"
     batch_sizes = ["2", "4"] if small else ["64", "256"]
     scan_options = ["--length", "256" if small else "8192"]
-    if MAMBA_SSM.is_dir() and not small:
-        scan_options += ["--mamba-ssm", str(MAMBA_SSM)]
+    if not small:
+        scan_options += [option for folder in SOURCES.glob("mamba_ssm-*/") for option in ("--mamba-ssm", str(folder))]
     pytest = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "--tb=short"]
     pytest += ["-k", "no_such_test" if small else "not compiles_for"]
     if importlib.util.find_spec("xdist"):
@@ -46,8 +46,6 @@ def sections(small: bool) -> list[tuple[str, int, list[str]]]:
     return [
         ("kernel tests", 200, [*pytest, *TESTS]),
         ("warm-up", 40, [sys.executable, "-m", "mmmamba.benchmarks.gpu.warm_up", *size]),
-        ("scan", 120, bench("scan", *scan_options)),
-        ("scan-backward", 120, bench("scan", *scan_options, "--backward")),
         ("decode", 110, bench("decode", *size, "--models", *OURS, *PEERS, "--lengths", *lengths)),
         ("decode-million", 40, bench("decode", *size, "--models", *OURS[:2], "--lengths", million)),
         *((f"decode-{batch_size}", 40, decode_batch(batch_size)) for batch_size in batch_sizes),
@@ -55,6 +53,8 @@ def sections(small: bool) -> list[tuple[str, int, list[str]]]:
         ("prefill-peers", 50, bench("prefill", *size, "--models", "linear", *PEERS, "--lengths", lengths[1])),
         ("memory", 90, bench("memory", *size, "--models", *OURS, "--lengths", *lengths[1::2], "--rounds", "1")),
         ("million", 40, bench("memory", *size, "--models", "linear", "--lengths", million, "--rounds", "1")),
+        ("scan", 120, bench("scan", *scan_options)),
+        ("scan-backward", 120, bench("scan", *scan_options, "--backward")),
         ("mamba_ssm's kernels", 200, [*pytest, "tests/test_cuda.py"]),  # which are autotuned, by minutes
     ]
 

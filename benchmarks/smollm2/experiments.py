@@ -191,6 +191,8 @@ class Experiments:
                 ]
                 seeds_used = f"{row['seeds']}" if row["seeds"] > 1 or label == "teacher" else "1, spread unknown"
                 print(f"| {label} | {' | '.join(cells)} | {seeds_used} | {row['trained tokens']:,} |")
+        if len(devices := {row["device"] for rows in tables.values() for row in rows.values()}) > 1:
+            print("\nMeasured on several devices, which the JSON names by row: " + ", ".join(sorted(devices)) + ".")
         self.show(tables, file)
 
     def main(self, description: str, results: Path) -> None:
