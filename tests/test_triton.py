@@ -132,8 +132,8 @@ def test_scan_of_every_head_size(size, dtype):
     agree(TRITON.ssd_scan, TORCH.ssd_scan, inputs, dtype, exact=(3, 4, 5))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize(("head_dim", "state_size"), [(16, 39), (39, 39), (64, 64), (80, 80), (128, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("head_dim", "state_size"), [(16, 39), (39, 39), (80, 80)])
 def test_scan_of_padded_rows_with_grouped_heads(head_dim, state_size, dtype):
     """The first sizes in bf16 were wrong on an H200 (torch 2.11, triton 3.6); why is not known."""
     torch.manual_seed(0)
