@@ -109,7 +109,7 @@ def plot(students: dict[str, dict], file: Path) -> None:
     names = [i for i, question in enumerate(questions) if question.about == "name"]
     shown = names[:: max(1, len(names) // SHOWN)][:SHOWN]
     columns = -(-len(shown) // 2)
-    figure = Figure(figsize=(2.2 * columns, 4 + 0.5 * len(students)), layout="constrained")
+    figure = Figure(figsize=(2.2 * columns, 4.4 + 0.7 * len(students)), layout="constrained")
     for axes in (grid := figure.subplots(2, columns)).flat:
         axes.set_axis_off()
     for axes, i in zip(grid.flat, shown, strict=False):
