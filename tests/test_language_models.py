@@ -473,10 +473,8 @@ def test_a_gguf_file_gives_the_logits_of_transformers_own_reader(tmp_path):
         expected = theirs(ids).logits
     torch.testing.assert_close(logits(tmp_path / "ours", ids), expected.double(), **FP32)
     assert ModelCard.load(tmp_path / "ours" / "README.md").data.license == "apache-2.0"
-    original, words = (
-        AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf"),
-        load_tokenizer(tmp_path / "ours"),
-    )
+    original = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    words = load_tokenizer(tmp_path / "ours")
     for text in TEXTS:
         assert words(text)["input_ids"] == original(text)["input_ids"]
     assert (words.bos_token_id, words.eos_token_id, words.unk_token_id, words.pad_token_id) == (1, 2, 0, 0)
