@@ -295,7 +295,7 @@ def test_bad_pictures_are_refused_and_the_server_lives(server, media):
         (str(media.folder / "0.png"), "no address of a picture"),
         ("", "no address of a picture"),
     ):
-        with pytest.raises(openai.BadRequestError, match=re.escape(words)) as refused:
+        with pytest.raises(openai.BadRequestError, match=re.escape(words) or None) as refused:
             server.chat(shown(address, question=HOW_MANY))
         assert refused.value.body["message"] and "Traceback" not in refused.value.body["message"]
     assert server.answer(shown(f"{media.url}/0.png", question=HOW_MANY))
@@ -372,7 +372,7 @@ def test_only_those_with_the_key_are_answered(server):
     ],
 )
 def test_wrong_requests_are_refused_with_a_reason(server, options, words):
-    with pytest.raises(openai.BadRequestError, match=words):
+    with pytest.raises(openai.BadRequestError, match=words or None):
         server.client.chat.completions.create(**{"model": "hybrid", "messages": user("x"), **options})
 
 
