@@ -42,11 +42,15 @@ INLINE f32x16 load_bf16(const uint16_t *p) {
   return (f32x16)(__builtin_convertvector(v, u32x16) << 16);
 }
 INLINE float sum(f32x16 v) {
-  float total = 0;
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float part[16];
+  store(part, v);
   for (int i = 8; i; i >>= 1)
-    for (int j = 0; j < i; j++) v[j] += v[j + i];
-  total = v[0];
-  return total;
+    for (int j = 0; j < i; j++) part[j] += part[j + i];
+  return part[0];
+#endif
 }
 
 INLINE f32x16 larger(f32x16 a, f32x16 b) {
@@ -376,7 +380,7 @@ static void rmsnorm(vector x, int64_t count, int64_t width, vector weight, float
 typedef struct {
   int64_t hidden, heads, kv_heads, head_size, taps, mlp, dtype;
   double norm_eps, mixer_eps, mlp_eps;
-  matrix in_proj, out_proj, gate_proj, up_proj, down_proj;
+  matrix in_proj, q_proj, k_proj, v_proj, out_proj, gate_proj, up_proj, down_proj;
   vector norm, mlp_norm, conv_weight, conv_bias, A_log, dt_bias, mixer_norm;
 } layer;
 
@@ -458,6 +462,86 @@ static void gated(const layer *l, const inputs *x, int64_t count, float *y) {
     }
 }
 
+/* x (B, heads, P) -> (B, heads, P) in `dtype`: rotary positions (arXiv 2104.09864), cos and sin (B, P). */
+static void rotate(const layer *l, const float *x, int64_t count, int64_t heads, vector cos, vector sin, void *y) {
+  const int64_t size = l->head_size, half = size / 2;
+  #pragma omp for schedule(static)
+  for (int64_t piece = 0; piece < count * heads; piece++) {
+    const float *in = x + piece * size;
+    int64_t b = piece / heads;
+    for (int64_t i = 0; i < size; i++) {
+      float other = i < half ? -in[i + half] : in[i - half];
+      put(y, l->dtype, piece * size + i, in[i] * get(cos, b * size + i) + other * get(sin, b * size + i));
+    }
+  }
+}
+
+/* Keys and values of all tokens: (B, K, tokens, P), their last dimension contiguous, strides in numbers. */
+typedef struct { vector keys, values; int64_t tokens, key_row, key_head, key_token, value_row, value_head, value_token; } past;
+
+#define SEGMENT 512  /* tokens that are attended to in one piece of work */
+
+/* Softmax attention of one token per row: q (B, H, P); `parts` holds for each head and segment P sums, the greatest
+   score and the sum of weights; y (B, H, P). */
+static void attend(const layer *l, int64_t count, vector q, const past *p, float *parts, float *y) {
+  const int64_t size = l->head_size, group = l->heads / l->kv_heads, segments = (p->tokens + SEGMENT - 1) / SEGMENT;
+  const int64_t part = size + 2;
+  const float scaling = 1.f / sqrtf((float)size);
+  #pragma omp for schedule(dynamic, 1)
+  for (int64_t piece = 0; piece < count * l->kv_heads * segments; piece++) {
+    int64_t segment = piece % segments, k_head = piece / segments % l->kv_heads, b = piece / segments / l->kv_heads;
+    int64_t start = segment * SEGMENT, tokens = p->tokens - start < SEGMENT ? p->tokens - start : SEGMENT;
+    float query[group][size], scores[group][SEGMENT + 16];
+    for (int64_t g = 0; g < group; g++)
+      for (int64_t i = 0; i < size; i++) query[g][i] = get(q, (b * l->heads + k_head * group + g) * size + i) * scaling;
+    for (int64_t t = 0; t < tokens; t++) {
+      int64_t at = b * p->key_row + k_head * p->key_head + (start + t) * p->key_token;
+      for (int64_t g = 0; g < group; g++) {
+        f32x16 total = all(0);
+        int64_t i = 0;
+        for (; i + 16 <= size; i += 16) total += get16(p->keys, at + i) * load(query[g] + i);
+        float rest = sum(total);
+        for (; i < size; i++) rest += get(p->keys, at + i) * query[g][i];
+        scores[g][t] = rest;
+      }
+    }
+    for (int64_t g = 0; g < group; g++) {
+      float *out = parts + ((b * l->heads + k_head * group + g) * segments + segment) * part, most = scores[g][0], weights = 0;
+      for (int64_t t = 1; t < tokens; t++) most = scores[g][t] > most ? scores[g][t] : most;
+      for (int64_t t = 0; t < tokens; t += 16) store(scores[g] + t, exp16(load(scores[g] + t) - most));
+      for (int64_t t = 0; t < tokens; t++) weights += scores[g][t];
+      out[size] = most;
+      out[size + 1] = weights;
+    }
+    for (int64_t i = 0; i < size; i += 16) {
+      int64_t lanes = size - i < 16 ? size - i : 16;
+      for (int64_t g = 0; g < group; g++) {
+        float *out = parts + ((b * l->heads + k_head * group + g) * segments + segment) * part + i;
+        f32x16 total = all(0);
+        for (int64_t t = 0; t < tokens; t++) {
+          int64_t at = b * p->value_row + k_head * p->value_head + (start + t) * p->value_token + i;
+          if (lanes == 16) total += get16(p->values, at) * scores[g][t];
+          else for (int64_t j = 0; j < lanes; j++) total[j] += get(p->values, at + j) * scores[g][t];
+        }
+        for (int64_t j = 0; j < lanes; j++) out[j] = total[j];
+      }
+    }
+  }
+  #pragma omp for schedule(static)
+  for (int64_t head = 0; head < count * l->heads; head++) {
+    const float *of_head = parts + head * segments * part;
+    float most = of_head[size], weights = 0;
+    for (int64_t s = 1; s < segments; s++) most = of_head[s * part + size] > most ? of_head[s * part + size] : most;
+    for (int64_t i = 0; i < size; i++) y[head * size + i] = 0;
+    for (int64_t s = 0; s < segments; s++) {
+      float share = expf(of_head[s * part + size] - most);
+      weights += share * of_head[s * part + size + 1];
+      for (int64_t i = 0; i < size; i++) y[head * size + i] += share * of_head[s * part + i];
+    }
+    for (int64_t i = 0; i < size; i++) y[head * size + i] /= weights;
+  }
+}
+
 /* --- working memory --------------------------------------------------------------------------------------------- */
 
 INLINE char *take(char **memory, int64_t bytes) {
@@ -512,6 +596,56 @@ void layer_step(const layer *l, int64_t count, const void *x, void *conv_state, 
     if (is_quantised(&l->in_proj)) round_inputs(&normed, count);
     product(&l->in_proj, &normed, count, projected, F32, (vector){0});
     mixer_step(l, projected, count, conv_state, state, heads.values);
+    if (is_quantised(&l->out_proj)) round_inputs(&heads, count);
+    product(&l->out_proj, &heads, count, mixed, F32, entering);
+    mlp_of(l, count, mixed, rest, y);
+  }
+}
+
+int64_t bytes_for_projections(const layer *l, int64_t count) {
+  return bytes_of_inputs(count, l->hidden) + count * 4 * (l->heads + 2 * l->kv_heads) * l->head_size + 512;
+}
+
+/* The first part of an attention layer, for one token per row: x (count, hidden) to q (count, H, P), k and v (count, K,
+   P), rotated by cos and sin (count, P). */
+void attention_projections(
+    const layer *l, int64_t count, const void *x, const void *cos, const void *sin, void *q, void *k, void *v,
+    char *memory) {
+  #pragma omp parallel
+  {
+    char *left = memory;
+    vector entering = {x, l->dtype}, cosines = {cos, l->dtype}, sines = {sin, l->dtype};
+    inputs normed = new_inputs(&left, count, l->hidden);
+    float *wide_q = (float *)take(&left, count * 4 * l->q_proj.rows), *wide_k = (float *)left;
+    rmsnorm(entering, count, l->hidden, l->norm, (float)l->norm_eps, normed.values);
+    if (is_quantised(&l->q_proj) || is_quantised(&l->k_proj) || is_quantised(&l->v_proj)) round_inputs(&normed, count);
+    product(&l->q_proj, &normed, count, wide_q, F32, (vector){0});
+    product(&l->k_proj, &normed, count, wide_k, F32, (vector){0});
+    product(&l->v_proj, &normed, count, v, l->dtype, (vector){0});
+    rotate(l, wide_q, count, l->heads, cosines, sines, q);
+    rotate(l, wide_k, count, l->kv_heads, cosines, sines, k);
+  }
+}
+
+int64_t bytes_for_attention(const layer *l, int64_t count, const past *p) {
+  int64_t segments = (p->tokens + SEGMENT - 1) / SEGMENT, inner = l->heads * l->head_size;
+  return count * l->heads * segments * (l->head_size + 2) * 4 + bytes_of_inputs(count, inner)
+       + bytes_of_inputs(count, l->hidden) + bytes_of_inputs(count, l->mlp) + count * 4 * l->hidden + 512;
+}
+
+/* The rest of it: q (count, H, P) and what was read so far to y (count, hidden). */
+void attention_step(
+    const layer *l, int64_t count, const void *x, const void *q, const past *p, void *y, char *memory) {
+  int64_t segments = (p->tokens + SEGMENT - 1) / SEGMENT;
+  #pragma omp parallel
+  {
+    char *left = memory;
+    vector entering = {x, l->dtype}, query = {q, l->dtype};
+    float *parts = (float *)take(&left, count * l->heads * segments * (l->head_size + 2) * 4);
+    float *mixed = (float *)take(&left, count * 4 * l->hidden);
+    char *rest = left;
+    inputs heads = new_inputs(&left, count, l->heads * l->head_size);
+    attend(l, count, query, p, parts, heads.values);
     if (is_quantised(&l->out_proj)) round_inputs(&heads, count);
     product(&l->out_proj, &heads, count, mixed, F32, entering);
     mlp_of(l, count, mixed, rest, y);

@@ -62,14 +62,25 @@ class Matrix(Structure):
 
 
 class Layer(Structure):
-    """A Mamba-2 layer."""
+    """A decoder layer; what its kind has not got stays empty."""
 
     _fields_ = (
         *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_size", "taps", "mlp", "dtype")),
         *((name, c_double) for name in ("norm_eps", "mixer_eps", "mlp_eps")),
-        *((name, Matrix) for name in ("in_proj", "out_proj", "gate_proj", "up_proj", "down_proj")),
+        *((name, Matrix) for name in ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")),
+        *((name, Matrix) for name in ("gate_proj", "up_proj", "down_proj")),
         *((name, Vector) for name in ("norm", "mlp_norm", "conv_weight", "conv_bias", "A_log", "dt_bias", "mixer_norm")),
     )
+
+
+class Past(Structure):
+    """Keys and values that were read."""
+
+    _fields_ = (
+        ("keys", Vector), ("values", Vector),
+        *((name, c_int64) for name in ("tokens", "key_row", "key_head", "key_token")),
+        *((name, c_int64) for name in ("value_row", "value_head", "value_token")),
+    )  # fmt: skip
 
 
 # --- compiling -------------------------------------------------------------------------------------------------------
@@ -186,9 +197,13 @@ class Kernels:
         signatures = {
             "layer_step": (POINTER(Layer), c_int64, *[c_void_p] * 5),
             "decode_step": (POINTER(Layer), c_int64, *[c_void_p] * 5),
+            "attention_projections": (POINTER(Layer), c_int64, *[c_void_p] * 7),
+            "attention_step": (POINTER(Layer), c_int64, c_void_p, c_void_p, POINTER(Past), c_void_p, c_void_p),
             "multiply": (POINTER(Matrix), c_int64, c_void_p, c_void_p, c_int64, c_void_p),
             "bytes_for_layer": (POINTER(Layer), c_int64),
             "bytes_for_product": (POINTER(Matrix), c_int64),
+            "bytes_for_projections": (POINTER(Layer), c_int64),
+            "bytes_for_attention": (POINTER(Layer), c_int64, POINTER(Past)),
         }
         for name, arguments in signatures.items():
             function = getattr(library, name)
@@ -285,6 +300,43 @@ class Kernels:
         memory = torch.empty(self._bytes_for_layer(byref(layer), len(x)), dtype=torch.uint8)
         pointers = [tensor.data_ptr() for tensor in (x, conv_state, state, y, memory)]
         self._layer_step(byref(layer), len(x), *pointers)
+        return y
+
+    def attention_projections(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What one token per row brings to an attention layer.
+
+        Args:
+            layer: Its sizes and weights.
+            x: (B, hidden), contiguous, in the layer's dtype.
+            cos, sin: (B, P) of the token's position, contiguous, in the layer's dtype.
+
+        Returns:
+            Rotated queries (B, H, 1, P) and keys (B, K, 1, P), and values (B, K, 1, P).
+        """
+        rows = len(x)
+        q, k, v = (x.new_empty(rows, n, 1, layer.head_size) for n in (layer.heads, layer.kv_heads, layer.kv_heads))
+        memory = torch.empty(self._bytes_for_projections(byref(layer), rows), dtype=torch.uint8)
+        pointers = [tensor.data_ptr() for tensor in (x, cos, sin, q, k, v, memory)]
+        self._attention_projections(byref(layer), rows, *pointers)
+        return q, k, v
+
+    def attention_step(self, layer: Layer, x: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The rest of an attention layer for one token per row.
+
+        Args:
+            layer, x: As for `attention_projections`.
+            q: (B, H, 1, P), contiguous.
+            keys, values: (B, K, tokens, P), fp32 or bf16, numbers of a head side by side; all of them are seen.
+
+        Returns:
+            (B, hidden).
+        """
+        strides = (*keys.stride()[:3], *values.stride()[:3])
+        past = Past(Vector.of(keys), Vector.of(values), keys.shape[2], *strides)
+        y = torch.empty_like(x)
+        memory = torch.empty(self._bytes_for_attention(byref(layer), len(x), byref(past)), dtype=torch.uint8)
+        pointers = (y.data_ptr(), memory.data_ptr())
+        self._attention_step(byref(layer), len(x), x.data_ptr(), q.data_ptr(), byref(past), *pointers)
         return y
 
 

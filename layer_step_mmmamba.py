@@ -1,7 +1,7 @@
-"""A decoding step of a whole layer as one call of the CPU kernels, where nothing stands in the way.
+"""A decoding step of a whole layer as one or two calls of the CPU kernels, where nothing stands in the way.
 
-What does: gradients, other dtypes and devices, padding inside the step, many rows, hooks, adapters and whatever else
-somebody put in the place of a part. The layer then runs module by module, as it always does while a prompt is read.
+What does: gradients, other dtypes and devices, padding, many rows, hooks, adapters and whatever else somebody put in
+the place of a part. The layer then runs module by module, as it always does while a prompt is read.
 """
 
 from typing import NamedTuple
@@ -17,6 +17,13 @@ from .quantization_mmmamba import QuantizedLinear
 
 MOST_ROWS = 16  # of a quantised layer; with more a product is no longer bound by reading its weights
 SILU = ("silu", "swish")
+MIXERS = {  # each layer type's mixer, the linear layers and the other parts of it, with their parameters
+    "linear_attention": (
+        "mamba", ("in_proj", "out_proj"), {"conv1d": ("weight", "bias"), "norm": ("weight",)}, ("A_log", "dt_bias")
+    ),
+    "full_attention": ("self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"), {}, ()),
+}  # fmt: skip
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 class Part(NamedTuple):
@@ -29,10 +36,12 @@ class Part(NamedTuple):
     tensors: tuple[tuple[str, Tensor | None, int], ...]  # name, parameter, address
 
     @classmethod
-    def of(cls, parent: nn.Module, name: str, *parameters: str) -> "Part":
+    def of(cls, parent: nn.Module, name: str, parameters: tuple[str, ...] = ()) -> "Part":
         module = getattr(parent, name)
-        tensors = ((x, getattr(module, x)) for x in parameters)
-        return cls(parent, name, module, type(module), tuple((x, t, 0 if t is None else t.data_ptr()) for x, t in tensors))
+        tensors = [(key, getattr(module, key)) for key in parameters]
+        return cls(
+            parent, name, module, type(module), tuple((k, t, 0 if t is None else t.data_ptr()) for k, t in tensors)
+        )
 
     @property
     def unchanged(self) -> bool:
@@ -45,6 +54,13 @@ class Part(NamedTuple):
             if getattr(module, name) is not tensor or (tensor is not None and tensor.data_ptr() != address):
                 return False
         return True
+
+    @property
+    def readable(self) -> bool:
+        """Whether the kernels can read all parameters."""
+        dtypes = [*DTYPES, torch.uint8] if self.kind is QuantizedLinear else [*DTYPES]
+        tensors = [tensor for _, tensor, _ in self.tensors if tensor is not None]
+        return all(x.device.type == "cpu" and x.is_contiguous() and x.dtype in dtypes for x in tensors)
 
 
 class Plan(NamedTuple):
@@ -59,79 +75,94 @@ class Plan(NamedTuple):
 _plans: WeakKeyDictionary[nn.Module, Plan | None] = WeakKeyDictionary()
 
 
-def layer_step(layer: nn.Module, hidden_states: Tensor, sequences, cache) -> Tensor | None:
-    """A Mamba-2 layer's output for one token per row, its states moved on; None where its modules must run.
+def layer_step(
+    layer: nn.Module, hidden_states: Tensor, attention_mask, position_embeddings, cache, options: dict
+) -> Tensor | None:
+    """A decoder layer's output for one token per row, what it keeps moved on; None where its modules must run.
 
     Args:
         layer: An `MmMambaDecoderLayer`.
         hidden_states: (B, L, D).
-        sequences: What of the step is padding, or None.
-        cache: What was read before, or None.
+        attention_mask, position_embeddings, cache, options: As its `forward` takes them.
 
     Returns:
         (B, 1, D).
     """
-    if hidden_states.device.type != "cpu" or hidden_states.shape[1] != 1 or sequences is not None or cache is None:
+    if hidden_states.device.type != "cpu" or hidden_states.shape[1] != 1 or cache is None:
         return None
-    if layer.layer_type != "linear_attention" or not runs_as_written(hidden_states):
-        return None
-    if backend(hidden_states.device, hidden_states.dtype, layer.mamba.config.ssm_implementation).name != "cpu":
+    if attention_mask is not None or layer.training or not runs_as_written(hidden_states):
         return None
     plan = _plans.get(layer)
     if plan is None or not all(part.unchanged for part in plan.parts):
         plan = _plans[layer] = _plan(layer)
-    rows = len(hidden_states)
-    if plan is None or plan.dtype != hidden_states.dtype or rows > plan.most_rows:
+    if plan is None or plan.dtype != hidden_states.dtype or len(hidden_states) > plan.most_rows:
         return None
-    conv_state, state = cache.conv_state(layer.mamba.layer_idx), cache.recurrent_state(layer.mamba.layer_idx)
-    if state is None or len(state) != rows or conv_state.dtype != plan.dtype or state.dtype != torch.float32:
+    mixer = plan.parts[0].module
+    if backend(hidden_states.device, plan.dtype, mixer.config.ssm_implementation).name != "cpu":
+        return None
+    step = _mamba_step if layer.layer_type == "linear_attention" else _attention_step
+    y = step(plan.layer, mixer, hidden_states[:, 0].contiguous(), position_embeddings, cache, options)
+    return None if y is None else y[:, None]
+
+
+def _mamba_step(layer: Layer, mixer: nn.Module, x: Tensor, position_embeddings, cache, options: dict) -> Tensor | None:
+    conv_state, state = cache.conv_state(mixer.layer_idx), cache.recurrent_state(mixer.layer_idx)
+    if state is None or len(state) != len(x) or conv_state.dtype != x.dtype or state.dtype != torch.float32:
         return None
     if not (conv_state.is_contiguous() and state.is_contiguous()):
         return None
-    return kernels().layer_step(plan.layer, hidden_states[:, 0].contiguous(), conv_state, state)[:, None]
+    return kernels().layer_step(layer, x, conv_state, state)
+
+
+def _attention_step(
+    layer: Layer, mixer: nn.Module, x: Tensor, position_embeddings, cache, options: dict
+) -> Tensor | None:
+    chosen = mixer.config._attn_implementation == "sdpa" and options.get("attention_function") is None
+    if not chosen or options.get("attention_weights") is not None:
+        return None  # another way to attend was asked for, or what only it can give
+    cos, sin = (table[:, 0].to(x.dtype).expand(len(x), -1).contiguous() for table in position_embeddings)
+    q, k, v = kernels().attention_projections(layer, x, cos, sin)
+    keys, values = cache.update(k, v, mixer.layer_idx)
+    return kernels().attention_step(layer, x, q, keys, values)
 
 
 def _plan(layer: nn.Module) -> Plan | None:
     """None where the kernels do not compute what the layer does."""
-    mixer, mlp, config = layer.mamba, layer.mlp, layer.mamba.config
-    linear = [(mixer, "in_proj"), (mixer, "out_proj"), *((mlp, name) for name in ("gate_proj", "up_proj", "down_proj"))]
-    if config.hidden_act not in SILU or any(type(getattr(*place)) not in (nn.Linear, QuantizedLinear) for place in linear):
-        return None
+    name, projections, others, parameters = MIXERS[layer.layer_type]
+    mixer, mlp = getattr(layer, name), layer.mlp
+    linear = [*((mixer, x) for x in projections), *((mlp, x) for x in MLP)]
     parts = [
-        Part.of(layer, "mamba", "A_log", "dt_bias"), Part.of(layer, "mlp"), Part.of(layer, "input_layernorm", "weight"),
-        Part.of(layer, "post_attention_layernorm", "weight"), Part.of(mixer, "conv1d", "weight", "bias"),
-        Part.of(mixer, "norm", "weight"), *(Part.of(*place, "weight", "bias") for place in linear),
-    ]  # fmt: skip
-    dtype = layer.input_layernorm.weight.dtype
-    for part in parts:
-        for _, tensor, _ in part.tensors:
-            if tensor is not None and not (tensor.device.type == "cpu" and tensor.is_contiguous()):
-                return None
-            if tensor is not None and tensor.dtype not in (*DTYPES, *([torch.uint8] if part.kind is QuantizedLinear else ())):
-                return None
+        Part.of(layer, name, parameters),
+        Part.of(layer, "mlp"),
+        Part.of(layer, "input_layernorm", ("weight",)),
+        Part.of(layer, "post_attention_layernorm", ("weight",)),
+        *(Part.of(mixer, x, of_part) for x, of_part in others.items()),
+        *(Part.of(parent, x, ("weight", "bias")) for parent, x in linear),
+    ]
+    config = mixer.config
     # Other classes than the package's own may compute something else.
-    kinds = (nn.Linear, QuantizedLinear)
-    if any(part.kind not in kinds and part.kind.__module__ != type(layer).__module__ for part in parts):
+    plain = all(
+        part.kind.__module__ == type(layer).__module__ if part.parent is layer or part.name in others
+        else part.kind in (nn.Linear, QuantizedLinear)
+        for part in parts
+    )  # fmt: skip
+    if config.hidden_act not in SILU or not plain or not all(part.unchanged and part.readable for part in parts):
         return None
-    if not all(part.unchanged for part in parts):
-        return None
-    matrices = {name: _matrix(getattr(parent, name)) for parent, name in linear}
-    vectors = {
-        "norm": layer.input_layernorm.weight, "mlp_norm": layer.post_attention_layernorm.weight,
-        "conv_weight": mixer.conv1d.weight, "conv_bias": mixer.conv1d.bias, "A_log": mixer.A_log,
-        "dt_bias": mixer.dt_bias, "mixer_norm": mixer.norm.weight,
-    }  # fmt: skip
-    sizes = {
-        "hidden": config.hidden_size, "heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads,
-        "head_size": config.head_dim, "taps": config.conv_kernel, "mlp": config.intermediate_size,
-        "dtype": DTYPES[dtype],
-    }  # fmt: skip
-    eps = {
-        "norm_eps": layer.input_layernorm.eps, "mixer_eps": mixer.norm.eps, "mlp_eps": layer.post_attention_layernorm.eps
-    }  # fmt: skip
-    vectors = {name: Vector.of(tensor) for name, tensor in vectors.items()}
+    dtype = layer.input_layernorm.weight.dtype
+    described = Layer(
+        hidden=config.hidden_size, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
+        head_size=config.head_dim, taps=config.conv_kernel, mlp=config.intermediate_size, dtype=DTYPES[dtype],
+        norm_eps=layer.input_layernorm.eps, mlp_eps=layer.post_attention_layernorm.eps,
+        norm=Vector.of(layer.input_layernorm.weight), mlp_norm=Vector.of(layer.post_attention_layernorm.weight),
+    )  # fmt: skip
+    for parent, x in linear:
+        setattr(described, "out_proj" if x == "o_proj" else x, _matrix(getattr(parent, x)))
+    if layer.layer_type == "linear_attention":
+        described.mixer_eps, described.mixer_norm = mixer.norm.eps, Vector.of(mixer.norm.weight)
+        described.conv_weight, described.conv_bias = Vector.of(mixer.conv1d.weight), Vector.of(mixer.conv1d.bias)
+        described.A_log, described.dt_bias = Vector.of(mixer.A_log), Vector.of(mixer.dt_bias)
     quantised = all(type(getattr(*place)) is QuantizedLinear for place in linear)
-    return Plan(parts, Layer(**sizes, **eps, **matrices, **vectors), dtype, MOST_ROWS if quantised else FEW_ROWS)
+    return Plan(parts, described, dtype, MOST_ROWS if quantised else FEW_ROWS)
 
 
 def _matrix(layer: nn.Module) -> Matrix:
