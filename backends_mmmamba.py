@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .cpu_mmmamba import CPU, DTYPES, kernels, reason_without_kernels
-from .ssm_mmmamba import TORCH, Backend
+from .ssm_mmmamba import ENVIRONMENT, TORCH, Backend
 
 
 logger = logging.get_logger(__name__)
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 FASTEST_FIRST = ("triton", "cuda", "cpu", "torch")
 FEW_ROWS = 2  # of a product that the CPU kernels do faster than torch, see docs/performance.md
-ENVIRONMENT = "MMMAMBA_SSM"  # the environment variable that overrides `config.ssm_implementation`
 
 
 @lru_cache

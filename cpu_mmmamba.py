@@ -25,13 +25,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from .cpu_kernels_mmmamba import SOURCE
-from .ssm_mmmamba import TORCH, Backend
+from .ssm_mmmamba import ENVIRONMENT, TORCH, Backend
 
 
-logger = logging.get_logger(__name__)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 KINDS = DTYPES | {4: 2, 8: 3}  # of a matrix: a dtype, or the bits of a quantised one
 TILE, GROUP = 16, 32  # rows and columns of a block of a quantised matrix
@@ -349,7 +347,9 @@ def _load() -> Kernels | OSError:
 
 
 def kernels() -> Kernels | None:
-    """The kernels, compiled if need be; None where they cannot be."""
+    """The kernels, compiled if need be; None where they cannot be, or `MMMAMBA_SSM=torch` keeps them out."""
+    if os.environ.get(ENVIRONMENT) == "torch":
+        return None
     found = _load()
     return found if isinstance(found, Kernels) else None
 
