@@ -148,107 +148,99 @@ INLINE f32x16 scales_of_block(const uint8_t *block) {
 #endif
 }
 
-/* Sums of a block's 16 rows over its 32 columns, for inputs `x` (count, ...) `stride` integers apart, less `zero` times
-   the inputs' sums: integers are stored with `zero` added. */
+/* The integers of a block, as they are multiplied, and their products with the 32 inputs of a group: `start` plus the
+   sum of stored integer times input, for each of 16 rows. */
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
-INLINE void multiply_int4(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
-  const __m512i low = _mm512_set1_epi8(15);
-  __m512i w[8];
-  for (int s = 0; s < 4; s++) {
-    __m512i both = _mm512_loadu_si512(block + 64 * s);
-    w[2 * s] = _mm512_and_si512(both, low);
-    w[2 * s + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+typedef struct { __m512i of[8]; } integers;  /* four columns each */
+
+INLINE integers unpack(const uint8_t *block, int kind) {
+  integers w;
+  for (int s = 0; s < (kind == INT4 ? 4 : 8); s++) {
+    __m512i stored = _mm512_loadu_si512(block + 64 * s);
+    if (kind == INT8) { w.of[s] = stored; continue; }
+    w.of[2 * s] = _mm512_and_si512(stored, _mm512_set1_epi8(15));
+    w.of[2 * s + 1] = _mm512_and_si512(_mm512_srli_epi16(stored, 4), _mm512_set1_epi8(15));
   }
-  for (int i = 0; i < count; i++) {
-    __m512i t = (__m512i)total[i];
-    for (int s = 0; s < 8; s++) {
-      int32_t four; memcpy(&four, x + i * stride + 4 * s, 4);
-      t = _mm512_dpbusd_epi32(t, w[s], _mm512_set1_epi32(four));
-    }
-    total[i] = (i32x16)t;
-  }
+  return w;
 }
 
-INLINE void multiply_int8(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
-  __m512i w[8];
-  for (int s = 0; s < 8; s++) w[s] = _mm512_loadu_si512(block + 64 * s);
-  for (int i = 0; i < count; i++) {
-    __m512i t = (__m512i)total[i];
-    for (int s = 0; s < 8; s++) {
-      int32_t four; memcpy(&four, x + i * stride + 4 * s, 4);
-      t = _mm512_dpbusd_epi32(t, w[s], _mm512_set1_epi32(four));
-    }
-    total[i] = (i32x16)t;
+INLINE i32x16 dot(const integers *w, const int8_t *x, int32_t start, int kind) {
+  (void)kind;
+  __m512i total = _mm512_set1_epi32(start);
+  for (int s = 0; s < 8; s++) {
+    int32_t four; memcpy(&four, x + 4 * s, 4);
+    total = _mm512_dpbusd_epi32(total, w->of[s], _mm512_set1_epi32(four));
   }
+  return (i32x16)total;
 }
 
 #elif defined(__AVX2__)
 
-INLINE i32x16 halves(__m256i low, __m256i up) {
-  i32x16 v; memcpy(&v, &low, 32); memcpy((char *)&v + 32, &up, 32);
-  return v;
+typedef struct { __m256i of[8][2]; } integers;  /* four columns of eight rows each */
+
+INLINE integers unpack(const uint8_t *block, int kind) {
+  integers w;
+  for (int s = 0; s < (kind == INT4 ? 4 : 8); s++)
+    for (int h = 0; h < 2; h++) {
+      __m256i stored = _mm256_loadu_si256((const __m256i *)(block + 64 * s + 32 * h));
+      if (kind == INT8) { w.of[s][h] = _mm256_xor_si256(stored, _mm256_set1_epi8((char)128)); continue; }
+      w.of[2 * s][h] = _mm256_and_si256(stored, _mm256_set1_epi8(15));
+      w.of[2 * s + 1][h] = _mm256_and_si256(_mm256_srli_epi16(stored, 4), _mm256_set1_epi8(15));
+    }
+  return w;
 }
 
-INLINE void multiply_int4(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
-  const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  __m256i sums[MOST_INPUTS][2];
-  for (int i = 0; i < count; i++) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
-  for (int s = 0; s < 4; s++)
+INLINE i32x16 dot(const integers *w, const int8_t *x, int32_t start, int kind) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i total[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  for (int s = 0; s < 8; s++) {
+    int32_t four; memcpy(&four, x + 4 * s, 4);
+    __m256i inputs = _mm256_set1_epi32(four);
     for (int h = 0; h < 2; h++) {
-      __m256i both = _mm256_loadu_si256((const __m256i *)(block + 64 * s + 32 * h));
-      __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-      for (int i = 0; i < count; i++) {  /* 16 products of at most 15 * 127 fit into 16 bits */
-        int32_t four[2]; memcpy(four, x + i * stride + 8 * s, 8);
-        __m256i a = _mm256_maddubs_epi16(first, _mm256_set1_epi32(four[0]));
-        __m256i b = _mm256_maddubs_epi16(second, _mm256_set1_epi32(four[1]));
-        sums[i][h] = _mm256_add_epi16(sums[i][h], _mm256_add_epi16(a, b));
+      if (kind == INT4) {  /* 16 products of at most 15 * 127 fit into 16 bits */
+        total[h] = _mm256_add_epi16(total[h], _mm256_maddubs_epi16(w->of[s][h], inputs));
+        continue;
       }
+      /* The instruction wants one factor unsigned: the weights' sign goes over to the inputs. */
+      __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w->of[s][h]), _mm256_sign_epi8(inputs, w->of[s][h]));
+      total[h] = _mm256_add_epi32(total[h], _mm256_madd_epi16(pairs, ones));
     }
-  for (int i = 0; i < count; i++)
-    total[i] += halves(_mm256_madd_epi16(sums[i][0], ones), _mm256_madd_epi16(sums[i][1], ones));
-}
-
-INLINE void multiply_int8(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
-  const __m256i ones = _mm256_set1_epi16(1), zero = _mm256_set1_epi8((char)128);
-  __m256i sums[MOST_INPUTS][2];
-  for (int i = 0; i < count; i++) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
-  for (int s = 0; s < 8; s++)
-    for (int h = 0; h < 2; h++) {
-      /* Signed weights, without their sign, which the inputs take over: the instruction wants one factor unsigned. */
-      __m256i w = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(block + 64 * s + 32 * h)), zero);
-      __m256i positive = _mm256_abs_epi8(w);
-      for (int i = 0; i < count; i++) {
-        int32_t four; memcpy(&four, x + i * stride + 4 * s, 4);
-        __m256i pairs = _mm256_maddubs_epi16(positive, _mm256_sign_epi8(_mm256_set1_epi32(four), w));
-        sums[i][h] = _mm256_add_epi32(sums[i][h], _mm256_madd_epi16(pairs, ones));
-      }
-    }
-  for (int i = 0; i < count; i++) {
-    /* What the caller takes away for the stored zero is not in these sums. */
-    int32_t inputs_sum = 0;
-    for (int c = 0; c < GROUP; c++) inputs_sum += x[i * stride + c];
-    total[i] += halves(sums[i][0], sums[i][1]) + 128 * inputs_sum;
   }
+  if (kind == INT4)
+    for (int h = 0; h < 2; h++) total[h] = _mm256_madd_epi16(total[h], ones);
+  else  /* these integers were stored with 128 added, which is in `start` */
+    for (int c = 0; c < GROUP; c++) start += 128 * x[c];
+  i32x16 both;
+  memcpy(&both, total, sizeof both);
+  return both + start;
 }
 
 #else
 
-INLINE void multiply_int4(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
-  for (int i = 0; i < count; i++)
-    for (int s = 0; s < 4; s++)
-      for (int r = 0; r < TILE; r++)
-        for (int j = 0; j < 4; j++) {
-          uint8_t both = block[64 * s + 4 * r + j];
-          total[i][r] += (both & 15) * x[i * stride + 8 * s + j] + (both >> 4) * x[i * stride + 8 * s + 4 + j];
-        }
+typedef struct { uint8_t of[8][TILE][4]; } integers;  /* four columns of a row each */
+
+INLINE integers unpack(const uint8_t *block, int kind) {
+  integers w;
+  if (kind == INT8) {
+    memcpy(&w, block, sizeof w);
+    return w;
+  }
+  for (int s = 0; s < 4; s++)
+    for (int i = 0; i < 64; i++) {
+      w.of[2 * s][i / 4][i % 4] = block[64 * s + i] & 15;
+      w.of[2 * s + 1][i / 4][i % 4] = block[64 * s + i] >> 4;
+    }
+  return w;
 }
 
-INLINE void multiply_int8(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
-  for (int i = 0; i < count; i++)
-    for (int s = 0; s < 8; s++)
-      for (int r = 0; r < TILE; r++)
-        for (int j = 0; j < 4; j++) total[i][r] += block[64 * s + 4 * r + j] * x[i * stride + 4 * s + j];
+INLINE i32x16 dot(const integers *w, const int8_t *x, int32_t start, int kind) {
+  (void)kind;
+  i32x16 total = (i32x16){0} + start;
+  for (int s = 0; s < 8; s++)
+    for (int r = 0; r < TILE; r++)
+      for (int j = 0; j < 4; j++) total[r] += w->of[s][r][j] * x[4 * s + j];
+  return total;
 }
 
 #endif
@@ -256,22 +248,22 @@ INLINE void multiply_int8(const uint8_t *block, const int8_t *x, int64_t stride,
 /* Tile `t` of a quantised matrix times `count` inputs from number `first` on. */
 INLINE void quantised_tile(
     const matrix *m, const inputs *x, int64_t t, int64_t first, int count, int kind, f32x16 *out) {
-  const int64_t groups = m->columns / GROUP, bytes = 2 * TILE + (kind == INT4 ? 4 : 8) * 64, zero = kind == INT4 ? 8 : 128;
+  const int64_t groups = m->columns / GROUP, bytes = 2 * TILE + (kind == INT4 ? 4 : 8) * 64;
+  const int32_t zero = kind == INT4 ? 8 : 128;
   const uint8_t *block = (const uint8_t *)m->weight + t * groups * bytes;
-  const int8_t *integers = x->integers + first * m->columns;
+  const int8_t *of_inputs = x->integers + first * m->columns;
   const float *scales = x->scales + first * groups;
   const int32_t *sums = x->sums + first * groups;
   for (int i = 0; i < count; i++) out[i] = all(0);
   for (int64_t g = 0; g < groups; g++, block += bytes) {
     if (count <= 4)  /* longer loops leave the processor time to look ahead itself */
       for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(block + AHEAD + line);
-    i32x16 total[MOST_INPUTS];
-    for (int i = 0; i < count; i++) total[i] = (i32x16){0} - (int32_t)(zero * sums[i * groups + g]);
-    if (kind == INT4) multiply_int4(block + 2 * TILE, integers + g * GROUP, m->columns, count, total);
-    else multiply_int8(block + 2 * TILE, integers + g * GROUP, m->columns, count, total);
+    integers w = unpack(block + 2 * TILE, kind);
     f32x16 of_rows = scales_of_block(block);
-    for (int i = 0; i < count; i++)
-      out[i] += __builtin_convertvector(total[i], f32x16) * (of_rows * scales[i * groups + g]);
+    for (int i = 0; i < count; i++) {
+      i32x16 total = dot(&w, of_inputs + i * m->columns + g * GROUP, -zero * sums[i * groups + g], kind);
+      out[i] += __builtin_convertvector(total, f32x16) * (of_rows * scales[i * groups + g]);
+    }
   }
 }
 
