@@ -556,6 +556,17 @@ static int64_t bytes_of_inputs(int64_t count, int64_t width) { return count * wi
 
 /* --- what Python calls ------------------------------------------------------------------------------------------ */
 
+int omp_get_max_threads(void);
+
+static int most_threads = 1;
+void set_most_threads(int64_t count) { most_threads = (int)count; }
+
+/* As many threads as torch would take, but no more than there are cores for. */
+static int num_threads(void) {
+  int wanted = omp_get_max_threads();
+  return wanted < most_threads ? wanted : most_threads;
+}
+
 int64_t bytes_for_layer(const layer *l, int64_t count) {
   int64_t inner = l->heads * l->head_size;
   return bytes_of_inputs(count, l->hidden) + bytes_of_inputs(count, inner) + bytes_of_inputs(count, l->mlp)
@@ -575,7 +586,7 @@ static void mlp_of(const layer *l, int64_t count, const float *x, char *memory, 
 
 /* One token per row through a Mamba-2 layer: x and y (count, hidden), states as in mixer_step. */
 void layer_step(const layer *l, int64_t count, const void *x, void *conv_state, float *state, void *y, char *memory) {
-  #pragma omp parallel
+  #pragma omp parallel num_threads(num_threads())
   {
     char *left = memory;  /* every thread computes the same places */
     vector entering = {x, l->dtype};
@@ -603,7 +614,7 @@ int64_t bytes_for_projections(const layer *l, int64_t count) {
 void attention_projections(
     const layer *l, int64_t count, const void *x, const void *cos, const void *sin, void *q, void *k, void *v,
     char *memory) {
-  #pragma omp parallel
+  #pragma omp parallel num_threads(num_threads())
   {
     char *left = memory;
     vector entering = {x, l->dtype}, cosines = {cos, l->dtype}, sines = {sin, l->dtype};
@@ -629,7 +640,7 @@ int64_t bytes_for_attention(const layer *l, int64_t count, const past *p) {
 void attention_step(
     const layer *l, int64_t count, const void *x, const void *q, const past *p, void *y, char *memory) {
   int64_t segments = (p->tokens + SEGMENT - 1) / SEGMENT;
-  #pragma omp parallel
+  #pragma omp parallel num_threads(num_threads())
   {
     char *left = memory;
     vector entering = {x, l->dtype}, query = {q, l->dtype};
@@ -650,7 +661,7 @@ void decode_step(
   int64_t inner = l->heads * l->head_size, width = 2 * inner + 2 * l->kv_heads * l->head_size + l->heads;
   vector given = {projected, l->dtype};
   float *wide = memory, *out = memory + count * width;
-  #pragma omp parallel
+  #pragma omp parallel num_threads(num_threads())
   {
     #pragma omp for schedule(static)
     for (int64_t i = 0; i < count * width; i++) wide[i] = get(given, i);
@@ -668,7 +679,7 @@ void multiply(const matrix *m, int64_t count, const void *x, void *y, int64_t dt
   const int64_t some_tiles = count > MOST_INPUTS ? 4 : 8, tiles = num_tiles(m);
   vector given = {x, dtype};
   inputs in = new_inputs(&memory, count, m->columns);
-  #pragma omp parallel
+  #pragma omp parallel num_threads(num_threads())
   {
     #pragma omp for schedule(static)
     for (int64_t i = 0; i < count * m->columns / 16; i++) store(in.values + 16 * i, get16(given, 16 * i));

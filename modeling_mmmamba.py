@@ -289,7 +289,9 @@ class MmMambaDecoderLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> Tensor:
         """Args: hidden_states (B, L, D); attention_mask as the layer's type needs it. Returns (B, L, D)."""
-        if (stepped := layer_step(self, hidden_states, attention_mask, position_embeddings, cache, kwargs)) is not None:
+        if (
+            stepped := layer_step(self, hidden_states, attention_mask, position_embeddings, cache, kwargs)
+        ) is not None:
             return stepped
         normed = self.input_layernorm(hidden_states)
         if self.layer_type == "full_attention":
