@@ -56,8 +56,8 @@ def backend(device: torch.device, dtype: torch.dtype = torch.float32, requested:
     Args:
         device: Where the tensors are.
         dtype: Their dtype.
-        requested: `config.ssm_implementation`: "torch", "cpu", "triton", "cuda", or "auto" for the fastest that can run. The
-            environment variable `MMMAMBA_SSM` overrides it.
+        requested: `config.ssm_implementation`: "torch", "cpu", "triton", "cuda", or "auto" for the fastest that can
+            run. The environment variable `MMMAMBA_SSM` overrides it.
 
     Raises:
         ValueError: if the name is unknown, or that backend cannot run there.

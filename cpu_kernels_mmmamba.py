@@ -98,10 +98,10 @@ INLINE void put(void *data, int64_t dtype, int64_t i, float x) {
   else ((uint16_t *)data)[i] = float_to_bf16(x);
 }
 
-/* --- matrices times few inputs ---------------------------------------------------------------------------------- */
+/* --- products --------------------------------------------------------------------------------------------------- */
 
-/* (rows, columns), row-major in fp32 and bf16. Quantised: for each tile of 16 rows and each group of 32 columns a block
-   of 16 scales in fp16 and the integers, four columns of a row side by side; `quantization_mmmamba` has the format. */
+/* (rows, columns), row-major in fp32 and bf16. Quantised: for each tile of 16 rows and group of 32 columns a block of
+   16 scales in fp16 and the integers, four columns of a row side by side; `quantization_mmmamba` has the format. */
 typedef struct { const void *weight; vector bias; int64_t rows, columns, kind; } matrix;
 
 /* Inputs of a product: fp32, and for quantised matrices the same as integers times a scale per group. */
@@ -295,7 +295,8 @@ INLINE void dense_row(const matrix *m, const inputs *x, int64_t r, int64_t first
   }
 }
 
-INLINE void tile_of_kind(const matrix *m, const inputs *x, int64_t t, int64_t first, int count, int kind, f32x16 *out) {
+INLINE void tile_of_kind(
+    const matrix *m, const inputs *x, int64_t t, int64_t first, int count, int kind, f32x16 *out) {
   if (kind >= INT4) {
     quantised_tile(m, x, t, first, count, kind, out);
     return;
@@ -469,7 +470,10 @@ static void rotate(const layer *l, const float *x, int64_t count, int64_t heads,
 }
 
 /* Keys and values of all tokens: (B, K, tokens, P), their last dimension contiguous, strides in numbers. */
-typedef struct { vector keys, values; int64_t tokens, key_row, key_head, key_token, value_row, value_head, value_token; } past;
+typedef struct {
+  vector keys, values;
+  int64_t tokens, key_row, key_head, key_token, value_row, value_head, value_token;
+} past;
 
 #define SEGMENT 512  /* tokens that are attended to in one piece of work */
 
@@ -483,9 +487,10 @@ static void attend(const layer *l, int64_t count, vector q, const past *p, float
   for (int64_t piece = 0; piece < count * l->kv_heads * segments; piece++) {
     int64_t segment = piece % segments, k_head = piece / segments % l->kv_heads, b = piece / segments / l->kv_heads;
     int64_t start = segment * SEGMENT, tokens = p->tokens - start < SEGMENT ? p->tokens - start : SEGMENT;
+    int64_t first_head = b * l->heads + k_head * group;
     float query[group][size], scores[group][SEGMENT + 16];
     for (int64_t g = 0; g < group; g++)
-      for (int64_t i = 0; i < size; i++) query[g][i] = get(q, (b * l->heads + k_head * group + g) * size + i) * scaling;
+      for (int64_t i = 0; i < size; i++) query[g][i] = get(q, (first_head + g) * size + i) * scaling;
     for (int64_t t = 0; t < tokens; t++) {
       int64_t at = b * p->key_row + k_head * p->key_head + (start + t) * p->key_token;
       for (int64_t g = 0; g < group; g++) {
@@ -498,7 +503,7 @@ static void attend(const layer *l, int64_t count, vector q, const past *p, float
       }
     }
     for (int64_t g = 0; g < group; g++) {
-      float *out = parts + ((b * l->heads + k_head * group + g) * segments + segment) * part, most = scores[g][0], weights = 0;
+      float *out = parts + ((first_head + g) * segments + segment) * part, most = scores[g][0], weights = 0;
       for (int64_t t = 1; t < tokens; t++) most = scores[g][t] > most ? scores[g][t] : most;
       for (int64_t t = 0; t < tokens; t += 16) store(scores[g] + t, exp16(load(scores[g] + t) - most));
       for (int64_t t = 0; t < tokens; t++) weights += scores[g][t];
@@ -508,7 +513,7 @@ static void attend(const layer *l, int64_t count, vector q, const past *p, float
     for (int64_t i = 0; i < size; i += 16) {
       int64_t lanes = size - i < 16 ? size - i : 16;
       for (int64_t g = 0; g < group; g++) {
-        float *out = parts + ((b * l->heads + k_head * group + g) * segments + segment) * part + i;
+        float *out = parts + ((first_head + g) * segments + segment) * part + i;
         f32x16 total = all(0);
         for (int64_t t = 0; t < tokens; t++) {
           int64_t at = b * p->value_row + k_head * p->value_head + (start + t) * p->value_token + i;
@@ -609,8 +614,8 @@ int64_t bytes_for_projections(const layer *l, int64_t count) {
   return bytes_of_inputs(count, l->hidden) + count * 4 * (l->heads + 2 * l->kv_heads) * l->head_size + 512;
 }
 
-/* The first part of an attention layer, for one token per row: x (count, hidden) to q (count, H, P), k and v (count, K,
-   P), rotated by cos and sin (count, P). */
+/* The first part of an attention layer, for one token per row: x (count, hidden) to q (count, H, P), k and v (count,
+   K, P), q and k rotated by cos and sin (count, P). */
 void attention_projections(
     const layer *l, int64_t count, const void *x, const void *cos, const void *sin, void *q, void *k, void *v,
     char *memory) {
@@ -673,8 +678,8 @@ void decode_step(
 
 int64_t bytes_for_product(const matrix *m, int64_t count) { return bytes_of_inputs(count, m->columns); }
 
-/* y (count, rows) = x (count, columns) times the matrix, both in `dtype`. Many inputs take turns in blocks that stay in
-   a core's cache, under four tiles that do, too. */
+/* y (count, rows) = x (count, columns) times the matrix, both in `dtype`. Of many inputs a block at a time meets four
+   tiles, which stay in a core's cache as long as there are inputs. */
 void multiply(const matrix *m, int64_t count, const void *x, void *y, int64_t dtype, char *memory) {
   const int64_t some_tiles = count > MOST_INPUTS ? 4 : 8, tiles = num_tiles(m);
   vector given = {x, dtype};

@@ -109,11 +109,10 @@ def usable_cores() -> int:
 
 
 def _quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[tuple[int, int]]:
-    """Quota and period of this process' control groups in microseconds, of version 2 and 1, as far as there are any."""
+    """Quota and period of this process' control groups in microseconds, of version 2 and then 1, if there are any."""
     with suppress(OSError, ValueError):
-        groups = [
-            line.split(":", 2)[2] for line in own.read_text(encoding="utf-8").splitlines() if line.startswith("0::")
-        ]
+        lines = own.read_text(encoding="utf-8").splitlines()
+        groups = [line.removeprefix("0::") for line in lines if line.startswith("0::")]
         path = root / groups[0].lstrip("/") if groups else root
         for folder in (path, *path.parents):
             if (folder / "cpu.max").exists():
