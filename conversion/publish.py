@@ -188,6 +188,17 @@ def check_model_folder(folder: str | Path) -> None:
         )
 
 
+def check_unquantized(folder: str | Path) -> None:
+    """Raises ValueError if a model folder's weights are quantised, by this package or another."""
+    found = read_json(Path(folder) / "config.json").get("quantization_config")
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise ValueError(
+            f"{folder} is quantised (quant_method={method!r}); give the folder that it was made from, with weights in "
+            "floating point."
+        )
+
+
 def expected_specs(config: MmMambaConfig) -> dict[str, Tensor]:
     """Every stored tensor of a model, by name, on the meta device: shapes without memory."""
     with torch.device("meta"):

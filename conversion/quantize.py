@@ -13,6 +13,7 @@ from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.publish import (
     Provenance,
     check_model_folder,
+    check_unquantized,
     check_weights,
     license_of,
     whole_folder,
@@ -70,9 +71,9 @@ def quantize_folder(
     source, destination = Path(source), Path(destination)
     quantization = MmMambaQuantizationConfig(bits)
     check_model_folder(source)
+    check_unquantized(source)
     with whole_folder(destination) as folder:
         config = MmMambaConfig.from_pretrained(source)
-        _check_unquantized(source, config)
         reader = ShardReader(source)
         check_weights(reader, config)
         config, planned = _plan(config, quantization, reader)
@@ -95,16 +96,6 @@ def quantize_folder(
         )
         write_model_folder(folder, config, name=destination.name, companions=source, provenance=provenance)
     return Report(layers, before, after)
-
-
-def _check_unquantized(folder: Path, config: MmMambaConfig) -> None:
-    found = getattr(config, "quantization_config", None)
-    if found is not None:
-        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
-        raise ValueError(
-            f"{folder} is quantised already (quant_method={method!r}); give the folder that it was made from, with "
-            "weights in floating point."
-        )
 
 
 def _plan(

@@ -18,6 +18,7 @@ from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.publish import (
     Provenance,
     check_model_folder,
+    check_unquantized,
     check_weights,
     license_of,
     whole_folder,
@@ -217,6 +218,7 @@ def seed_folder(
     """
     teacher, destination = Path(teacher), Path(destination)
     check_model_folder(teacher)
+    check_unquantized(teacher)
     with whole_folder(destination) as folder:
         config = MmMambaConfig.from_pretrained(teacher)
         if strategy is not None:
