@@ -62,7 +62,10 @@ def backend(device: torch.device, dtype: torch.dtype = torch.float32, requested:
     Raises:
         ValueError: if the name is unknown, or that backend cannot run there.
     """
-    return _backend(device.type, dtype, os.environ.get(ENVIRONMENT) or requested)
+    requested = os.environ.get(ENVIRONMENT) or requested
+    if device.type == "cpu" and requested in ("auto", "cpu") and is_traced():
+        return TORCH  # a graph cannot hold what is called through ctypes
+    return _backend(device.type, dtype, requested)
 
 
 @lru_cache
@@ -150,14 +153,18 @@ def _cudnn_attention_off() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
+def is_traced() -> bool:
+    """Whether operations are recorded into a graph."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def runs_as_written(x: Tensor) -> bool:
     """Whether operations on `x` are run at once and as they stand: without gradients, a tracer, or autocast."""
     return (
         type(x) is Tensor
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not is_traced()
     )
 
 
