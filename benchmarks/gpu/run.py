@@ -50,7 +50,7 @@ def sections(small: bool) -> list[tuple[str, int, list[str]]]:
         ("decode", 110, bench("decode", *size, "--models", *OURS, *PEERS, "--lengths", *lengths)),
         ("decode-million", 40, bench("decode", *size, "--models", *OURS[:2], "--lengths", million)),
         *((f"decode-{batch_size}", 40, decode_batch(batch_size)) for batch_size in batch_sizes),
-        ("prefill", 110, bench("prefill", *size, "--models", *OURS, "llama", *few_lengths, "--rounds", "3")),
+        ("prefill", 130, bench("prefill", *size, "--models", *OURS, "llama", *few_lengths, "--rounds", "3")),
         ("prefill-peers", 50, bench("prefill", *size, "--models", "linear", *PEERS, "--lengths", lengths[1])),
         ("memory", 140, bench("memory", *size, "--models", *OURS, *few_lengths, "--rounds", "1")),
         ("million", 80, bench("memory", *size, "--models", "linear", "--lengths", million, "--rounds", "1")),
