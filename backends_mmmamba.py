@@ -1,6 +1,7 @@
 """Which backend runs the operations of the Mamba-2 mixer, and why.
 
 - `torch`: the reference, `ssm_mmmamba`. Runs everywhere and in every dtype.
+- `cpu`: the reference for prompts, our C kernels for decoding steps, `cpu_mmmamba`. CPUs with a C compiler at hand.
 - `triton`: our kernels, `triton_mmmamba`. CUDA devices; Triton comes with PyTorch there.
 - `cuda`: the published fused kernels, `cuda_mmmamba`. CUDA devices with mamba_ssm and causal_conv1d installed.
 """
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .ssm_mmmamba import TORCH, Backend
+from .cpu_mmmamba import CPU, DTYPES, kernels, reason_without_kernels
+from .ssm_mmmamba import ENVIRONMENT, TORCH, Backend
 
 
 logger = logging.get_logger(__name__)
-BACKENDS = ("torch", "triton", "cuda")
-FASTEST_FIRST = ("triton", "cuda", "torch")
-ENVIRONMENT = "MMMAMBA_SSM"  # the environment variable that overrides `config.ssm_implementation`
+BACKENDS = ("torch", "cpu", "triton", "cuda")
+FASTEST_FIRST = ("triton", "cuda", "cpu", "torch")
+FEW_ROWS = 2  # of a product that the CPU kernels do faster than torch, see docs/performance.md
 
 
 @lru_cache
@@ -33,6 +35,9 @@ def find(name: str) -> tuple[Backend | None, str]:
     Returns:
         The backend or None, and a phrase that says which and why ("cannot be imported: No module named 'triton'").
     """
+    if name == "cpu":
+        reason = reason_without_kernels()
+        return (CPU, "has its kernels") if reason is None else (None, f"has no kernels: {reason}")
     try:
         if name == "triton":
             from .triton_mmmamba import TRITON as found
@@ -51,7 +56,7 @@ def backend(device: torch.device, dtype: torch.dtype = torch.float32, requested:
     Args:
         device: Where the tensors are.
         dtype: Their dtype.
-        requested: `config.ssm_implementation`: "torch", "triton", "cuda", or "auto" for the fastest that can run. The
+        requested: `config.ssm_implementation`: "torch", "cpu", "triton", "cuda", or "auto" for the fastest that can run. The
             environment variable `MMMAMBA_SSM` overrides it.
 
     Raises:
@@ -84,6 +89,10 @@ def _backend(device_type: str, dtype: torch.dtype, requested: str) -> Backend:
 def _unsupported_reason(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     if name == "torch":
         return None
+    if name == "cpu":
+        if device_type != "cpu":
+            return f"runs on CPUs, and the tensors are on {device_type}"
+        return None if dtype in DTYPES else f"takes fp32 and bf16, and the tensors are {dtype}"
     if device_type != "cuda":
         return f"runs on CUDA devices, and the tensors are on {device_type}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -141,24 +150,38 @@ def _cudnn_attention_off() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def project(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer(x)`; one row of fp32 on a CPU, as in a decoding step, is multiplied on all cores.
+def runs_as_written(x: Tensor) -> bool:
+    """Whether operations on `x` are run at once and as they stand: without gradients, a tracer, or autocast."""
+    return (
+        type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
 
-    BLAS multiplies a single row on one core; as a batch of slices of the weight the product is spread over them. A
+
+def project(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer(x)`; few rows on a CPU, as in a decoding step, are multiplied on all cores at the rate of its memory.
+
+    BLAS multiplies a single row of fp32 on one core, and torch's bf16 products read more slowly than the memory is. A
     layer that is quantised, hooked, replaced or elsewhere is called as it is.
 
     Args:
         layer: To (..., out).
         x: (..., width).
     """
-    if x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() != x.shape[-1] or torch.is_grad_enabled():
-        return layer(x)
-    if torch.compiler.is_compiling():  # the graph may serve other numbers of rows
+    rows = x.numel() // max(x.shape[-1], 1)
+    if x.device.type != "cpu" or rows > FEW_ROWS or x.dtype not in DTYPES or not runs_as_written(x):
         return layer(x)
     if not are_plain({layer: nn.Linear}, x.device) or type(layer.weight) is not nn.Parameter:
         return layer(x)
-    weight = layer.weight
-    if layer.bias is not None or len(weight) % 4 or not weight.is_contiguous() or weight.dtype != x.dtype:
+    weight, bias = layer.weight, layer.bias
+    if weight.dtype != x.dtype or not weight.is_contiguous() or rows == 0:
+        return layer(x)
+    if (compiled := kernels()) is not None:
+        return compiled.multiply_dense(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
+    if x.dtype != torch.float32 or rows > 1 or bias is not None or len(weight) % 4:
         return layer(x)
     slices = weight.view(4, -1, weight.shape[1]).transpose(1, 2)  # (4, width, out / 4)
     return torch.bmm(x.reshape(1, 1, -1).expand(4, 1, -1), slices).view(*x.shape[:-1], -1)

@@ -13,6 +13,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .quantization_mmmamba import MmMambaQuantizationConfig
+
 
 LAYER_TYPES = ("full_attention", "linear_attention")
 SSM_IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
@@ -350,4 +352,5 @@ for _config in (MmMambaTextConfig, MmMambaVisionConfig, MmMambaConfig):
     _config.register_for_auto_class()
 
 
-__all__ = ["MmMambaConfig", "MmMambaTextConfig", "MmMambaVisionConfig"]
+# Importing the quantisation tells Transformers of it: whoever reads a quantised folder's config can load its weights.
+__all__ = ["MmMambaConfig", "MmMambaQuantizationConfig", "MmMambaTextConfig", "MmMambaVisionConfig"]

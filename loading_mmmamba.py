@@ -7,6 +7,8 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 
+from .quantization_mmmamba import QuantizationMixin
+
 
 HALF_DTYPES = (torch.float16, torch.bfloat16, "float16", "bfloat16")  # those that flash attention computes in
 
@@ -37,7 +39,7 @@ def renamed_arguments(arguments: dict) -> dict:
     return arguments
 
 
-class LoadingMixin:
+class LoadingMixin(QuantizationMixin):
     """`from_pretrained` of the package's models."""
 
     @classmethod

@@ -33,6 +33,7 @@ from .configuration_mmmamba import MmMambaConfig, MmMambaTextConfig
 from .generation_mmmamba import MmMambaGenerationMixin
 from .hd_mmmamba import PatchLayout
 from .inputs_mmmamba import inputs_of_both_stacks, packed_sequences
+from .layer_step_mmmamba import layer_step
 from .loading_mmmamba import LoadingMixin
 from .pictures_mmmamba import as_tiles
 from .ssm_mmmamba import Sequences, ssd_step, state_dtype
@@ -288,6 +289,8 @@ class MmMambaDecoderLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> Tensor:
         """Args: hidden_states (B, L, D); attention_mask as the layer's type needs it. Returns (B, L, D)."""
+        if (stepped := layer_step(self, hidden_states, attention_mask, position_embeddings, cache, kwargs)) is not None:
+            return stepped
         normed = self.input_layernorm(hidden_states)
         if self.layer_type == "full_attention":
             mixed = self.self_attn(normed, position_embeddings, attention_mask, cache, **kwargs)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+ENVIRONMENT = "MMMAMBA_SSM"  # the environment variable that overrides `config.ssm_implementation`
 CHUNK_SIZE = 128  # steps whose products are matrix products, between two states in memory
 
 

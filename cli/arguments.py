@@ -105,6 +105,14 @@ def _layer_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 0,4,8") from None
 
 
+def quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="DIR", help="model folder with weights in floating point")
+    parser.add_argument("destination", metavar="DST", help="model folder to make; must not exist")
+    parser.add_argument(
+        "--bits", type=int, choices=(4, 8), required=True, help="of each weight of a linear layer, beside its scale"
+    )
+
+
 def distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a recipe of the package, e.g. shapes-linear")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as stage_3.steps=100 output=runs/mine")

@@ -7,6 +7,7 @@ from torch import nn
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+from mmmamba.quantization_mmmamba import quantization_of
 
 
 def load_model(
@@ -17,11 +18,12 @@ def load_model(
     Args:
         folder: Model folder.
         device: Where the model runs.
-        dtype: Of the weights. A quantised model is loaded in the dtype that it was saved in: since 5.23 Transformers
-            casts only some of its other weights to another, so that layers do not fit each other.
+        dtype: Of the weights that are not quantised. A model that another package has quantised is loaded in the
+            dtype that it was saved in: since 5.23 Transformers casts only some of its other weights to another, so
+            that layers do not fit each other.
     """
     config = MmMambaConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None) is None:
+    if getattr(config, "quantization_config", None) is None or quantization_of(config) is not None:
         return MmMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
     model = MmMambaForConditionalGeneration.from_pretrained(folder, device_map={"": str(device)}).eval()
     return without_packing(model) if torch.device(device).type == "cpu" else model

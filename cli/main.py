@@ -31,6 +31,7 @@ COMMANDS = {
         arguments.distill,
         "mmmamba.conversion.distillation.run",
     ),
+    "quantize": ("store a model's linear layers in 4 or 8 bits", arguments.quantize, "mmmamba.cli.quantize"),
     "env": ("show packages and devices, which implementations are used and why", arguments.env, "mmmamba.cli.env"),
     "bench": ("measure speed and memory beside peers", bench.add_arguments, "mmmamba.benchmarks.bench"),
     "serve": ("serve a model behind OpenAI's API", arguments.serve, "mmmamba.cli.serve"),

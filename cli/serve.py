@@ -13,6 +13,7 @@ import torch
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.publish import check_model_folder
+from mmmamba.quantization_mmmamba import quantization_of
 from mmmamba.serving.limits import Limits
 from mmmamba.serving.middleware import KEY_VARIABLE, LIMITS_VARIABLE, to_environment
 from mmmamba.video_processing_mmmamba import MmMambaVideoProcessor
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     if args.api_key is not None:
         os.environ[KEY_VARIABLE] = args.api_key
         _start_again_without_key(args.api_key)
-    engine = _engine(args.engine)
+    engine = _engine(_wanted_engine(args.engine, args.model))
     if engine == "transformers" and args.engine_arguments:
         raise ValueError(
             f"The engine transformers takes no further arguments, but these were given: "
@@ -53,6 +54,18 @@ def run(args: argparse.Namespace) -> None:
         _start_vllm(args, names, port)
     else:
         _serve_with_transformers(args, names, listener)
+
+
+def _wanted_engine(wanted: str, folder: Path) -> str:
+    """The engine that is asked for; Transformers' for weights that vLLM cannot read. Raises ValueError for vLLM then."""
+    if quantization_of(MmMambaConfig.from_pretrained(folder)) is None:
+        return wanted
+    if wanted == "vllm":
+        raise ValueError(
+            f"{folder} was quantised by this package, which vLLM cannot read; take --engine transformers, or serve the "
+            "folder that it was made from."
+        )
+    return "transformers"
 
 
 def _engine(wanted: str) -> str:

@@ -19,8 +19,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMix
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.package_code import PACKAGE, name_modules
-from mmmamba.conversion.shards import read_json, write_json, write_text
+from mmmamba.conversion.shards import ShardReader, listed, read_json, write_json, write_text
 from mmmamba.modeling_mmmamba import AUTO_CLASSES, MmMambaForConditionalGeneration
+from mmmamba.quantization_mmmamba import quantization_of
 
 
 AUTO_MAP = {"AutoConfig": "configuration_mmmamba.MmMambaConfig"} | dict.fromkeys(
@@ -187,13 +188,48 @@ def check_model_folder(folder: str | Path) -> None:
         )
 
 
+def check_unquantized(folder: str | Path) -> None:
+    """Raises ValueError if a model folder's weights are quantised, by this package or another."""
+    found = read_json(Path(folder) / "config.json").get("quantization_config")
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise ValueError(
+            f"{folder} is quantised (quant_method={method!r}); give the folder that it was made from, with weights in "
+            "floating point."
+        )
+
+
 def expected_specs(config: MmMambaConfig) -> dict[str, Tensor]:
     """Every stored tensor of a model, by name, on the meta device: shapes without memory."""
     with torch.device("meta"):
-        specs = MmMambaForConditionalGeneration(config).state_dict()
+        model = MmMambaForConditionalGeneration(config)
+    if (quantization := quantization_of(config)) is not None:
+        model.prepare_quantized_weights(quantization)
+    specs = model.state_dict()
     if config.tie_word_embeddings:
         del specs["lm_head.weight"]
     return specs
+
+
+def check_weights(reader: ShardReader, config: MmMambaConfig) -> None:
+    """Raises ValueError unless a folder holds the tensors that its configuration asks for, and no others."""
+    expected = expected_specs(config)
+    found = reader.specs
+    misshapen = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(spec.shape)}"
+        for name, spec in expected.items()
+        if name in found and found[name].shape != spec.shape
+    ]
+    differences = (
+        ("missing", sorted(set(expected) - set(found))),
+        ("unknown", sorted(set(found) - set(expected))),
+        ("wrong shape", misshapen),
+    )
+    if problems := [f"{what}: {listed(names)}" for what, names in differences if names]:
+        raise ValueError(
+            f"The weights of {reader.folder} do not fit its config.json ({'; '.join(problems)}); check that they "
+            "belong together."
+        )
 
 
 def model_card(

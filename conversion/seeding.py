@@ -18,7 +18,8 @@ from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.publish import (
     Provenance,
     check_model_folder,
-    expected_specs,
+    check_unquantized,
+    check_weights,
     license_of,
     whole_folder,
     write_model_folder,
@@ -217,13 +218,14 @@ def seed_folder(
     """
     teacher, destination = Path(teacher), Path(destination)
     check_model_folder(teacher)
+    check_unquantized(teacher)
     with whole_folder(destination) as folder:
         config = MmMambaConfig.from_pretrained(teacher)
         if strategy is not None:
             attention = attention_layers(config.text_config.num_hidden_layers, num_attention, strategy)
         student = seeded_config(config, attention)
         reader = ShardReader(teacher)
-        _check_weights(reader, config)
+        check_weights(reader, config)
 
         planned, _ = seed_state_dict(reader.specs, config, attention)
         replaced = _replaced_names(student)
@@ -261,26 +263,6 @@ def seed_folder(
             ),
         )
     return student
-
-
-def _check_weights(reader: ShardReader, config: MmMambaConfig) -> None:
-    expected = expected_specs(config)
-    found = reader.specs
-    misshapen = [
-        f"{name} {tuple(found[name].shape)} instead of {tuple(spec.shape)}"
-        for name, spec in expected.items()
-        if name in found and found[name].shape != spec.shape
-    ]
-    differences = (
-        ("missing", sorted(set(expected) - set(found))),
-        ("unknown", sorted(set(found) - set(expected))),
-        ("wrong shape", misshapen),
-    )
-    if problems := [f"{what}: {listed(names)}" for what, names in differences if names]:
-        raise ValueError(
-            f"The weights of {reader.folder} do not fit its config.json ({'; '.join(problems)}); check that they "
-            "belong together."
-        )
 
 
 def _attention_names(layer: int, has_biases: bool) -> list[str]:

@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
-# By their names in safetensors files. Quantised and integer weights are not supported.
+# By their names in safetensors files. Quantised and integer weights are not read; `mmmamba quantize` writes them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SLICE = 1 << 24  # elements that `is_finite` checks at once
 

@@ -23,6 +23,7 @@ from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.conversion.publish import (
     Provenance,
     check_model_folder,
+    check_unquantized,
     expected_specs,
     license_of,
     whole_folder,
@@ -103,6 +104,7 @@ class Run:
 def load_teacher_config(recipe: Recipe) -> MmMambaConfig:
     """The teacher's configuration. Raises ValueError if it is no model folder of this package."""
     check_model_folder(resolve_path(recipe.teacher))
+    check_unquantized(resolve_path(recipe.teacher))
     return MmMambaConfig.from_pretrained(resolve_path(recipe.teacher))
 
 

@@ -1,0 +1,699 @@
+"""The C source of the CPU kernels, which `cpu_mmmamba` compiles: a decoding step of a layer, and quantised products.
+
+Read top to bottom: vectors, dtypes, matrices and their products by tiles of 16 rows, the parts of a step, and the
+functions that Python calls. Letters as in `ssm_mmmamba`: B rows of the batch, H query heads, K key/value heads, P head
+size, W convolution taps. All sums are in fp32; weights of 4 and 8 bits are multiplied with inputs that are rounded to
+8 bits in groups of 32, so that products are sums of integers. The source is a string because a Hub package consists of
+Python files. GCC and Clang; vectors are theirs, only the integer products are written for AVX-512, AVX2 and any other.
+"""
+
+SOURCE = r"""
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define GROUP 32     /* inputs that share a scale */
+#define TILE 16      /* rows of a matrix that are multiplied together: one vector of results */
+#define AHEAD 1024   /* bytes: how far ahead of its use a quantised weight is asked for */
+#ifdef __AVX512F__
+#define MOST_INPUTS 16  /* inputs whose sums stay in registers while a tile is read once */
+#else
+#define MOST_INPUTS 4
+#endif
+
+/* --- vectors ---------------------------------------------------------------------------------------------------- */
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+
+INLINE f32x16 load(const float *p) { f32x16 v; memcpy(&v, p, sizeof v); return v; }
+INLINE void store(float *p, f32x16 v) { memcpy(p, &v, sizeof v); }
+INLINE f32x16 all(float x) { return x - (f32x16){0}; }
+INLINE f32x16 load_bf16(const uint16_t *p) {
+  u16x16 v; memcpy(&v, p, sizeof v);
+  return (f32x16)(__builtin_convertvector(v, u32x16) << 16);
+}
+INLINE float sum(f32x16 v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float part[16];
+  store(part, v);
+  for (int i = 8; i; i >>= 1)
+    for (int j = 0; j < i; j++) part[j] += part[j + i];
+  return part[0];
+#endif
+}
+
+INLINE f32x16 larger(f32x16 a, f32x16 b) {
+  i32x16 first = a > b;
+  return (f32x16)((first & (i32x16)a) | (~first & (i32x16)b));
+}
+
+/* Nearest integers of numbers below 2^22: the sum with 1.5 * 2^23 has them in its last bits. */
+INLINE i32x16 nearest(f32x16 v) { return (i32x16)(v + 12582912.f) - 0x4B400000; }
+
+/* exp by 2^n * 2^f with |f| <= 1/2, 2^f by its series; at most 2 units in the last place. */
+INLINE f32x16 exp16(f32x16 x) {
+  x = -larger(-larger(x, all(-87.f)), all(-88.f));
+  f32x16 y = x * 1.44269504f;
+  i32x16 n = nearest(y);
+  f32x16 whole = __builtin_convertvector(n, f32x16);
+  f32x16 f = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  f32x16 p = all(1.f / 5040);
+  p = p * f + 1.f / 720; p = p * f + 1.f / 120; p = p * f + 1.f / 24;
+  p = p * f + 1.f / 6; p = p * f + 0.5f; p = p * f + 1.f; p = p * f + 1.f;
+  return p * (f32x16)((n + 127) << 23);
+}
+INLINE f32x16 silu(f32x16 x) { return x / (1.f + exp16(-x)); }
+
+/* --- tensors in fp32 or bf16 ------------------------------------------------------------------------------------ */
+
+enum { F32, BF16, INT4, INT8 };
+
+typedef struct { const void *data; int64_t dtype; } vector;
+
+INLINE float bf16_to_float(uint16_t x) { uint32_t bits = (uint32_t)x << 16; float y; memcpy(&y, &bits, 4); return y; }
+INLINE uint16_t float_to_bf16(float x) {
+  uint32_t bits; memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;  /* not a number */
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+INLINE float get(vector v, int64_t i) {
+  return v.dtype == F32 ? ((const float *)v.data)[i] : bf16_to_float(((const uint16_t *)v.data)[i]);
+}
+INLINE f32x16 get16(vector v, int64_t i) {
+  return v.dtype == F32 ? load((const float *)v.data + i) : load_bf16((const uint16_t *)v.data + i);
+}
+INLINE void put(void *data, int64_t dtype, int64_t i, float x) {
+  if (dtype == F32) ((float *)data)[i] = x;
+  else ((uint16_t *)data)[i] = float_to_bf16(x);
+}
+
+/* --- matrices times few inputs ---------------------------------------------------------------------------------- */
+
+/* (rows, columns), row-major in fp32 and bf16. Quantised: for each tile of 16 rows and each group of 32 columns a block
+   of 16 scales in fp16 and the integers, four columns of a row side by side; `quantization_mmmamba` has the format. */
+typedef struct { const void *weight; vector bias; int64_t rows, columns, kind; } matrix;
+
+/* Inputs of a product: fp32, and for quantised matrices the same as integers times a scale per group. */
+typedef struct { float *values; int8_t *integers; float *scales; int32_t *sums; int64_t width; } inputs;
+
+INLINE int64_t is_quantised(const matrix *m) { return m->kind >= INT4; }
+
+/* Work of all threads: groups of inputs, rounded to integers from -127 to 127. */
+static void round_inputs(const inputs *x, int64_t count) {
+  #pragma omp for schedule(static)
+  for (int64_t g = 0; g < count * x->width / GROUP; g++) {
+    f32x16 a = load(x->values + g * GROUP), b = load(x->values + g * GROUP + 16);
+    f32x16 high = larger(larger(a, -a), larger(b, -b));
+    float most = 0;
+    for (int i = 0; i < 16; i++) most = high[i] > most ? high[i] : most;
+    float inverse = most > 0 ? 127.f / most : 0.f;
+    i32x16 p = nearest(a * inverse), q = nearest(b * inverse);
+    i8x16 low = __builtin_convertvector(p, i8x16), up = __builtin_convertvector(q, i8x16);
+    memcpy(x->integers + g * GROUP, &low, 16);
+    memcpy(x->integers + g * GROUP + 16, &up, 16);
+    i32x16 both = p + q;
+    int32_t total = 0;
+    for (int i = 0; i < 16; i++) total += both[i];
+    x->sums[g] = total;
+    x->scales[g] = most / 127.f;
+  }
+}
+
+INLINE f32x16 scales_of_block(const uint8_t *block) {
+#ifdef __AVX512F__
+  return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)block));
+#elif defined(__F16C__)
+  f32x16 v;
+  __m256 low = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)block));
+  __m256 up = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)block + 1));
+  memcpy(&v, &low, 32); memcpy((char *)&v + 32, &up, 32);
+  return v;
+#else
+  u16x16 half; memcpy(&half, block, 32);
+  u32x16 wide = __builtin_convertvector(half, u32x16);
+  /* The exponent's bias differs by 112; the product does the same for what is too small for a whole exponent. */
+  f32x16 v = (f32x16)((wide & 0x7fff) << 13) * 0x1p112f;
+  return (f32x16)((u32x16)v | (wide & 0x8000) << 16);
+#endif
+}
+
+/* Sums of a block's 16 rows over its 32 columns, for inputs `x` (count, ...) `stride` integers apart, less `zero` times
+   the inputs' sums: integers are stored with `zero` added. */
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+INLINE void multiply_int4(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
+  const __m512i low = _mm512_set1_epi8(15);
+  __m512i w[8];
+  for (int s = 0; s < 4; s++) {
+    __m512i both = _mm512_loadu_si512(block + 64 * s);
+    w[2 * s] = _mm512_and_si512(both, low);
+    w[2 * s + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+  }
+  for (int i = 0; i < count; i++) {
+    __m512i t = (__m512i)total[i];
+    for (int s = 0; s < 8; s++) {
+      int32_t four; memcpy(&four, x + i * stride + 4 * s, 4);
+      t = _mm512_dpbusd_epi32(t, w[s], _mm512_set1_epi32(four));
+    }
+    total[i] = (i32x16)t;
+  }
+}
+
+INLINE void multiply_int8(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
+  __m512i w[8];
+  for (int s = 0; s < 8; s++) w[s] = _mm512_loadu_si512(block + 64 * s);
+  for (int i = 0; i < count; i++) {
+    __m512i t = (__m512i)total[i];
+    for (int s = 0; s < 8; s++) {
+      int32_t four; memcpy(&four, x + i * stride + 4 * s, 4);
+      t = _mm512_dpbusd_epi32(t, w[s], _mm512_set1_epi32(four));
+    }
+    total[i] = (i32x16)t;
+  }
+}
+
+#elif defined(__AVX2__)
+
+INLINE i32x16 halves(__m256i low, __m256i up) {
+  i32x16 v; memcpy(&v, &low, 32); memcpy((char *)&v + 32, &up, 32);
+  return v;
+}
+
+INLINE void multiply_int4(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
+  const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  __m256i sums[MOST_INPUTS][2];
+  for (int i = 0; i < count; i++) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
+  for (int s = 0; s < 4; s++)
+    for (int h = 0; h < 2; h++) {
+      __m256i both = _mm256_loadu_si256((const __m256i *)(block + 64 * s + 32 * h));
+      __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+      for (int i = 0; i < count; i++) {  /* 16 products of at most 15 * 127 fit into 16 bits */
+        int32_t four[2]; memcpy(four, x + i * stride + 8 * s, 8);
+        __m256i a = _mm256_maddubs_epi16(first, _mm256_set1_epi32(four[0]));
+        __m256i b = _mm256_maddubs_epi16(second, _mm256_set1_epi32(four[1]));
+        sums[i][h] = _mm256_add_epi16(sums[i][h], _mm256_add_epi16(a, b));
+      }
+    }
+  for (int i = 0; i < count; i++)
+    total[i] += halves(_mm256_madd_epi16(sums[i][0], ones), _mm256_madd_epi16(sums[i][1], ones));
+}
+
+INLINE void multiply_int8(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
+  const __m256i ones = _mm256_set1_epi16(1), zero = _mm256_set1_epi8((char)128);
+  __m256i sums[MOST_INPUTS][2];
+  for (int i = 0; i < count; i++) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
+  for (int s = 0; s < 8; s++)
+    for (int h = 0; h < 2; h++) {
+      /* Signed weights, without their sign, which the inputs take over: the instruction wants one factor unsigned. */
+      __m256i w = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(block + 64 * s + 32 * h)), zero);
+      __m256i positive = _mm256_abs_epi8(w);
+      for (int i = 0; i < count; i++) {
+        int32_t four; memcpy(&four, x + i * stride + 4 * s, 4);
+        __m256i pairs = _mm256_maddubs_epi16(positive, _mm256_sign_epi8(_mm256_set1_epi32(four), w));
+        sums[i][h] = _mm256_add_epi32(sums[i][h], _mm256_madd_epi16(pairs, ones));
+      }
+    }
+  for (int i = 0; i < count; i++) {
+    /* What the caller takes away for the stored zero is not in these sums. */
+    int32_t inputs_sum = 0;
+    for (int c = 0; c < GROUP; c++) inputs_sum += x[i * stride + c];
+    total[i] += halves(sums[i][0], sums[i][1]) + 128 * inputs_sum;
+  }
+}
+
+#else
+
+INLINE void multiply_int4(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
+  for (int i = 0; i < count; i++)
+    for (int s = 0; s < 4; s++)
+      for (int r = 0; r < TILE; r++)
+        for (int j = 0; j < 4; j++) {
+          uint8_t both = block[64 * s + 4 * r + j];
+          total[i][r] += (both & 15) * x[i * stride + 8 * s + j] + (both >> 4) * x[i * stride + 8 * s + 4 + j];
+        }
+}
+
+INLINE void multiply_int8(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
+  for (int i = 0; i < count; i++)
+    for (int s = 0; s < 8; s++)
+      for (int r = 0; r < TILE; r++)
+        for (int j = 0; j < 4; j++) total[i][r] += block[64 * s + 4 * r + j] * x[i * stride + 4 * s + j];
+}
+
+#endif
+
+/* Tile `t` of a quantised matrix times `count` inputs from number `first` on. */
+INLINE void quantised_tile(
+    const matrix *m, const inputs *x, int64_t t, int64_t first, int count, int kind, f32x16 *out) {
+  const int64_t groups = m->columns / GROUP, bytes = 2 * TILE + (kind == INT4 ? 4 : 8) * 64, zero = kind == INT4 ? 8 : 128;
+  const uint8_t *block = (const uint8_t *)m->weight + t * groups * bytes;
+  const int8_t *integers = x->integers + first * m->columns;
+  const float *scales = x->scales + first * groups;
+  const int32_t *sums = x->sums + first * groups;
+  for (int i = 0; i < count; i++) out[i] = all(0);
+  for (int64_t g = 0; g < groups; g++, block += bytes) {
+    if (count <= 4)  /* longer loops leave the processor time to look ahead itself */
+      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(block + AHEAD + line);
+    i32x16 total[MOST_INPUTS];
+    for (int i = 0; i < count; i++) total[i] = (i32x16){0} - (int32_t)(zero * sums[i * groups + g]);
+    if (kind == INT4) multiply_int4(block + 2 * TILE, integers + g * GROUP, m->columns, count, total);
+    else multiply_int8(block + 2 * TILE, integers + g * GROUP, m->columns, count, total);
+    f32x16 of_rows = scales_of_block(block);
+    for (int i = 0; i < count; i++)
+      out[i] += __builtin_convertvector(total[i], f32x16) * (of_rows * scales[i * groups + g]);
+  }
+}
+
+/* Row `r` of a matrix in fp32 or bf16 times `count` inputs. */
+INLINE void dense_row(const matrix *m, const inputs *x, int64_t r, int64_t first, int count, int kind, float *out) {
+  const int64_t width = m->columns, whole = width / 16 * 16;
+  const float *single = (const float *)m->weight + r * width;
+  const uint16_t *half = (const uint16_t *)m->weight + r * width;
+  f32x16 total[MOST_INPUTS][2];
+  for (int i = 0; i < count; i++) total[i][0] = total[i][1] = all(0);
+  int64_t c = 0;
+  for (; c + 32 <= width; c += 32) {
+    f32x16 a = kind == F32 ? load(single + c) : load_bf16(half + c);
+    f32x16 b = kind == F32 ? load(single + c + 16) : load_bf16(half + c + 16);
+    for (int i = 0; i < count; i++) {
+      total[i][0] += a * load(x->values + (first + i) * width + c);
+      total[i][1] += b * load(x->values + (first + i) * width + c + 16);
+    }
+  }
+  for (; c < whole; c += 16) {
+    f32x16 a = kind == F32 ? load(single + c) : load_bf16(half + c);
+    for (int i = 0; i < count; i++) total[i][0] += a * load(x->values + (first + i) * width + c);
+  }
+  for (int i = 0; i < count; i++) {
+    float rest = sum(total[i][0] + total[i][1]);
+    for (c = whole; c < width; c++)
+      rest += (kind == F32 ? single[c] : bf16_to_float(half[c])) * x->values[(first + i) * width + c];
+    out[i] = rest;
+  }
+}
+
+INLINE void tile_of_kind(const matrix *m, const inputs *x, int64_t t, int64_t first, int count, int kind, f32x16 *out) {
+  if (kind >= INT4) {
+    quantised_tile(m, x, t, first, count, kind, out);
+    return;
+  }
+  for (int lane = 0; lane < TILE && t * TILE + lane < m->rows; lane++) {
+    float of_row[MOST_INPUTS];
+    dense_row(m, x, t * TILE + lane, first, count, kind, of_row);
+    for (int i = 0; i < count; i++) out[i][lane] = of_row[i];
+  }
+}
+
+/* One function for each kind and number of inputs, so that sums stay in registers. */
+#define OF_COUNT(kind, count) case count: tile_of_kind(m, x, t, first, count, kind, out); break;
+#ifdef __AVX512F__
+#define OF_KIND(kind) case kind: switch (count) { \
+  OF_COUNT(kind, 1) OF_COUNT(kind, 2) OF_COUNT(kind, 4) OF_COUNT(kind, 8) OF_COUNT(kind, 16) } break;
+#else
+#define OF_KIND(kind) case kind: switch (count) { OF_COUNT(kind, 1) OF_COUNT(kind, 2) OF_COUNT(kind, 4) } break;
+#endif
+static void tile_of(const matrix *m, const inputs *x, int64_t t, int64_t first, int count, f32x16 *out) {
+  switch (m->kind) { OF_KIND(F32) OF_KIND(BF16) OF_KIND(INT4) OF_KIND(INT8) }
+}
+
+/* Rows of tile `t` times `count` inputs, at most MOST_INPUTS, bias added. */
+static void tile(const matrix *m, const inputs *x, int64_t t, int64_t first, int64_t count, f32x16 *out) {
+  for (int64_t i = 0; i < count;) {
+    int step = MOST_INPUTS;
+    while (step > count - i) step /= 2;
+    tile_of(m, x, t, first + i, step, out + i);
+    i += step;
+  }
+  if (m->bias.data)
+    for (int64_t i = 0; i < count; i++)
+      for (int r = 0; r < TILE && t * TILE + r < m->rows; r++) out[i][r] += get(m->bias, t * TILE + r);
+}
+
+INLINE int64_t num_tiles(const matrix *m) { return (m->rows + TILE - 1) / TILE; }
+
+/* Work of all threads: y (count, rows) in fp32 or bf16, of few inputs; `added`, of y's shape, is added if given. */
+static void product(const matrix *m, const inputs *x, int64_t count, void *y, int64_t dtype, vector added) {
+  #pragma omp for schedule(dynamic, 8)
+  for (int64_t t = 0; t < num_tiles(m); t++)
+    for (int64_t first = 0; first < count; first += MOST_INPUTS) {
+      int64_t some = count - first < MOST_INPUTS ? count - first : MOST_INPUTS;
+      f32x16 out[MOST_INPUTS];
+      tile(m, x, t, first, some, out);
+      for (int64_t i = 0; i < some; i++)
+        for (int r = 0; r < TILE && t * TILE + r < m->rows; r++) {
+          int64_t place = (first + i) * m->rows + t * TILE + r;
+          put(y, dtype, place, added.data ? out[i][r] + get(added, place) : out[i][r]);
+        }
+    }
+}
+
+/* --- parts of a decoding step, each the work of all threads ----------------------------------------------------- */
+
+/* y (count, width) = RMSNorm of x (arXiv 1910.07467). */
+static void rmsnorm(vector x, int64_t count, int64_t width, vector weight, float eps, float *y) {
+  #pragma omp for schedule(static)
+  for (int64_t b = 0; b < count; b++) {
+    double squares = 0;
+    f32x16 total = all(0);
+    int64_t c = 0;
+    for (; c + 16 <= width; c += 16) { f32x16 v = get16(x, b * width + c); total += v * v; }
+    squares = sum(total);
+    for (; c < width; c++) { float v = get(x, b * width + c); squares += v * v; }
+    float scale = 1.f / sqrtf((float)(squares / width) + eps);
+    for (c = 0; c + 16 <= width; c += 16) store(y + b * width + c, get16(x, b * width + c) * scale * get16(weight, c));
+    for (; c < width; c++) y[b * width + c] = get(x, b * width + c) * scale * get(weight, c);
+  }
+}
+
+/* What a layer needs beside its states. */
+typedef struct {
+  int64_t hidden, heads, kv_heads, head_size, taps, mlp, dtype;
+  double norm_eps, mixer_eps, mlp_eps;
+  matrix in_proj, q_proj, k_proj, v_proj, out_proj, gate_proj, up_proj, down_proj;
+  vector norm, mlp_norm, conv_weight, conv_bias, A_log, dt_bias, mixer_norm;
+} layer;
+
+/* Inputs of the convolution's channels from..from + P of row b, after it and SiLU; the state moves on. */
+INLINE void convolve(const layer *l, const float *projected, void *state, int64_t from, float *out) {
+  const int64_t size = l->head_size, past = l->taps - 1;
+  vector before = {state, l->dtype};
+  for (int64_t i = 0; i < size; i++) {
+    int64_t channel = from + i;
+    float now = projected[channel], total = get(l->conv_bias, channel);
+    for (int64_t tap = 0; tap < past; tap++)
+      total += get(l->conv_weight, channel * l->taps + tap) * get(before, channel * past + tap);
+    out[i] = total + get(l->conv_weight, channel * l->taps + past) * now;
+    for (int64_t tap = 0; tap + 1 < past; tap++)
+      put(state, l->dtype, channel * past + tap, get(before, channel * past + tap + 1));
+    if (past) put(state, l->dtype, channel * past + past - 1, now);
+  }
+  int64_t i = 0;
+  for (; i + 16 <= size; i += 16) store(out + i, silu(load(out + i)));
+  for (; i < size; i++) out[i] = out[i] / (1.f + expf(-out[i]));
+}
+
+/* One step of the mixer between its projections (arXiv 2502.13145, eq. 2): projected (B, C + H P + H), conv_state
+   (B, C, W - 1), state (B, H, P, P) in fp32, y (B, H, P). One piece of work per row and key/value head. */
+static void mixer_step(
+    const layer *l, const float *projected, int64_t count, void *conv_state, float *state, float *y) {
+  const int64_t size = l->head_size, kv = l->kv_heads * size, inner = l->heads * size, group = l->heads / l->kv_heads;
+  const int64_t channels = 2 * kv + inner, width = channels + inner + l->heads;
+  #pragma omp for schedule(dynamic, 1)
+  for (int64_t piece = 0; piece < count * l->kv_heads; piece++) {
+    int64_t b = piece / l->kv_heads, k_head = piece % l->kv_heads;
+    const float *row = projected + b * width;
+    char *conv = (char *)conv_state + b * channels * (l->taps - 1) * (l->dtype == F32 ? 4 : 2);
+    float v[size], k[size], q[size];
+    convolve(l, row, conv, k_head * size, v);
+    convolve(l, row, conv, kv + k_head * size, k);
+    for (int64_t h = k_head * group; h < (k_head + 1) * group; h++) {
+      convolve(l, row, conv, 2 * kv + h * size, q);
+      float step = row[channels + inner + h] + get(l->dt_bias, h);
+      step = step > 20.f ? step : log1pf(expf(step));
+      float decay = expf(-expf(get(l->A_log, h)) * step), squares = 0;
+      float *out = y + (b * l->heads + h) * size;
+      for (int64_t p = 0; p < size; p++) {
+        float *s = state + ((b * l->heads + h) * size + p) * size, written = step * v[p], rest = 0;
+        f32x16 total = all(0);
+        int64_t n = 0;
+        for (; n + 16 <= size; n += 16) {
+          f32x16 now = load(s + n) * decay + load(k + n) * written;
+          store(s + n, now);
+          total += now * load(q + n);
+        }
+        for (; n < size; n++) { s[n] = s[n] * decay + k[n] * written; rest += s[n] * q[n]; }
+        out[p] = sum(total) + rest;
+        squares += out[p] * out[p];
+      }
+      float scale = 1.f / sqrtf(squares / size + (float)l->mixer_eps);
+      const float *gate = row + channels + h * size;
+      int64_t p = 0;
+      for (; p + 16 <= size; p += 16)
+        store(out + p, load(out + p) * scale * get16(l->mixer_norm, p) * silu(load(gate + p)));
+      for (; p < size; p++) out[p] *= scale * get(l->mixer_norm, p) * gate[p] / (1.f + expf(-gate[p]));
+    }
+  }
+}
+
+/* y (count, MLP width) = silu(gate x) * (up x) (arXiv 2002.05202). */
+static void gated(const layer *l, const inputs *x, int64_t count, float *y) {
+  #pragma omp for schedule(dynamic, 8)
+  for (int64_t t = 0; t < num_tiles(&l->gate_proj); t++)
+    for (int64_t first = 0; first < count; first += MOST_INPUTS) {
+      int64_t some = count - first < MOST_INPUTS ? count - first : MOST_INPUTS;
+      f32x16 gate[MOST_INPUTS], up[MOST_INPUTS];
+      tile(&l->gate_proj, x, t, first, some, gate);
+      tile(&l->up_proj, x, t, first, some, up);
+      for (int64_t i = 0; i < some; i++) {
+        f32x16 out = silu(gate[i]) * up[i];
+        for (int r = 0; r < TILE && t * TILE + r < l->mlp; r++) y[(first + i) * l->mlp + t * TILE + r] = out[r];
+      }
+    }
+}
+
+/* x (B, heads, P) -> (B, heads, P) in `dtype`: rotary positions (arXiv 2104.09864), cos and sin (B, P). */
+static void rotate(const layer *l, const float *x, int64_t count, int64_t heads, vector cos, vector sin, void *y) {
+  const int64_t size = l->head_size, half = size / 2;
+  #pragma omp for schedule(static)
+  for (int64_t piece = 0; piece < count * heads; piece++) {
+    const float *in = x + piece * size;
+    int64_t b = piece / heads;
+    for (int64_t i = 0; i < size; i++) {
+      float other = i < half ? -in[i + half] : in[i - half];
+      put(y, l->dtype, piece * size + i, in[i] * get(cos, b * size + i) + other * get(sin, b * size + i));
+    }
+  }
+}
+
+/* Keys and values of all tokens: (B, K, tokens, P), their last dimension contiguous, strides in numbers. */
+typedef struct { vector keys, values; int64_t tokens, key_row, key_head, key_token, value_row, value_head, value_token; } past;
+
+#define SEGMENT 512  /* tokens that are attended to in one piece of work */
+
+/* Softmax attention of one token per row: q (B, H, P); `parts` holds for each head and segment P sums, the greatest
+   score and the sum of weights; y (B, H, P). */
+static void attend(const layer *l, int64_t count, vector q, const past *p, float *parts, float *y) {
+  const int64_t size = l->head_size, group = l->heads / l->kv_heads, segments = (p->tokens + SEGMENT - 1) / SEGMENT;
+  const int64_t part = size + 2;
+  const float scaling = 1.f / sqrtf((float)size);
+  #pragma omp for schedule(dynamic, 1)
+  for (int64_t piece = 0; piece < count * l->kv_heads * segments; piece++) {
+    int64_t segment = piece % segments, k_head = piece / segments % l->kv_heads, b = piece / segments / l->kv_heads;
+    int64_t start = segment * SEGMENT, tokens = p->tokens - start < SEGMENT ? p->tokens - start : SEGMENT;
+    float query[group][size], scores[group][SEGMENT + 16];
+    for (int64_t g = 0; g < group; g++)
+      for (int64_t i = 0; i < size; i++) query[g][i] = get(q, (b * l->heads + k_head * group + g) * size + i) * scaling;
+    for (int64_t t = 0; t < tokens; t++) {
+      int64_t at = b * p->key_row + k_head * p->key_head + (start + t) * p->key_token;
+      for (int64_t g = 0; g < group; g++) {
+        f32x16 total = all(0);
+        int64_t i = 0;
+        for (; i + 16 <= size; i += 16) total += get16(p->keys, at + i) * load(query[g] + i);
+        float rest = sum(total);
+        for (; i < size; i++) rest += get(p->keys, at + i) * query[g][i];
+        scores[g][t] = rest;
+      }
+    }
+    for (int64_t g = 0; g < group; g++) {
+      float *out = parts + ((b * l->heads + k_head * group + g) * segments + segment) * part, most = scores[g][0], weights = 0;
+      for (int64_t t = 1; t < tokens; t++) most = scores[g][t] > most ? scores[g][t] : most;
+      for (int64_t t = 0; t < tokens; t += 16) store(scores[g] + t, exp16(load(scores[g] + t) - most));
+      for (int64_t t = 0; t < tokens; t++) weights += scores[g][t];
+      out[size] = most;
+      out[size + 1] = weights;
+    }
+    for (int64_t i = 0; i < size; i += 16) {
+      int64_t lanes = size - i < 16 ? size - i : 16;
+      for (int64_t g = 0; g < group; g++) {
+        float *out = parts + ((b * l->heads + k_head * group + g) * segments + segment) * part + i;
+        f32x16 total = all(0);
+        for (int64_t t = 0; t < tokens; t++) {
+          int64_t at = b * p->value_row + k_head * p->value_head + (start + t) * p->value_token + i;
+          if (lanes == 16) total += get16(p->values, at) * scores[g][t];
+          else for (int64_t j = 0; j < lanes; j++) total[j] += get(p->values, at + j) * scores[g][t];
+        }
+        for (int64_t j = 0; j < lanes; j++) out[j] = total[j];
+      }
+    }
+  }
+  #pragma omp for schedule(static)
+  for (int64_t head = 0; head < count * l->heads; head++) {
+    const float *of_head = parts + head * segments * part;
+    float most = of_head[size], weights = 0;
+    for (int64_t s = 1; s < segments; s++) most = of_head[s * part + size] > most ? of_head[s * part + size] : most;
+    for (int64_t i = 0; i < size; i++) y[head * size + i] = 0;
+    for (int64_t s = 0; s < segments; s++) {
+      float share = expf(of_head[s * part + size] - most);
+      weights += share * of_head[s * part + size + 1];
+      for (int64_t i = 0; i < size; i++) y[head * size + i] += share * of_head[s * part + i];
+    }
+    for (int64_t i = 0; i < size; i++) y[head * size + i] /= weights;
+  }
+}
+
+/* --- working memory --------------------------------------------------------------------------------------------- */
+
+INLINE char *take(char **memory, int64_t bytes) {
+  char *taken = *memory;
+  *memory += (bytes + 63) / 64 * 64;
+  return taken;
+}
+
+static inputs new_inputs(char **memory, int64_t count, int64_t width) {
+  inputs x;
+  x.width = width;
+  x.values = (float *)take(memory, count * width * 4);
+  x.integers = (int8_t *)take(memory, count * width);
+  x.scales = (float *)take(memory, count * (width / GROUP) * 4);
+  x.sums = (int32_t *)take(memory, count * (width / GROUP) * 4);
+  return x;
+}
+
+static int64_t bytes_of_inputs(int64_t count, int64_t width) { return count * width * 6 + 256; }
+
+/* --- what Python calls ------------------------------------------------------------------------------------------ */
+
+int64_t bytes_for_layer(const layer *l, int64_t count) {
+  int64_t inner = l->heads * l->head_size;
+  return bytes_of_inputs(count, l->hidden) + bytes_of_inputs(count, inner) + bytes_of_inputs(count, l->mlp)
+       + count * 4 * (l->in_proj.rows + l->hidden) + 512;
+}
+
+/* The second half of a layer: y (count, hidden) = x + mlp(norm(x)). */
+static void mlp_of(const layer *l, int64_t count, const float *x, char *memory, void *y) {
+  vector sum_so_far = {x, F32};
+  inputs normed = new_inputs(&memory, count, l->hidden), wide = new_inputs(&memory, count, l->mlp);
+  rmsnorm(sum_so_far, count, l->hidden, l->mlp_norm, (float)l->mlp_eps, normed.values);
+  if (is_quantised(&l->gate_proj) || is_quantised(&l->up_proj)) round_inputs(&normed, count);
+  gated(l, &normed, count, wide.values);
+  if (is_quantised(&l->down_proj)) round_inputs(&wide, count);
+  product(&l->down_proj, &wide, count, y, l->dtype, sum_so_far);
+}
+
+/* One token per row through a Mamba-2 layer: x and y (count, hidden), states as in mixer_step. */
+void layer_step(const layer *l, int64_t count, const void *x, void *conv_state, float *state, void *y, char *memory) {
+  #pragma omp parallel
+  {
+    char *left = memory;  /* every thread computes the same places */
+    vector entering = {x, l->dtype};
+    float *projected = (float *)take(&left, count * 4 * l->in_proj.rows);
+    float *mixed = (float *)take(&left, count * 4 * l->hidden);
+    char *rest = left;
+    inputs normed = new_inputs(&left, count, l->hidden);
+    inputs heads = new_inputs(&left, count, l->heads * l->head_size);
+    rmsnorm(entering, count, l->hidden, l->norm, (float)l->norm_eps, normed.values);
+    if (is_quantised(&l->in_proj)) round_inputs(&normed, count);
+    product(&l->in_proj, &normed, count, projected, F32, (vector){0});
+    mixer_step(l, projected, count, conv_state, state, heads.values);
+    if (is_quantised(&l->out_proj)) round_inputs(&heads, count);
+    product(&l->out_proj, &heads, count, mixed, F32, entering);
+    mlp_of(l, count, mixed, rest, y);
+  }
+}
+
+int64_t bytes_for_projections(const layer *l, int64_t count) {
+  return bytes_of_inputs(count, l->hidden) + count * 4 * (l->heads + 2 * l->kv_heads) * l->head_size + 512;
+}
+
+/* The first part of an attention layer, for one token per row: x (count, hidden) to q (count, H, P), k and v (count, K,
+   P), rotated by cos and sin (count, P). */
+void attention_projections(
+    const layer *l, int64_t count, const void *x, const void *cos, const void *sin, void *q, void *k, void *v,
+    char *memory) {
+  #pragma omp parallel
+  {
+    char *left = memory;
+    vector entering = {x, l->dtype}, cosines = {cos, l->dtype}, sines = {sin, l->dtype};
+    inputs normed = new_inputs(&left, count, l->hidden);
+    float *wide_q = (float *)take(&left, count * 4 * l->q_proj.rows), *wide_k = (float *)left;
+    rmsnorm(entering, count, l->hidden, l->norm, (float)l->norm_eps, normed.values);
+    if (is_quantised(&l->q_proj) || is_quantised(&l->k_proj) || is_quantised(&l->v_proj)) round_inputs(&normed, count);
+    product(&l->q_proj, &normed, count, wide_q, F32, (vector){0});
+    product(&l->k_proj, &normed, count, wide_k, F32, (vector){0});
+    product(&l->v_proj, &normed, count, v, l->dtype, (vector){0});
+    rotate(l, wide_q, count, l->heads, cosines, sines, q);
+    rotate(l, wide_k, count, l->kv_heads, cosines, sines, k);
+  }
+}
+
+int64_t bytes_for_attention(const layer *l, int64_t count, const past *p) {
+  int64_t segments = (p->tokens + SEGMENT - 1) / SEGMENT, inner = l->heads * l->head_size;
+  return count * l->heads * segments * (l->head_size + 2) * 4 + bytes_of_inputs(count, inner)
+       + bytes_of_inputs(count, l->hidden) + bytes_of_inputs(count, l->mlp) + count * 4 * l->hidden + 512;
+}
+
+/* The rest of it: q (count, H, P) and what was read so far to y (count, hidden). */
+void attention_step(
+    const layer *l, int64_t count, const void *x, const void *q, const past *p, void *y, char *memory) {
+  int64_t segments = (p->tokens + SEGMENT - 1) / SEGMENT;
+  #pragma omp parallel
+  {
+    char *left = memory;
+    vector entering = {x, l->dtype}, query = {q, l->dtype};
+    float *parts = (float *)take(&left, count * l->heads * segments * (l->head_size + 2) * 4);
+    float *mixed = (float *)take(&left, count * 4 * l->hidden);
+    char *rest = left;
+    inputs heads = new_inputs(&left, count, l->heads * l->head_size);
+    attend(l, count, query, p, parts, heads.values);
+    if (is_quantised(&l->out_proj)) round_inputs(&heads, count);
+    product(&l->out_proj, &heads, count, mixed, F32, entering);
+    mlp_of(l, count, mixed, rest, y);
+  }
+}
+
+/* The mixer's part alone: see ssm_mmmamba.decode_step. */
+void decode_step(
+    const layer *l, int64_t count, const void *projected, void *conv_state, float *state, void *y, float *memory) {
+  int64_t inner = l->heads * l->head_size, width = 2 * inner + 2 * l->kv_heads * l->head_size + l->heads;
+  vector given = {projected, l->dtype};
+  float *wide = memory, *out = memory + count * width;
+  #pragma omp parallel
+  {
+    #pragma omp for schedule(static)
+    for (int64_t i = 0; i < count * width; i++) wide[i] = get(given, i);
+    mixer_step(l, wide, count, conv_state, state, out);
+    #pragma omp for schedule(static)
+    for (int64_t i = 0; i < count * inner; i++) put(y, l->dtype, i, out[i]);
+  }
+}
+
+int64_t bytes_for_product(const matrix *m, int64_t count) { return bytes_of_inputs(count, m->columns); }
+
+/* y (count, rows) = x (count, columns) times the matrix, both in `dtype`. Many inputs take turns in blocks that stay in
+   a core's cache, under four tiles that do, too. */
+void multiply(const matrix *m, int64_t count, const void *x, void *y, int64_t dtype, char *memory) {
+  const int64_t some_tiles = count > MOST_INPUTS ? 4 : 8, tiles = num_tiles(m);
+  vector given = {x, dtype};
+  inputs in = new_inputs(&memory, count, m->columns);
+  #pragma omp parallel
+  {
+    #pragma omp for schedule(static)
+    for (int64_t i = 0; i < count * m->columns / 16; i++) store(in.values + 16 * i, get16(given, 16 * i));
+    #pragma omp for schedule(static)
+    for (int64_t i = count * m->columns / 16 * 16; i < count * m->columns; i++) in.values[i] = get(given, i);
+    if (is_quantised(m)) round_inputs(&in, count);
+    #pragma omp for schedule(dynamic, 1)
+    for (int64_t start = 0; start < tiles; start += some_tiles)
+      for (int64_t first = 0; first < count; first += MOST_INPUTS)
+        for (int64_t t = start; t < start + some_tiles && t < tiles; t++) {
+          int64_t some = count - first < MOST_INPUTS ? count - first : MOST_INPUTS;
+          f32x16 out[MOST_INPUTS];
+          tile(m, &in, t, first, some, out);
+          for (int64_t i = 0; i < some; i++)
+            for (int r = 0; r < TILE && t * TILE + r < m->rows; r++)
+              put(y, dtype, (first + i) * m->rows + t * TILE + r, out[i][r]);
+        }
+  }
+}
+"""

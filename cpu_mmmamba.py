@@ -1,0 +1,385 @@
+"""The mixer's operations on a CPU with kernels of our own, which a C compiler at hand builds once.
+
+- A decoding step of a whole Mamba-2 layer is one call: norms, products, convolution, recurrence and MLP.
+- Linear layers with few rows of input, and quantised ones with any number (`quantization_mmmamba`), are one call each.
+- Prompts use the torch backend.
+
+The library is compiled for this very processor with `cc` (or what the environment variable `CC` names) and OpenMP, in
+some seconds, and kept in `~/.cache/mmmamba` (or below `XDG_CACHE_HOME`). Where that fails nothing is lost but speed.
+The kernels run on the threads that torch uses: `torch.set_num_threads`, or `OMP_NUM_THREADS`.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cpu_kernels_mmmamba import SOURCE
+from .ssm_mmmamba import ENVIRONMENT, TORCH, Backend
+
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+KINDS = DTYPES | {4: 2, 8: 3}  # of a matrix: a dtype, or the bits of a quantised one
+TILE, GROUP = 16, 32  # rows and columns of a block of a quantised matrix
+SECONDS_TO_COMPILE = 120
+
+
+# --- the C structures ------------------------------------------------------------------------------------------------
+
+
+class Vector(Structure):
+    """Numbers in fp32 or bf16."""
+
+    _fields_ = (("data", c_void_p), ("dtype", c_int64))
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> "Vector":
+        return cls() if tensor is None else cls(tensor.data_ptr(), DTYPES[tensor.dtype])
+
+
+class Matrix(Structure):
+    """Weight and bias of a linear layer."""
+
+    _fields_ = (("weight", c_void_p), ("bias", Vector), ("rows", c_int64), ("columns", c_int64), ("kind", c_int64))
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, rows: int, columns: int, kind: int) -> "Matrix":
+        return cls(weight.data_ptr(), Vector.of(bias), rows, columns, kind)
+
+
+class Layer(Structure):
+    """A decoder layer; what its kind has not got stays empty."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_size", "taps", "mlp", "dtype")),
+        *((name, c_double) for name in ("norm_eps", "mixer_eps", "mlp_eps")),
+        *((name, Matrix) for name in ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")),
+        *((name, Matrix) for name in ("gate_proj", "up_proj", "down_proj")),
+        *((name, Vector) for name in ("norm", "mlp_norm", "conv_weight", "conv_bias", "A_log", "dt_bias", "mixer_norm")),
+    )
+
+
+class Past(Structure):
+    """Keys and values that were read."""
+
+    _fields_ = (
+        ("keys", Vector), ("values", Vector),
+        *((name, c_int64) for name in ("tokens", "key_row", "key_head", "key_token")),
+        *((name, c_int64) for name in ("value_row", "value_head", "value_token")),
+    )  # fmt: skip
+
+
+# --- compiling -------------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmmamba"
+
+
+@lru_cache
+def _processor() -> str:
+    """What compiled code must fit: one cache may serve machines of several kinds."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    lines = re.findall(r"^(?:model|model name|cpu family|flags|Features|CPU part)\s*:.*$", text, re.MULTILINE)
+    return "\n".join(sorted(set(lines)))
+
+
+def _openmp_of_torch() -> list[str]:
+    """The OpenMP library that torch has loaded: with another one two sets of threads would fight for the cores."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+        found = re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$", maps, re.MULTILINE)
+    except OSError:
+        found = [str(path) for path in Path(torch.__file__).parent.glob("lib/lib*omp*.dylib")]
+    return found[:1]
+
+
+def _commands(compiler: list[str], source: str, target: str) -> list[list[list[str]]]:
+    """Ways to compile, each as the commands to run one after the other."""
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    options = ["-O3", native, "-fPIC", "-fno-math-errno", "-Wno-psabi"]
+    openmp = ["-Xpreprocessor", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
+    object_file = f"{target}.o"
+    ways = []
+    if library := _openmp_of_torch():
+        ways.append([
+            [*compiler, *options, *openmp, "-c", source, "-o", object_file],
+            [*compiler, "-shared", object_file, *library, "-lm", "-o", target],
+        ])  # fmt: skip
+    ways.append([[*compiler, *options, *openmp, "-shared", source, "-lm", "-o", target]])
+    return ways
+
+
+def build(folder: Path | None = None) -> Path:
+    """Compiles the kernels for this processor, unless that was done before.
+
+    Args:
+        folder: Where the library is kept; `cache_folder()` if not given.
+
+    Returns:
+        The library's path.
+
+    Raises:
+        OSError: if there is no compiler, it fails, or the library cannot be written anywhere.
+    """
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise OSError(f"there is no C compiler named {' '.join(compiler) or repr('')}; install gcc or clang, or set CC")
+    key = "\n".join([SOURCE, *compiler, _processor(), torch.__version__])
+    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    folder = cache_folder() if folder is None else folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if (folder / name).exists() and _is_ours(folder / name):
+            return folder / name
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            compiled = _compile(compiler, Path(temporary))
+            os.replace(compiled, folder / name)  # whole or not at all: other processes may compile, too
+        return folder / name
+    except PermissionError:  # a home that cannot be written
+        return _compile(compiler, Path(tempfile.mkdtemp(prefix="mmmamba-")))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody else could have written the file, which is about to be run."""
+    if not hasattr(os, "getuid"):
+        return True
+    return all(found.stat().st_uid in (os.getuid(), 0) and not found.stat().st_mode & 0o022 for found in (path, path.parent))
+
+
+def _compile(compiler: list[str], folder: Path) -> Path:
+    source, target = folder / "kernels.c", folder / "kernels.so"
+    source.write_text(SOURCE, encoding="utf-8")
+    for commands in _commands(compiler, str(source), str(target)):
+        for command in commands:
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_COMPILE)
+            except subprocess.TimeoutExpired:
+                raise OSError(f"{compiler[0]} took more than {SECONDS_TO_COMPILE} s") from None
+            if done.returncode:
+                break
+        else:
+            return target
+    lines = [line for line in done.stderr.splitlines() if "error" in line] or ["it gave no message"]
+    raise OSError(f"{' '.join(compiler)} cannot compile them with OpenMP ({lines[0].strip()})")
+
+
+# --- calling ---------------------------------------------------------------------------------------------------------
+
+
+class Kernels:
+    """The compiled functions.
+
+    Args:
+        path: The library.
+    """
+
+    def __init__(self, path: Path):
+        library = ctypes.CDLL(str(path))
+        signatures = {
+            "layer_step": (POINTER(Layer), c_int64, *[c_void_p] * 5),
+            "decode_step": (POINTER(Layer), c_int64, *[c_void_p] * 5),
+            "attention_projections": (POINTER(Layer), c_int64, *[c_void_p] * 7),
+            "attention_step": (POINTER(Layer), c_int64, c_void_p, c_void_p, POINTER(Past), c_void_p, c_void_p),
+            "multiply": (POINTER(Matrix), c_int64, c_void_p, c_void_p, c_int64, c_void_p),
+            "bytes_for_layer": (POINTER(Layer), c_int64),
+            "bytes_for_product": (POINTER(Matrix), c_int64),
+            "bytes_for_projections": (POINTER(Layer), c_int64),
+            "bytes_for_attention": (POINTER(Layer), c_int64, POINTER(Past)),
+        }
+        for name, arguments in signatures.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, c_int64 if name.startswith("bytes") else None
+            setattr(self, f"_{name}", function)
+
+    def multiply(self, x: Tensor, weight: Tensor, bits: int, out_features: int, bias: Tensor | None = None) -> Tensor:
+        """`x` times a quantised weight, dequantised and transposed; `x` is rounded to 8 bits in groups of 32.
+
+        Args:
+            x: (rows, in), fp32 or bf16.
+            weight: (tiles, in / 32, bytes), uint8, in the format of `quantization_mmmamba`.
+            bits: 4 or 8.
+            out_features: Rows of the weight that count, out.
+            bias: (out,), fp32 or bf16.
+
+        Returns:
+            (rows, out) in the dtype of `x`.
+
+        Raises:
+            ValueError: if shapes, dtypes or devices do not fit each other.
+        """
+        blocks = ((out_features + TILE - 1) // TILE, x.shape[-1] // GROUP, 2 * TILE + bits * 64)
+        if x.ndim != 2 or x.shape[1] % GROUP or tuple(weight.shape) != blocks or weight.dtype != torch.uint8:
+            raise ValueError(
+                f"A product of {tuple(x.shape)} inputs with {bits}-bit blocks {tuple(weight.shape)} of "
+                f"{weight.dtype} is none; expected uint8 blocks {blocks} and inputs in groups of {GROUP}."
+            )
+        return self._product(x, weight.contiguous(), bias, out_features, bits)
+
+    def multiply_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`F.linear` for few rows.
+
+        Args:
+            x: (rows, in), fp32 or bf16.
+            weight: (out, in), fp32 or bf16, contiguous.
+            bias: (out,), fp32 or bf16.
+
+        Returns:
+            (rows, out) in the dtype of `x`.
+        """
+        return self._product(x, weight, bias, len(weight), weight.dtype)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, kind) -> Tensor:
+        x = x.contiguous()
+        matrix = Matrix.of(weight, bias, rows, x.shape[1], KINDS[kind])
+        y = x.new_empty(len(x), rows)
+        memory = torch.empty(self._bytes_for_product(byref(matrix), len(x)), dtype=torch.uint8)
+        if len(x):
+            pointers = (x.data_ptr(), y.data_ptr(), DTYPES[x.dtype], memory.data_ptr())
+            self._multiply(byref(matrix), len(x), *pointers)
+        return y
+
+    def decode_step(
+        self,
+        projected: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        conv_state: Tensor,
+        state: Tensor,
+    ) -> Tensor:
+        """See `ssm_mmmamba.decode_step`; states are contiguous."""
+        (batch, heads, size, _), (channels, taps) = state.shape, conv_weight.shape
+        projected, conv_weight = projected.contiguous(), conv_weight.contiguous()
+        layer = Layer(
+            heads=heads, kv_heads=(channels // size - heads) // 2, head_size=size, taps=taps,
+            dtype=DTYPES[projected.dtype], mixer_eps=eps, conv_weight=Vector.of(conv_weight),
+            conv_bias=Vector.of(conv_bias), A_log=Vector.of(A_log), dt_bias=Vector.of(dt_bias),
+            mixer_norm=Vector.of(norm_weight),
+        )  # fmt: skip
+        out = projected.new_empty(batch, heads, size)
+        memory = torch.empty(batch * (projected.shape[1] + heads * size))  # fp32 copies of what goes in and comes out
+        tensors = (projected, conv_state, state, out, memory)
+        self._decode_step(byref(layer), batch, *(x.data_ptr() for x in tensors))
+        return out
+
+    def layer_step(self, layer: Layer, x: Tensor, conv_state: Tensor, state: Tensor) -> Tensor:
+        """One token per row through a Mamba-2 layer; both states change in place.
+
+        Args:
+            layer: Its sizes and weights.
+            x: (B, hidden), contiguous, in the layer's dtype.
+            conv_state: (B, channels, taps - 1), contiguous, in the layer's dtype.
+            state: (B, H, P, P), contiguous, fp32.
+
+        Returns:
+            (B, hidden).
+        """
+        y = torch.empty_like(x)
+        memory = torch.empty(self._bytes_for_layer(byref(layer), len(x)), dtype=torch.uint8)
+        pointers = [tensor.data_ptr() for tensor in (x, conv_state, state, y, memory)]
+        self._layer_step(byref(layer), len(x), *pointers)
+        return y
+
+    def attention_projections(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What one token per row brings to an attention layer.
+
+        Args:
+            layer: Its sizes and weights.
+            x: (B, hidden), contiguous, in the layer's dtype.
+            cos, sin: (B, P) of the token's position, contiguous, in the layer's dtype.
+
+        Returns:
+            Rotated queries (B, H, 1, P) and keys (B, K, 1, P), and values (B, K, 1, P).
+        """
+        rows = len(x)
+        q, k, v = (x.new_empty(rows, n, 1, layer.head_size) for n in (layer.heads, layer.kv_heads, layer.kv_heads))
+        memory = torch.empty(self._bytes_for_projections(byref(layer), rows), dtype=torch.uint8)
+        pointers = [tensor.data_ptr() for tensor in (x, cos, sin, q, k, v, memory)]
+        self._attention_projections(byref(layer), rows, *pointers)
+        return q, k, v
+
+    def attention_step(self, layer: Layer, x: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The rest of an attention layer for one token per row.
+
+        Args:
+            layer, x: As for `attention_projections`.
+            q: (B, H, 1, P), contiguous.
+            keys, values: (B, K, tokens, P), fp32 or bf16, numbers of a head side by side; all of them are seen.
+
+        Returns:
+            (B, hidden).
+        """
+        strides = (*keys.stride()[:3], *values.stride()[:3])
+        past = Past(Vector.of(keys), Vector.of(values), keys.shape[2], *strides)
+        y = torch.empty_like(x)
+        memory = torch.empty(self._bytes_for_attention(byref(layer), len(x), byref(past)), dtype=torch.uint8)
+        pointers = (y.data_ptr(), memory.data_ptr())
+        self._attention_step(byref(layer), len(x), x.data_ptr(), q.data_ptr(), byref(past), *pointers)
+        return y
+
+
+@lru_cache
+def _load() -> Kernels | OSError:
+    try:
+        return Kernels(build())
+    except OSError as error:
+        return error
+
+
+def kernels() -> Kernels | None:
+    """The kernels, compiled if need be; None where they cannot be, or `MMMAMBA_SSM=torch` keeps them out."""
+    if os.environ.get(ENVIRONMENT) == "torch":
+        return None
+    found = _load()
+    return found if isinstance(found, Kernels) else None
+
+
+def reason_without_kernels() -> str | None:
+    """Why there are no kernels; None if there are."""
+    found = _load()
+    return None if isinstance(found, Kernels) else str(found)
+
+
+def decode_step(
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    conv_state: Tensor,
+    state: Tensor,
+) -> Tensor:
+    """See `ssm_mmmamba.decode_step`."""
+    states = conv_state.to(projected.dtype).contiguous(), state.float().contiguous()
+    out = kernels().decode_step(
+        projected, conv_weight, conv_bias, A_log, dt_bias, norm_weight, eps, *states
+    )
+    for given, changed in zip((conv_state, state), states, strict=True):
+        if given is not changed:
+            given.copy_(changed)
+    return out
+
+
+CPU = TORCH._replace(name="cpu", decode_step=decode_step)
