@@ -11,15 +11,16 @@ from torch import Tensor
 
 from mmmamba.benchmarks.arguments import SIZES
 from mmmamba.configuration_mmmamba import MmMambaConfig
+from mmmamba.conversion.quantize import quantize_folder
 from mmmamba.conversion.shards import ShardWriter
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+from mmmamba.quantization_mmmamba import FORMAT_VERSION, quantize_weight
 
 
 ROOT = Path(__file__).resolve().parents[2]  # whose config.json is the released model's
 # Mean and deviation by the end of a tensor's name; all others are matrices.
 VALUES = {"norm.weight": (1.0, 0.0), "A_log": (0.0, 0.3), "dt_bias": (-4.0, 1.0), "conv1d.weight": (0.5, 0.3)}
 MATRIX = (0.0, 0.02)
-QUANTIZING = ("conversion/quantize.py", "quantization_mmmamba.py")  # the code that decides what a folder holds
 
 
 def model_config(model: str, size: str) -> MmMambaConfig:
@@ -39,22 +40,27 @@ def model_config(model: str, size: str) -> MmMambaConfig:
 
 
 def make(folder: Path, model: str, size: str, bits: int) -> Path:
-    """A model's folder in `folder`; made now if it is not there, or was quantised by other code."""
+    """A model's folder in `folder`; made now if it is not there, or was quantised in another way."""
     full = folder / f"{model}-16"
     if not full.is_dir():
         print(f"{full.name} is made.", flush=True)
         write_bf16(full, model, size)
     if bits == 16:
         return full
-    destination = folder / f"{model}-{bits}-{code_digest(QUANTIZING)}"
+    destination = folder / f"{model}-{bits}-{quantization_digest(bits)}"
     if not destination.is_dir():
-        from mmmamba.conversion.quantize import quantize
-
         for outdated in folder.glob(f"{model}-{bits}-*"):
             shutil.rmtree(outdated)
         print(f"{destination.name} is made.", flush=True)
-        quantize(full, destination, bits)
+        quantize_folder(full, destination, bits)
     return destination
+
+
+def quantization_digest(bits: int) -> str:
+    """Changes when weights are quantised, or stored, in another way."""
+    weight = torch.arange(1024.0).view(32, 32) / 1000 - 0.5
+    stored = quantize_weight(weight, bits).numpy().tobytes()
+    return hashlib.sha256(stored + bytes([FORMAT_VERSION])).hexdigest()[:8]
 
 
 def bytes_to_make(folder: Path, candidates: list[tuple[str, int]], size: str) -> int:
@@ -74,10 +80,10 @@ def bytes_to_make(folder: Path, candidates: list[tuple[str, int]], size: str) ->
 
 
 @cache
-def code_digest(names: tuple[str, ...] = ("*_mmmamba.py", "conversion/quantize.py")) -> str:
-    """Changes when these files of the package do."""
+def code_digest() -> str:
+    """Changes when the code of a loaded model does."""
     digest = hashlib.sha256()
-    for file in sorted({file for name in names for file in ROOT.glob(name)}):
+    for file in sorted(ROOT.glob("*_mmmamba.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmmamba.benchmarks.arguments import LAPTOP_OURS
+from mmmamba.benchmarks.arguments import LAPTOP_OURS, LAPTOP_PEERS
 from mmmamba.benchmarks.plot import line_plot
 
 from .gguf_models import FORMATS
@@ -52,12 +52,18 @@ def results(samples: list[dict], gguf_bytes: Mapping[tuple[str, int], int]) -> d
         gguf_bytes: Sizes of the peers' files by (model, bits).
 
     Returns:
-        `bandwidth` (bytes per second, and the loop that reached it), `rows`, `goals`, `samples`.
+        `bandwidth` (bytes per second, and the loop that reached it), `rows`, `goals`, `samples`, and when the first
+        and the last of ours and of theirs were `measured`.
     """
     rates = [(rate, loop) for x in samples if x["what"] == "bandwidth" for loop, rate in x["bytes/s"].items()]
     bandwidth, loop = max(rates)
     rows = rows_of([sample for sample in samples if sample["what"] != "bandwidth"], bandwidth)
+    measured = {}
+    for whose, models in (("mmMamba", LAPTOP_OURS), ("llama.cpp", LAPTOP_PEERS)):
+        if times := [sample["at"] for sample in samples if sample["model"] in models]:
+            measured[whose] = [min(times), max(times)]
     return {
+        "measured": measured,
         "bandwidth": {"bytes/s": bandwidth, "loop": loop},
         "rows": rows,
         "goals": goals_of(rows, gguf_bytes),
@@ -146,6 +152,7 @@ def markdown(result: dict) -> str:
         table.append([name, *cells, memory, f"{first['file bytes'] / 1e9:.2f}"])
     columns = ["tokens/s", *(point_name(*point) for point in points), "memory (of it libraries), GB", "weights, GB"]
     parts = [_table(columns, table)]
+    parts += [f"{whose} was measured from {first} to {last}." for whose, (first, last) in result["measured"].items()]
     steps = [
         (
             row["format"], f"{row['tokens']:,}", f"{row['ms']:.1f}", f"{row['step bytes'] / 1e9:.2f}",
@@ -180,6 +187,8 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
 def plot(rows: list[dict], file: Path) -> None:
     """Tokens per second over context, of the fewest bits that were measured, and what reading memory would allow."""
     steps = [row for row in rows if row["what"] == "step"]
+    if not steps:
+        return
     fewest = min(row["bits"] for row in steps)
     points = [
         {"model": row["format"], "context": row["tokens"], "tokens/s": row["tokens/s"]}

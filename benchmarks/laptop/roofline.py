@@ -1,4 +1,4 @@
-"""How many bytes per second this machine reads from memory at best, by several loops of torch over one gibibyte.
+"""How many bytes per second this machine reads from memory at best, by several loops of torch over a gibibyte.
 
 python -m mmmamba.benchmarks.laptop.roofline --threads 2       # prints JSON: bytes per second by loop
 """
@@ -11,12 +11,11 @@ import time
 import torch
 
 
-BYTES = 2**30
-REPEATED = 7
+REPEATED = 5
 
 
-def read_rates(size: int = BYTES) -> dict[str, float]:
-    """The best of some repetitions, in bytes per second, by loop."""
+def read_rates(size: int) -> dict[str, float]:
+    """The best of some repetitions over so many bytes, in bytes per second, by loop."""
     numbers = torch.ones(size // 4)
     rows, vector = numbers.view(-1, 2048), torch.ones(2048)
     loops = {
@@ -40,10 +39,11 @@ def read_rates(size: int = BYTES) -> dict[str, float]:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m mmmamba.benchmarks.laptop.roofline", description=__doc__)
     parser.add_argument("--threads", type=int, help="(default: torch's choice)")
+    parser.add_argument("--bytes", type=int, default=2**30, help="more than caches hold (default: 2^30)")
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    print(json.dumps(read_rates()))
+    print(json.dumps(read_rates(args.bytes)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
-from mmmamba.benchmarks.arguments import LAPTOP_OURS
+from mmmamba.benchmarks.arguments import LAPTOP_OURS, LAPTOP_PEERS
 
 
 class Point(NamedTuple):
@@ -35,8 +35,8 @@ class Samples:
         started = _read(file)
         outdated = any(row["model"] in LAPTOP_OURS and not self._is_current(row) for row in started)
         if keep_peers:
-            finished = _read(self._finished)
-            started = [row for row in finished if row["model"] not in LAPTOP_OURS] + started
+            finished = [row for row in _read(self._finished) if row["model"] in LAPTOP_PEERS]
+            started = finished + [row for row in started if row not in finished]
         elif outdated:
             print("The code has changed since the interrupted run, so all is measured again (but see --keep-peers).")
             started = []
