@@ -158,7 +158,7 @@ def test_the_parts_of_a_step_come_to_the_whole(folder):
 
 def sample(model, bits, what, tokens, rates, peak=1e9, **others):
     measured = {"rates": rates, "peak bytes": peak, "file bytes": 9e8, "step bytes": 2e9, "libraries bytes": 3e8}
-    measured["at"] = "2026-11-27T04:00:00+00:00"
+    measured |= {"at": "2026-11-27T04:00:00+00:00", "commit": "0c1e570"}
     return {"model": model, "bits": bits, "what": what, "tokens": tokens} | measured | others
 
 
@@ -317,6 +317,7 @@ def test_a_run_from_models_to_the_table(work_dir, llama_bench, tmp_path, capsys)
         (model, *point) for model in ("linear", "llama") for point in (("prompt", 512), ("step", 16), ("step", 20000))
     }
     assert result["machine"]["processor"] and "features" in result["machine"] and result["settings"]["threads"] == 1
+    assert result["llama.cpp"] == ["0c1e570"] and result["failed"] == {}
     calls = [json.loads(line) for line in log.read_text().splitlines()]
     # Both ways to attend are tried once per task; a step is then measured with the faster, flash attention.
     assert [call["-fa"] for call in calls] == ["0,1", "0", "0,1", "1", "1"]

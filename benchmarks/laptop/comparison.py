@@ -36,6 +36,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     """Runs `mmmamba bench laptop`. Raises ValueError, with the reason, for what cannot be measured here."""
     check(args, device)
     threads = args.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)  # as the result says of the machine
     candidates = [(model, bits) for bits in sorted(set(args.bits)) for model in args.models]
     bench = prepare(candidates, args, threads)
     samples = Samples(bench.folder / "samples.jsonl", bench.identities(), args.keep_peers)

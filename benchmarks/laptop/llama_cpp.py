@@ -122,12 +122,17 @@ def measure(
         repetitions: How many, after one to warm up.
 
     Returns:
-        `rates`, the tokens per second of each repetition; `peak bytes`; `commit`.
+        `rates`, the tokens per second of each repetition; `peak bytes`; `commit`; `flash`.
     """
     command = _command(llama_bench, model, what, tokens, threads, steps, repetitions)
     done = processes.run([*command, "-fa", flash], preempting, OMP_NUM_THREADS=str(threads))
     (found,) = json.loads(done.output)
-    return {"rates": found["samples_ts"], "peak bytes": done.peak_bytes, "commit": found["build_commit"]}
+    return {
+        "rates": found["samples_ts"],
+        "peak bytes": done.peak_bytes,
+        "commit": found["build_commit"],
+        "flash": flash,
+    }
 
 
 def faster_attention(

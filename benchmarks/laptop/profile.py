@@ -68,14 +68,30 @@ def _layer_seconds(model, cache, token: Tensor, steps: int) -> list[float]:
 
 
 def _product_seconds(model, steps: int, part: nn.Module) -> float:
-    """The median of the seconds that a part's products with one row take, its weights not in the processor's cache."""
-    products = [(layer, torch.randn(1, 1, layer.in_features, dtype=model.dtype)) for layer in _linear(part)]
+    """The median of the seconds that a part's products with one row take, its weights not in the processor's cache.
+
+    What a call takes whatever it multiplies is taken off: a fused layer has no such calls.
+    """
+    calls, empty_calls = (
+        [(layer, torch.randn(1, 1, layer.in_features, dtype=model.dtype)) for layer in layers]
+        for layers in (_linear(part), [_smallest(layer, model.dtype) for layer in _linear(part)])
+    )
     other = torch.empty(2**26)  # 256 MB, more than caches hold
     seconds = []
     for _ in range(steps):
         other.fill_(1)
-        seconds.append(timed(lambda: [project(layer, x) for layer, x in products]))
+        both = [timed(lambda some=some: [project(layer, x) for layer, x in some]) for some in (calls, empty_calls)]
+        seconds.append(both[0] - both[1])
     return statistics.median(seconds)
+
+
+def _smallest(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A layer of the same kind with hardly any weights."""
+    if not isinstance(layer, QuantizedLinear):
+        return nn.Linear(32, 16, bias=False, dtype=dtype)
+    made = QuantizedLinear(32, 16, layer.bits)
+    made.weight.zero_()
+    return made
 
 
 def _linear(part: nn.Module) -> list[nn.Module]:

@@ -52,8 +52,8 @@ def results(samples: list[dict], gguf_bytes: Mapping[tuple[str, int], int]) -> d
         gguf_bytes: Sizes of the peers' files by (model, bits).
 
     Returns:
-        `bandwidth` (bytes per second, and the loop that reached it), `rows`, `goals`, `samples`, and when the first
-        and the last of ours and of theirs were `measured`.
+        `bandwidth` (bytes per second, and the loop that reached it), `rows`, `goals`, `samples`; when the first and
+        the last of ours and of theirs were `measured`; the commits of `llama.cpp`.
     """
     rates = [(rate, loop) for x in samples if x["what"] == "bandwidth" for loop, rate in x["bytes/s"].items()]
     bandwidth, loop = max(rates)
@@ -64,6 +64,7 @@ def results(samples: list[dict], gguf_bytes: Mapping[tuple[str, int], int]) -> d
             measured[whose] = [min(times), max(times)]
     return {
         "measured": measured,
+        "llama.cpp": sorted({sample["commit"] for sample in samples if sample["model"] in LAPTOP_PEERS}),
         "bandwidth": {"bytes/s": bandwidth, "loop": loop},
         "rows": rows,
         "goals": goals_of(rows, gguf_bytes),
