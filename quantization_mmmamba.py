@@ -27,7 +27,7 @@ BITS = (4, 8)
 GROUP = 32  # inputs that share a scale
 TILE = 16  # rows whose groups are stored together
 SCALES = 2 * TILE  # bytes of a tile's scales of one group
-LARGEST_SCALE = torch.finfo(torch.float16).max
+LARGEST_SCALE, SMALLEST_SCALE = torch.finfo(torch.float16).max, 2.0**-24
 # What the largest weight of a group may become before it is rounded and cut off at -8.
 CANDIDATES = tuple(-6.8 - 0.16 * step for step in range(16))
 PIECE = 2**18  # weights that are quantised at once
@@ -109,7 +109,10 @@ def _integers(groups: Tensor, scales: Tensor, least: int, most: int) -> Tensor:
 
 
 def _eight_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
-    scales = _rounded(groups.abs().amax(1, keepdim=True) / 127)
+    largest = groups.abs().amax(1, keepdim=True)
+    scales = _rounded(largest / 127)
+    # The subnormal numbers of fp16 lie so far apart that the next smaller one may cut off the largest weights.
+    scales = torch.where(scales * 127.5 < largest, scales + SMALLEST_SCALE, scales)
     return scales, _integers(groups, scales, -127, 127)
 
 
@@ -264,7 +267,7 @@ class QuantizedLinear(nn.Module):
         if made is None or made[0]() is not self.weight or made[1] != _version(self.weight):
             made = weakref.ref(self.weight), _version(self.weight), _in_torch_format(self.weight, self.bits)
             self._torch_format = made
-        x = rows.to(torch.bfloat16)
+        x = rows.to(torch.bfloat16).contiguous()
         product = sum(
             torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales).to(rows.dtype)
             for packed, scales in made[2]
