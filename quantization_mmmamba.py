@@ -247,8 +247,10 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Args: x (..., in). Returns (..., out) in its dtype."""
         rows = x.reshape(-1, self.in_features)
+        # A tracer sees what torch computes, not what kernels do.
+        traced = type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        product = None if needs_gradient or torch.compiler.is_compiling() else self._by_kernel(rows)
+        product = None if traced or needs_gradient else self._by_kernel(rows)
         if product is None:
             product = _Product.apply(rows, self.weight, self.bits, self.out_features)
         if self.bias is not None:
