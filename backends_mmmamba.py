@@ -181,10 +181,11 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
     rows = x.numel() // max(x.shape[-1], 1)
     if x.device.type != "cpu" or rows > FEW_ROWS or x.dtype not in DTYPES or not runs_as_written(x):
         return layer(x)
-    if not are_plain({layer: nn.Linear}, x.device) or type(layer.weight) is not nn.Parameter:
-        return layer(x)
     weight, bias = layer.weight, layer.bias
-    if weight.dtype != x.dtype or not weight.is_contiguous() or rows == 0:
+    parameters = [tensor for tensor in (weight, bias) if tensor is not None]
+    if not are_plain({layer: nn.Linear}, x.device) or any(type(tensor) is not nn.Parameter for tensor in parameters):
+        return layer(x)
+    if any(tensor.dtype != x.dtype or not tensor.is_contiguous() for tensor in parameters) or rows == 0:
         return layer(x)
     if (compiled := kernels()) is not None:
         return compiled.multiply_dense(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
