@@ -63,7 +63,8 @@ def backend(device: torch.device, dtype: torch.dtype = torch.float32, requested:
         ValueError: if the name is unknown, or that backend cannot run there.
     """
     requested = os.environ.get(ENVIRONMENT) or requested
-    if device.type == "cpu" and requested in ("auto", "cpu") and is_traced():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced and device.type == "cpu" and requested in ("auto", "cpu"):
         return TORCH  # a graph cannot hold what is called through ctypes
     return _backend(device.type, dtype, requested)
 
@@ -153,18 +154,14 @@ def _cudnn_attention_off() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def is_traced() -> bool:
-    """Whether operations are recorded into a graph."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
 def runs_as_written(x: Tensor) -> bool:
     """Whether operations on `x` are run at once and as they stand: without gradients, a tracer, or autocast."""
-    return (
-        type(x) is Tensor
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
-        and not is_traced()
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled(x.device.type)
+        or type(x) is not Tensor
     )
 
 
@@ -178,8 +175,10 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
         layer: To (..., out).
         x: (..., width).
     """
+    if not runs_as_written(x):  # first: a graph that is being made may serve other numbers of rows
+        return layer(x)
     rows = x.numel() // max(x.shape[-1], 1)
-    if x.device.type != "cpu" or rows > FEW_ROWS or x.dtype not in DTYPES or not runs_as_written(x):
+    if x.device.type != "cpu" or rows > FEW_ROWS or x.dtype not in DTYPES:
         return layer(x)
     weight, bias = layer.weight, layer.bias
     parameters = [tensor for tensor in (weight, bias) if tensor is not None]
