@@ -38,7 +38,7 @@ class Part(NamedTuple):
     @classmethod
     def of(cls, parent: nn.Module, name: str, parameters: tuple[str, ...] = ()) -> "Part":
         module = getattr(parent, name)
-        tensors = [(key, getattr(module, key)) for key in parameters]
+        tensors = [(key, getattr(module, key, None)) for key in parameters]  # what stands in its place may have none
         # Classes of their own, as quantisation tools have them, may have no address to read from.
         addresses = [tensor.data_ptr() if type(tensor) is nn.Parameter else 0 for _, tensor in tensors]
         tensors = tuple((*named, address) for named, address in zip(tensors, addresses, strict=True))
@@ -92,9 +92,11 @@ def layer_step(
     Returns:
         (B, 1, D).
     """
+    if not runs_as_written(hidden_states):  # first: a graph that is being made may serve any length
+        return None
     if hidden_states.device.type != "cpu" or hidden_states.shape[1] != 1 or cache is None:
         return None
-    if attention_mask is not None or layer.training or not runs_as_written(hidden_states):
+    if attention_mask is not None or layer.training:
         return None
     plan = _plans.get(layer)
     if plan is None or not all(part.unchanged for part in plan.parts):
