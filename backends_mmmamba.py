@@ -180,12 +180,16 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
     rows = x.numel() // max(x.shape[-1], 1)
     if x.device.type != "cpu" or rows > FEW_ROWS or x.dtype not in DTYPES:
         return layer(x)
+    if not are_plain({layer: nn.Linear}, x.device):
+        return layer(x)
     weight, bias = layer.weight, layer.bias
     parameters = [tensor for tensor in (weight, bias) if tensor is not None]
-    if not are_plain({layer: nn.Linear}, x.device) or any(type(tensor) is not nn.Parameter for tensor in parameters):
+    if any(type(tensor) is not nn.Parameter or tensor.dtype != x.dtype for tensor in parameters):
         return layer(x)
-    if any(tensor.dtype != x.dtype or not tensor.is_contiguous() for tensor in parameters) or rows == 0:
+    if not all(tensor.is_contiguous() for tensor in parameters) or rows == 0:
         return layer(x)
+    if weight.shape[1] != x.shape[-1] or (bias is not None and bias.shape != weight.shape[:1]):
+        return layer(x)  # which says so
     if (compiled := kernels()) is not None:
         return compiled.multiply_dense(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
     if x.dtype != torch.float32 or rows > 1 or bias is not None or len(weight) % 4:
