@@ -62,7 +62,10 @@ def backend(device: torch.device, dtype: torch.dtype = torch.float32, requested:
     Raises:
         ValueError: if the name is unknown, or that backend cannot run there.
     """
-    return _backend(device.type, dtype, os.environ.get(ENVIRONMENT) or requested)
+    requested = os.environ.get(ENVIRONMENT) or requested
+    if torch.compiler.is_compiling() and device.type == "cpu" and requested in ("auto", "cpu"):
+        return TORCH  # C kernels do not become part of a graph
+    return _backend(device.type, dtype, requested)
 
 
 @lru_cache
@@ -152,12 +155,12 @@ def _cudnn_attention_off() -> Iterator[None]:
 
 def runs_as_written(x: Tensor) -> bool:
     """Whether operations on `x` are run at once and as they stand: without gradients, a tracer, or autocast."""
-    return (
-        type(x) is Tensor
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled(x.device.type)
+        or type(x) is not Tensor
     )
 
 
@@ -171,14 +174,18 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
         layer: To (..., out).
         x: (..., width).
     """
+    if not runs_as_written(x):  # first: a graph that is being made may serve other numbers of rows
+        return layer(x)
     rows = x.numel() // max(x.shape[-1], 1)
-    if x.device.type != "cpu" or rows > FEW_ROWS or x.dtype not in DTYPES or not runs_as_written(x):
+    if x.device.type != "cpu" or rows > FEW_ROWS or x.dtype not in DTYPES:
+        return layer(x)
+    if not are_plain({layer: nn.Linear}, x.device):
         return layer(x)
     weight, bias = layer.weight, layer.bias
     parameters = [tensor for tensor in (weight, bias) if tensor is not None]
-    if not are_plain({layer: nn.Linear}, x.device) or any(type(tensor) is not nn.Parameter for tensor in parameters):
+    if any(type(tensor) is not nn.Parameter or tensor.dtype != x.dtype for tensor in parameters):
         return layer(x)
-    if any(tensor.dtype != x.dtype or not tensor.is_contiguous() for tensor in parameters) or rows == 0:
+    if not all(tensor.is_contiguous() for tensor in parameters) or rows == 0:
         return layer(x)
     if (compiled := kernels()) is not None:
         return compiled.multiply_dense(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)

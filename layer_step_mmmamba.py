@@ -38,7 +38,7 @@ class Part(NamedTuple):
     @classmethod
     def of(cls, parent: nn.Module, name: str, parameters: tuple[str, ...] = ()) -> "Part":
         module = getattr(parent, name)
-        tensors = [(key, getattr(module, key)) for key in parameters]
+        tensors = [(key, getattr(module, key, None)) for key in parameters]  # what stands in its place may have none
         # Classes of their own, as quantisation tools have them, may have no address to read from.
         addresses = [tensor.data_ptr() if type(tensor) is nn.Parameter else 0 for _, tensor in tensors]
         tensors = tuple((*named, address) for named, address in zip(tensors, addresses, strict=True))
@@ -92,9 +92,11 @@ def layer_step(
     Returns:
         (B, 1, D).
     """
+    if not runs_as_written(hidden_states):  # first: a graph that is being made may serve any length
+        return None
     if hidden_states.device.type != "cpu" or hidden_states.shape[1] != 1 or cache is None:
         return None
-    if attention_mask is not None or layer.training or not runs_as_written(hidden_states):
+    if attention_mask is not None or layer.training:
         return None
     plan = _plans.get(layer)
     if plan is None or not all(part.unchanged for part in plan.parts):
@@ -127,6 +129,8 @@ def _attention_step(
     cos, sin = (table[:, 0].to(x.dtype).expand(len(x), -1).contiguous() for table in position_embeddings)
     q, k, v = kernels().attention_projections(layer, x, cos, sin)
     keys, values = cache.update(k, v, mixer.layer_idx)
+    if keys.dtype != values.dtype or keys.dtype not in DTYPES or keys.stride(-1) != 1 or values.stride(-1) != 1:
+        keys, values = keys.to(x.dtype).contiguous(), values.to(x.dtype).contiguous()
     return kernels().attention_step(layer, x, q, keys, values)
 
 

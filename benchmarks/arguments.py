@@ -9,6 +9,7 @@ from mmmamba.cli.arguments import HYBRID, positive
 OURS = ("linear", "hybrid", "teacher")
 PEERS = ("llama", "bamba", "falcon-h1")
 SERVED = ("linear", "hybrid", "teacher", "granite", "llama")
+LAPTOP_OURS, LAPTOP_PEERS = ("linear", "hybrid"), ("llama", "granite")
 DTYPE_NAMES = ("fp32", "bf16", "fp16")
 SIZES = {  # layers, hidden, MLP, heads, key/value heads, vocabulary
     "tiny": (2, 64, 256, 2, 1, 1024),
@@ -114,3 +115,29 @@ def capacity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="bf16")
     parser.add_argument("--memory-gb", type=float, default=80.0, help="memory of the GPU, 10^9 bytes")
     parser.add_argument("--lengths", type=positive, nargs="+", default=[1024, 16384, 131072])
+
+
+def laptop(parser: argparse.ArgumentParser) -> None:
+    everything = [*LAPTOP_OURS, *LAPTOP_PEERS]
+    bits = {"type": int, "nargs": "+", "choices": (4, 8, 16)}
+    parser.add_argument("--models", nargs="+", choices=everything, default=everything)
+    parser.add_argument("--bits", **bits, default=[4, 8, 16], help="of the weights (default: 4 8 16)")
+    parser.add_argument(
+        "--contexts", type=positive, nargs="+", default=[256, 4096, 32768], help="tokens before a step"
+    )
+    long = "of contexts above 16,384 tokens, which llama.cpp takes long to read"
+    parser.add_argument("--long-bits", **bits, default=[4], help=f"{long} (default: 4)")
+    parser.add_argument("--long-rounds", type=positive, default=1, help=f"{long} (default: 1)")
+    parser.add_argument("--keep-peers", action="store_true", help="take llama.cpp's figures of the last run")
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path("~/.cache/mmmamba/laptop"),
+        help="folder for llama.cpp, models and measurements (default: ~/.cache/mmmamba/laptop)",
+    )
+    parser.add_argument("--llama-bench", type=Path, metavar="FILE", help="your own, instead of building one")
+    parser.add_argument(
+        "--normal-priority", action="store_true", help="do not put measurements before all else by chrt, as root may"
+    )
+    parser.add_argument("--size", choices=("small", "released"), default="released", help="small tries it out")
+    parser.set_defaults(device="cpu", rounds=3)

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "prefill": "reading a prompt: the same models",
     "memory": "peak memory of reading a prompt: the same models",
     "distillation": "memory and time of the distillation stages, beside naive implementations",
+    "laptop": "what a CPU does with the released size, in bf16, 8 and 4 bits, beside llama.cpp",
     "serving": "requests per second and latency in vLLM: our plugin, Granite-4 and Llama of the same size",
     "capacity": "conversations that fit into the memory of a GPU, computed",
     "quantization": "answers and size on disk under every quantisation tool, before saving and after loading",

@@ -14,6 +14,12 @@ from typing import NamedTuple
 import torch
 
 
+FEATURES = (
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
+    "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
+
+
 class Timing(NamedTuple):
     """Seconds of repeated runs."""
 
@@ -43,6 +49,7 @@ def machine_info(device: torch.device) -> dict:
     info = {
         "date": date.today().isoformat(),
         "processor": processor_name(),
+        "features": processor_features(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -60,6 +67,14 @@ def processor_name() -> str:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def processor_features() -> list[str]:
+    """Which of the instructions that products are fast with the processor has, by Linux's names for them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    flags = {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
+    return [name for name in FEATURES if name in flags]
 
 
 def time_once(function: Callable[[], object], device: torch.device) -> float:

@@ -88,7 +88,7 @@ def test_signals_are_as_before_after_a_command(capsys):
 
 COMMANDS_WITH_HELP = [
     *(["chat"], ["evaluate"], ["convert"], ["seed"], ["distill"], ["env"], ["bench"], ["push"]),
-    *(["bench", name] for name in ("scan", "decode", "prefill", "memory", "distillation")),
+    *(["bench", name] for name in ("scan", "decode", "prefill", "memory", "distillation", "laptop")),
 ]
 IMPORTS_OF_HELP = """
 import sys
