@@ -156,8 +156,6 @@ def _commands(compiler: list[str], source: str, target: str) -> list[list[list[s
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     options = ["-O3", native, "-fPIC", "-fno-math-errno", "-Wno-psabi"]
     openmp = ["-Xpreprocessor", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
-    # Clang's calls are not in GCC's library: that must fail here, not when the kernels are loaded.
-    complete = ["-Wl,-z,defs"] if sys.platform == "linux" else []
     # The user's options come last, since the last of contradicting ones counts.
     first = next((i for i, word in enumerate(compiler) if word.startswith("-")), len(compiler))
     compiler, given = compiler[:first], compiler[first:]
@@ -167,11 +165,11 @@ def _commands(compiler: list[str], source: str, target: str) -> list[list[list[s
         ways.append([
             [*compiler, *options, *openmp, *given, "-c", source, "-o", object_file],
             [
-                *compiler, "-shared", *complete, *given, object_file, library, f"-Wl,-rpath,{Path(library).parent}",
+                *compiler, "-shared", *given, object_file, library, f"-Wl,-rpath,{Path(library).parent}",
                 "-lm", "-o", target,
             ],
         ])  # fmt: skip
-    ways.append([[*compiler, *options, *openmp, "-shared", *complete, *given, source, "-lm", "-o", target]])
+    ways.append([[*compiler, *options, *openmp, "-shared", *given, source, "-lm", "-o", target]])
     return ways
 
 
@@ -228,23 +226,31 @@ def _compile(compiler: list[str], folder: Path) -> Path:
     source, target = folder / "kernels.c", folder / "kernels.so"
     source.write_text(SOURCE, encoding="utf-8")
     for commands in _commands(compiler, str(source), str(target)):
-        for command in commands:
+        reason = next(filter(None, map(_run, commands)), None)
+        if reason is None:
             try:
-                done = subprocess.run(
-                    command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-                    env=os.environ | {"LC_ALL": "C"}, timeout=SECONDS_TO_COMPILE,
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
-                raise OSError(f"{compiler[0]} took more than {SECONDS_TO_COMPILE} s") from None
+                ctypes.CDLL(str(target))  # Clang's calls are not in GCC's OpenMP, which only shows here
+                return target
             except OSError as error:
-                raise OSError(f"{compiler[0]} cannot be run ({error.strerror})") from None
-            if done.returncode:
-                break
-        else:
-            return target
-    found = re.search(r"(?:error: |cannot find ).*", done.stderr)
-    reason = found[0].removeprefix("error: ") if found else "it gave no reason"
+                reason = str(error).removeprefix(f"{target}: ")
     raise OSError(f"{' '.join(compiler)} cannot compile them with OpenMP: {reason}")
+
+
+def _run(command: list[str]) -> str | None:
+    """Why a command of a compiler failed; None if it did not. Raises OSError if it cannot be run, or hangs."""
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            env=os.environ | {"LC_ALL": "C"}, timeout=SECONDS_TO_COMPILE,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise OSError(f"{command[0]} took more than {SECONDS_TO_COMPILE} s") from None
+    except OSError as error:
+        raise OSError(f"{command[0]} cannot be run ({error.strerror})") from None
+    if done.returncode == 0:
+        return None
+    found = re.search(r"(?:error: |cannot find ).*", done.stderr)
+    return found[0].removeprefix("error: ") if found else "it gave no reason"
 
 
 # --- calling ---------------------------------------------------------------------------------------------------------
@@ -274,7 +280,13 @@ class Kernels:
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, c_int64 if name.startswith("bytes") else None
             setattr(self, f"_{name}", function)
-        library.set_most_threads(c_int64(usable_cores()))
+        self._set_most_threads = library.set_most_threads
+        self._set_most_threads.argtypes, self._set_most_threads.restype = (c_int64,), None
+        self.set_most_threads(usable_cores())
+
+    def set_most_threads(self, count: int) -> None:
+        """Lets the kernels run on so many threads, or as many as torch does, whichever is less."""
+        self._set_most_threads(count)
 
     def multiply(self, x: Tensor, weight: Tensor, bits: int, out_features: int, bias: Tensor | None = None) -> Tensor:
         """`x` times a quantised weight, dequantised and transposed; `x` is rounded to 8 bits in groups of 32.
