@@ -25,7 +25,6 @@ FASTEST_FIRST = ("triton", "cuda", "cpu", "torch")
 FEW_ROWS = 2  # of a product that the CPU kernels do faster than torch, see docs/performance.md
 
 
-@lru_cache
 def find(name: str) -> tuple[Backend | None, str]:
     """A backend, or None where it cannot be imported.
 
@@ -38,6 +37,11 @@ def find(name: str) -> tuple[Backend | None, str]:
     if name == "cpu":
         reason = reason_without_kernels()
         return (CPU, "has its kernels") if reason is None else (None, f"has no kernels: {reason}")
+    return _imported(name)
+
+
+@lru_cache
+def _imported(name: str) -> tuple[Backend | None, str]:
     try:
         if name == "triton":
             from .triton_mmmamba import TRITON as found

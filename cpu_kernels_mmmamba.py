@@ -53,17 +53,20 @@ INLINE float sum(f32x16 v) {
 #endif
 }
 
-INLINE f32x16 larger(f32x16 a, f32x16 b) {
-  i32x16 first = a > b;
+/* Where `first`, a, else b. */
+INLINE f32x16 choose(i32x16 first, f32x16 a, f32x16 b) {
   return (f32x16)((first & (i32x16)a) | (~first & (i32x16)b));
 }
+INLINE f32x16 larger(f32x16 a, f32x16 b) { return choose(a > b, a, b); }
 
 /* Nearest integers of numbers below 2^22: the sum with 1.5 * 2^23 has them in its last bits. */
 INLINE i32x16 nearest(f32x16 v) { return (i32x16)(v + 12582912.f) - 0x4B400000; }
 
-/* exp by 2^n * 2^f with |f| <= 1/2, 2^f by its series; at most 2 units in the last place. */
+/* exp by 2^n * 2^f with |f| <= 1/2, 2^f by its series; at most 2 units in the last place, NaN of NaN. Below -87 it is
+   1e-38; from 88.4 on infinite. */
 INLINE f32x16 exp16(f32x16 x) {
-  x = -larger(-larger(x, all(-87.f)), all(-88.f));
+  x = choose(x < -87.f, all(-87.f), x);
+  x = choose(x > 89.f, all(89.f), x);
   f32x16 y = x * 1.44269504f;
   i32x16 n = nearest(y);
   f32x16 whole = __builtin_convertvector(n, f32x16);
@@ -71,7 +74,7 @@ INLINE f32x16 exp16(f32x16 x) {
   f32x16 p = all(1.f / 5040);
   p = p * f + 1.f / 720; p = p * f + 1.f / 120; p = p * f + 1.f / 24;
   p = p * f + 1.f / 6; p = p * f + 0.5f; p = p * f + 1.f; p = p * f + 1.f;
-  return p * (f32x16)((n + 127) << 23);
+  return p * (f32x16)((u32x16)(n + 127) << 23);
 }
 INLINE f32x16 silu(f32x16 x) { return x / (1.f + exp16(-x)); }
 
@@ -109,15 +112,18 @@ typedef struct { float *values; int8_t *integers; float *scales; int32_t *sums; 
 
 INLINE int64_t is_quantised(const matrix *m) { return m->kind >= INT4; }
 
-/* Work of all threads: groups of inputs, rounded to integers from -127 to 127. */
+/* Work of all threads: groups of inputs, rounded to integers from -127 to 127. A group with a number that is NaN or
+   infinite has the scale NaN, so that every product of it is. */
 static void round_inputs(const inputs *x, int64_t count) {
   #pragma omp for schedule(static)
   for (int64_t g = 0; g < count * x->width / GROUP; g++) {
     f32x16 a = load(x->values + g * GROUP), b = load(x->values + g * GROUP + 16);
+    float nothing = sum(a * 0.f + b * 0.f);  /* 0 or NaN */
+    if (nothing != 0) a = b = all(0);
     f32x16 high = larger(larger(a, -a), larger(b, -b));
     float most = 0;
     for (int i = 0; i < 16; i++) most = high[i] > most ? high[i] : most;
-    float inverse = most > 0 ? 127.f / most : 0.f;
+    float inverse = most > 1e-30f ? 127.f / most : 0.f;  /* of less it would be infinite */
     i32x16 p = nearest(a * inverse), q = nearest(b * inverse);
     i8x16 low = __builtin_convertvector(p, i8x16), up = __builtin_convertvector(q, i8x16);
     memcpy(x->integers + g * GROUP, &low, 16);
@@ -126,7 +132,7 @@ static void round_inputs(const inputs *x, int64_t count) {
     int32_t total = 0;
     for (int i = 0; i < 16; i++) total += both[i];
     x->sums[g] = total;
-    x->scales[g] = most / 127.f;
+    x->scales[g] = most / 127.f + nothing;
   }
 }
 
@@ -304,6 +310,7 @@ INLINE void tile_of_kind(
     quantised_tile(m, x, t, first, count, kind, out);
     return;
   }
+  for (int i = 0; i < count; i++) out[i] = all(0);  /* the last tile may have fewer rows */
   for (int lane = 0; lane < TILE && t * TILE + lane < m->rows; lane++) {
     float of_row[MOST_INPUTS];
     dense_row(m, x, t * TILE + lane, first, count, kind, of_row);
@@ -377,13 +384,12 @@ static void product(const matrix *m, const inputs *x, int64_t count, void *y, in
 static void rmsnorm(vector x, int64_t count, int64_t width, vector weight, float eps, float *y) {
   #pragma omp for schedule(static)
   for (int64_t b = 0; b < count; b++) {
-    double squares = 0;
     f32x16 total = all(0);
     int64_t c = 0;
     for (; c + 16 <= width; c += 16) { f32x16 v = get16(x, b * width + c); total += v * v; }
-    squares = sum(total);
+    float squares = sum(total);
     for (; c < width; c++) { float v = get(x, b * width + c); squares += v * v; }
-    float scale = 1.f / sqrtf((float)(squares / width) + eps);
+    float scale = 1.f / sqrtf(squares / width + eps);
     for (c = 0; c + 16 <= width; c += 16) store(y + b * width + c, get16(x, b * width + c) * scale * get16(weight, c));
     for (; c < width; c++) y[b * width + c] = get(x, b * width + c) * scale * get(weight, c);
   }
