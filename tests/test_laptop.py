@@ -15,6 +15,7 @@ import torch
 from mmmamba.benchmarks import arguments
 from mmmamba.benchmarks.laptop import comparison, gguf_models, llama_cpp, our_models, ours, profile, report
 from mmmamba.benchmarks.laptop.samples import Point, Samples, order
+from mmmamba.cache_mmmamba import CACHE
 from mmmamba.cli.load import load_model
 from mmmamba.cli.main import main
 
@@ -140,11 +141,15 @@ def test_a_long_context_is_a_cache_of_that_length_that_steps_continue(folder, mo
 
 
 def test_a_prompt_is_read_up_to_the_logits_of_its_last_token(folder):
-    model = load_model(folder, "cpu")
+    model = load_model(folder.parent / f"{folder.name[:6]}-16", "cpu", torch.float32)
     model.config.text_config.prefill_chunk_size = 7
     ids = torch.randint(4, VOCABULARY, (1, 23))
     with torch.no_grad():
-        assert ours.read_prompt(model, ids).get_seq_length() == 23
+        cache, at_once = ours.read_prompt(model, ids), model.new_cache()
+        model(ids, **{CACHE: at_once})
+    assert cache.get_seq_length() == 23
+    for name, expected in at_once.tensors().items():
+        torch.testing.assert_close(cache.tensors()[name], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_parts_of_a_step_come_to_the_whole(folder):
@@ -179,7 +184,7 @@ def test_ratios_are_of_medians_and_goals_are_as_the_issue_has_them():
         sample("linear", 16, "step", 256, [5], peak=1.16e9),
         sample("llama", 16, "step", 256, [5]),
     ]
-    result = report.results(samples, {("llama", 4): 8e8, ("llama", 16): 1e9})
+    result = report.results(samples, {("llama", 4): 6.5e8, ("llama", 16): 1e9})
     assert result["bandwidth"] == {"bytes/s": 4e10, "loop": "product"}
     row = result["rows"][0]
     assert (row["tokens/s"], row["least tokens/s"], row["most tokens/s"], row["rounds"]) == (13, 1, 99, 3)
@@ -190,7 +195,7 @@ def test_ratios_are_of_medians_and_goals_are_as_the_issue_has_them():
         (pytest.approx(13 / 10.1), "≥ 1.3", False),
         (1.0, "≥ 1.0", True), (1.0, "≥ 1.0", True),
         (pytest.approx(0.86), "≤ 1.15", True), (pytest.approx(1.16), "≤ 1.15", False),
-        (pytest.approx(0.875), "≤ 1.15", True), (pytest.approx(1.25), "≤ 1.15", False),
+        (pytest.approx(7 / 6.5), "≤ 1.15", True), (pytest.approx(10 / 6.5), "≤ 1.15", False),
     ]  # fmt: skip
     text = report.markdown(result | {"failed": {"mmMamba-hybrid, 4 bits": "killed"}})
     assert "| mmMamba-linear, 4 bits | 50.0 | 13.0 | 19.9 | 1.00 (0.30) | 0.90 |" in text

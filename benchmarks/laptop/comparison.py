@@ -82,9 +82,10 @@ def rounds_of(args: argparse.Namespace, candidates: list[tuple[str, int]]) -> li
     short = [("step", context) for context in sorted(set(args.contexts)) if context <= LONG]
     long = [("step", context) for context in sorted(set(args.contexts)) if context > LONG]
     rounds = order([("prompt", PROMPT), *short], candidates, args.rounds)
+    rounds = [[Point(*MACHINE, "bandwidth", 0), *measurements] for measurements in rounds]
     if at_length := [candidate for candidate in candidates if candidate[1] in args.long_bits]:
         rounds += order(long, at_length, args.long_rounds) if long else []
-    return [[Point(*MACHINE, "bandwidth", 0), *measurements] for measurements in rounds]
+    return rounds
 
 
 @dataclass
