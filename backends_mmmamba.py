@@ -56,8 +56,8 @@ def backend(device: torch.device, dtype: torch.dtype = torch.float32, requested:
     Args:
         device: Where the tensors are.
         dtype: Their dtype.
-        requested: `config.ssm_implementation`: "torch", "cpu", "triton", "cuda", or "auto" for the fastest that can run. The
-            environment variable `MMMAMBA_SSM` overrides it.
+        requested: `config.ssm_implementation`: "torch", "cpu", "triton", "cuda", or "auto" for the fastest that can
+            run. The environment variable `MMMAMBA_SSM` overrides it.
 
     Raises:
         ValueError: if the name is unknown, or that backend cannot run there.
@@ -174,10 +174,11 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
     rows = x.numel() // max(x.shape[-1], 1)
     if x.device.type != "cpu" or rows > FEW_ROWS or x.dtype not in DTYPES or not runs_as_written(x):
         return layer(x)
-    if not are_plain({layer: nn.Linear}, x.device) or type(layer.weight) is not nn.Parameter:
-        return layer(x)
     weight, bias = layer.weight, layer.bias
-    if weight.dtype != x.dtype or not weight.is_contiguous() or rows == 0:
+    parameters = [tensor for tensor in (weight, bias) if tensor is not None]
+    if not are_plain({layer: nn.Linear}, x.device) or any(type(tensor) is not nn.Parameter for tensor in parameters):
+        return layer(x)
+    if any(tensor.dtype != x.dtype or not tensor.is_contiguous() for tensor in parameters) or rows == 0:
         return layer(x)
     if (compiled := kernels()) is not None:
         return compiled.multiply_dense(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)

@@ -98,10 +98,10 @@ INLINE void put(void *data, int64_t dtype, int64_t i, float x) {
   else ((uint16_t *)data)[i] = float_to_bf16(x);
 }
 
-/* --- matrices times few inputs ---------------------------------------------------------------------------------- */
+/* --- products --------------------------------------------------------------------------------------------------- */
 
-/* (rows, columns), row-major in fp32 and bf16. Quantised: for each tile of 16 rows and each group of 32 columns a block
-   of 16 scales in fp16 and the integers, four columns of a row side by side; `quantization_mmmamba` has the format. */
+/* (rows, columns), row-major in fp32 and bf16. Quantised: for each tile of 16 rows and group of 32 columns a block of
+   16 scales in fp16 and the integers, four columns of a row side by side; `quantization_mmmamba` has the format. */
 typedef struct { const void *weight; vector bias; int64_t rows, columns, kind; } matrix;
 
 /* Inputs of a product: fp32, and for quantised matrices the same as integers times a scale per group. */
@@ -148,107 +148,99 @@ INLINE f32x16 scales_of_block(const uint8_t *block) {
 #endif
 }
 
-/* Sums of a block's 16 rows over its 32 columns, for inputs `x` (count, ...) `stride` integers apart, less `zero` times
-   the inputs' sums: integers are stored with `zero` added. */
+/* The integers of a block, as they are multiplied, and their products with the 32 inputs of a group: `start` plus the
+   sum of stored integer times input, for each of 16 rows. */
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
-INLINE void multiply_int4(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
-  const __m512i low = _mm512_set1_epi8(15);
-  __m512i w[8];
-  for (int s = 0; s < 4; s++) {
-    __m512i both = _mm512_loadu_si512(block + 64 * s);
-    w[2 * s] = _mm512_and_si512(both, low);
-    w[2 * s + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+typedef struct { __m512i of[8]; } integers;  /* four columns each */
+
+INLINE integers unpack(const uint8_t *block, int kind) {
+  integers w;
+  for (int s = 0; s < (kind == INT4 ? 4 : 8); s++) {
+    __m512i stored = _mm512_loadu_si512(block + 64 * s);
+    if (kind == INT8) { w.of[s] = stored; continue; }
+    w.of[2 * s] = _mm512_and_si512(stored, _mm512_set1_epi8(15));
+    w.of[2 * s + 1] = _mm512_and_si512(_mm512_srli_epi16(stored, 4), _mm512_set1_epi8(15));
   }
-  for (int i = 0; i < count; i++) {
-    __m512i t = (__m512i)total[i];
-    for (int s = 0; s < 8; s++) {
-      int32_t four; memcpy(&four, x + i * stride + 4 * s, 4);
-      t = _mm512_dpbusd_epi32(t, w[s], _mm512_set1_epi32(four));
-    }
-    total[i] = (i32x16)t;
-  }
+  return w;
 }
 
-INLINE void multiply_int8(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
-  __m512i w[8];
-  for (int s = 0; s < 8; s++) w[s] = _mm512_loadu_si512(block + 64 * s);
-  for (int i = 0; i < count; i++) {
-    __m512i t = (__m512i)total[i];
-    for (int s = 0; s < 8; s++) {
-      int32_t four; memcpy(&four, x + i * stride + 4 * s, 4);
-      t = _mm512_dpbusd_epi32(t, w[s], _mm512_set1_epi32(four));
-    }
-    total[i] = (i32x16)t;
+INLINE i32x16 dot(const integers *w, const int8_t *x, int32_t start, int kind) {
+  (void)kind;
+  __m512i total = _mm512_set1_epi32(start);
+  for (int s = 0; s < 8; s++) {
+    int32_t four; memcpy(&four, x + 4 * s, 4);
+    total = _mm512_dpbusd_epi32(total, w->of[s], _mm512_set1_epi32(four));
   }
+  return (i32x16)total;
 }
 
 #elif defined(__AVX2__)
 
-INLINE i32x16 halves(__m256i low, __m256i up) {
-  i32x16 v; memcpy(&v, &low, 32); memcpy((char *)&v + 32, &up, 32);
-  return v;
+typedef struct { __m256i of[8][2]; } integers;  /* four columns of eight rows each */
+
+INLINE integers unpack(const uint8_t *block, int kind) {
+  integers w;
+  for (int s = 0; s < (kind == INT4 ? 4 : 8); s++)
+    for (int h = 0; h < 2; h++) {
+      __m256i stored = _mm256_loadu_si256((const __m256i *)(block + 64 * s + 32 * h));
+      if (kind == INT8) { w.of[s][h] = _mm256_xor_si256(stored, _mm256_set1_epi8((char)128)); continue; }
+      w.of[2 * s][h] = _mm256_and_si256(stored, _mm256_set1_epi8(15));
+      w.of[2 * s + 1][h] = _mm256_and_si256(_mm256_srli_epi16(stored, 4), _mm256_set1_epi8(15));
+    }
+  return w;
 }
 
-INLINE void multiply_int4(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
-  const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  __m256i sums[MOST_INPUTS][2];
-  for (int i = 0; i < count; i++) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
-  for (int s = 0; s < 4; s++)
+INLINE i32x16 dot(const integers *w, const int8_t *x, int32_t start, int kind) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i total[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  for (int s = 0; s < 8; s++) {
+    int32_t four; memcpy(&four, x + 4 * s, 4);
+    __m256i inputs = _mm256_set1_epi32(four);
     for (int h = 0; h < 2; h++) {
-      __m256i both = _mm256_loadu_si256((const __m256i *)(block + 64 * s + 32 * h));
-      __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-      for (int i = 0; i < count; i++) {  /* 16 products of at most 15 * 127 fit into 16 bits */
-        int32_t four[2]; memcpy(four, x + i * stride + 8 * s, 8);
-        __m256i a = _mm256_maddubs_epi16(first, _mm256_set1_epi32(four[0]));
-        __m256i b = _mm256_maddubs_epi16(second, _mm256_set1_epi32(four[1]));
-        sums[i][h] = _mm256_add_epi16(sums[i][h], _mm256_add_epi16(a, b));
+      if (kind == INT4) {  /* 16 products of at most 15 * 127 fit into 16 bits */
+        total[h] = _mm256_add_epi16(total[h], _mm256_maddubs_epi16(w->of[s][h], inputs));
+        continue;
       }
+      /* The instruction wants one factor unsigned: the weights' sign goes over to the inputs. */
+      __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w->of[s][h]), _mm256_sign_epi8(inputs, w->of[s][h]));
+      total[h] = _mm256_add_epi32(total[h], _mm256_madd_epi16(pairs, ones));
     }
-  for (int i = 0; i < count; i++)
-    total[i] += halves(_mm256_madd_epi16(sums[i][0], ones), _mm256_madd_epi16(sums[i][1], ones));
-}
-
-INLINE void multiply_int8(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
-  const __m256i ones = _mm256_set1_epi16(1), zero = _mm256_set1_epi8((char)128);
-  __m256i sums[MOST_INPUTS][2];
-  for (int i = 0; i < count; i++) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
-  for (int s = 0; s < 8; s++)
-    for (int h = 0; h < 2; h++) {
-      /* Signed weights, without their sign, which the inputs take over: the instruction wants one factor unsigned. */
-      __m256i w = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(block + 64 * s + 32 * h)), zero);
-      __m256i positive = _mm256_abs_epi8(w);
-      for (int i = 0; i < count; i++) {
-        int32_t four; memcpy(&four, x + i * stride + 4 * s, 4);
-        __m256i pairs = _mm256_maddubs_epi16(positive, _mm256_sign_epi8(_mm256_set1_epi32(four), w));
-        sums[i][h] = _mm256_add_epi32(sums[i][h], _mm256_madd_epi16(pairs, ones));
-      }
-    }
-  for (int i = 0; i < count; i++) {
-    /* What the caller takes away for the stored zero is not in these sums. */
-    int32_t inputs_sum = 0;
-    for (int c = 0; c < GROUP; c++) inputs_sum += x[i * stride + c];
-    total[i] += halves(sums[i][0], sums[i][1]) + 128 * inputs_sum;
   }
+  if (kind == INT4)
+    for (int h = 0; h < 2; h++) total[h] = _mm256_madd_epi16(total[h], ones);
+  else  /* these integers were stored with 128 added, which is in `start` */
+    for (int c = 0; c < GROUP; c++) start += 128 * x[c];
+  i32x16 both;
+  memcpy(&both, total, sizeof both);
+  return both + start;
 }
 
 #else
 
-INLINE void multiply_int4(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
-  for (int i = 0; i < count; i++)
-    for (int s = 0; s < 4; s++)
-      for (int r = 0; r < TILE; r++)
-        for (int j = 0; j < 4; j++) {
-          uint8_t both = block[64 * s + 4 * r + j];
-          total[i][r] += (both & 15) * x[i * stride + 8 * s + j] + (both >> 4) * x[i * stride + 8 * s + 4 + j];
-        }
+typedef struct { uint8_t of[8][TILE][4]; } integers;  /* four columns of a row each */
+
+INLINE integers unpack(const uint8_t *block, int kind) {
+  integers w;
+  if (kind == INT8) {
+    memcpy(&w, block, sizeof w);
+    return w;
+  }
+  for (int s = 0; s < 4; s++)
+    for (int i = 0; i < 64; i++) {
+      w.of[2 * s][i / 4][i % 4] = block[64 * s + i] & 15;
+      w.of[2 * s + 1][i / 4][i % 4] = block[64 * s + i] >> 4;
+    }
+  return w;
 }
 
-INLINE void multiply_int8(const uint8_t *block, const int8_t *x, int64_t stride, int count, i32x16 *total) {
-  for (int i = 0; i < count; i++)
-    for (int s = 0; s < 8; s++)
-      for (int r = 0; r < TILE; r++)
-        for (int j = 0; j < 4; j++) total[i][r] += block[64 * s + 4 * r + j] * x[i * stride + 4 * s + j];
+INLINE i32x16 dot(const integers *w, const int8_t *x, int32_t start, int kind) {
+  (void)kind;
+  i32x16 total = (i32x16){0} + start;
+  for (int s = 0; s < 8; s++)
+    for (int r = 0; r < TILE; r++)
+      for (int j = 0; j < 4; j++) total[r] += w->of[s][r][j] * x[4 * s + j];
+  return total;
 }
 
 #endif
@@ -256,22 +248,22 @@ INLINE void multiply_int8(const uint8_t *block, const int8_t *x, int64_t stride,
 /* Tile `t` of a quantised matrix times `count` inputs from number `first` on. */
 INLINE void quantised_tile(
     const matrix *m, const inputs *x, int64_t t, int64_t first, int count, int kind, f32x16 *out) {
-  const int64_t groups = m->columns / GROUP, bytes = 2 * TILE + (kind == INT4 ? 4 : 8) * 64, zero = kind == INT4 ? 8 : 128;
+  const int64_t groups = m->columns / GROUP, bytes = 2 * TILE + (kind == INT4 ? 4 : 8) * 64;
+  const int32_t zero = kind == INT4 ? 8 : 128;
   const uint8_t *block = (const uint8_t *)m->weight + t * groups * bytes;
-  const int8_t *integers = x->integers + first * m->columns;
+  const int8_t *of_inputs = x->integers + first * m->columns;
   const float *scales = x->scales + first * groups;
   const int32_t *sums = x->sums + first * groups;
   for (int i = 0; i < count; i++) out[i] = all(0);
   for (int64_t g = 0; g < groups; g++, block += bytes) {
     if (count <= 4)  /* longer loops leave the processor time to look ahead itself */
       for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(block + AHEAD + line);
-    i32x16 total[MOST_INPUTS];
-    for (int i = 0; i < count; i++) total[i] = (i32x16){0} - (int32_t)(zero * sums[i * groups + g]);
-    if (kind == INT4) multiply_int4(block + 2 * TILE, integers + g * GROUP, m->columns, count, total);
-    else multiply_int8(block + 2 * TILE, integers + g * GROUP, m->columns, count, total);
+    integers w = unpack(block + 2 * TILE, kind);
     f32x16 of_rows = scales_of_block(block);
-    for (int i = 0; i < count; i++)
-      out[i] += __builtin_convertvector(total[i], f32x16) * (of_rows * scales[i * groups + g]);
+    for (int i = 0; i < count; i++) {
+      i32x16 total = dot(&w, of_inputs + i * m->columns + g * GROUP, -zero * sums[i * groups + g], kind);
+      out[i] += __builtin_convertvector(total, f32x16) * (of_rows * scales[i * groups + g]);
+    }
   }
 }
 
@@ -303,7 +295,8 @@ INLINE void dense_row(const matrix *m, const inputs *x, int64_t r, int64_t first
   }
 }
 
-INLINE void tile_of_kind(const matrix *m, const inputs *x, int64_t t, int64_t first, int count, int kind, f32x16 *out) {
+INLINE void tile_of_kind(
+    const matrix *m, const inputs *x, int64_t t, int64_t first, int count, int kind, f32x16 *out) {
   if (kind >= INT4) {
     quantised_tile(m, x, t, first, count, kind, out);
     return;
@@ -477,7 +470,10 @@ static void rotate(const layer *l, const float *x, int64_t count, int64_t heads,
 }
 
 /* Keys and values of all tokens: (B, K, tokens, P), their last dimension contiguous, strides in numbers. */
-typedef struct { vector keys, values; int64_t tokens, key_row, key_head, key_token, value_row, value_head, value_token; } past;
+typedef struct {
+  vector keys, values;
+  int64_t tokens, key_row, key_head, key_token, value_row, value_head, value_token;
+} past;
 
 #define SEGMENT 512  /* tokens that are attended to in one piece of work */
 
@@ -491,9 +487,10 @@ static void attend(const layer *l, int64_t count, vector q, const past *p, float
   for (int64_t piece = 0; piece < count * l->kv_heads * segments; piece++) {
     int64_t segment = piece % segments, k_head = piece / segments % l->kv_heads, b = piece / segments / l->kv_heads;
     int64_t start = segment * SEGMENT, tokens = p->tokens - start < SEGMENT ? p->tokens - start : SEGMENT;
+    int64_t first_head = b * l->heads + k_head * group;
     float query[group][size], scores[group][SEGMENT + 16];
     for (int64_t g = 0; g < group; g++)
-      for (int64_t i = 0; i < size; i++) query[g][i] = get(q, (b * l->heads + k_head * group + g) * size + i) * scaling;
+      for (int64_t i = 0; i < size; i++) query[g][i] = get(q, (first_head + g) * size + i) * scaling;
     for (int64_t t = 0; t < tokens; t++) {
       int64_t at = b * p->key_row + k_head * p->key_head + (start + t) * p->key_token;
       for (int64_t g = 0; g < group; g++) {
@@ -506,7 +503,7 @@ static void attend(const layer *l, int64_t count, vector q, const past *p, float
       }
     }
     for (int64_t g = 0; g < group; g++) {
-      float *out = parts + ((b * l->heads + k_head * group + g) * segments + segment) * part, most = scores[g][0], weights = 0;
+      float *out = parts + ((first_head + g) * segments + segment) * part, most = scores[g][0], weights = 0;
       for (int64_t t = 1; t < tokens; t++) most = scores[g][t] > most ? scores[g][t] : most;
       for (int64_t t = 0; t < tokens; t += 16) store(scores[g] + t, exp16(load(scores[g] + t) - most));
       for (int64_t t = 0; t < tokens; t++) weights += scores[g][t];
@@ -516,7 +513,7 @@ static void attend(const layer *l, int64_t count, vector q, const past *p, float
     for (int64_t i = 0; i < size; i += 16) {
       int64_t lanes = size - i < 16 ? size - i : 16;
       for (int64_t g = 0; g < group; g++) {
-        float *out = parts + ((b * l->heads + k_head * group + g) * segments + segment) * part + i;
+        float *out = parts + ((first_head + g) * segments + segment) * part + i;
         f32x16 total = all(0);
         for (int64_t t = 0; t < tokens; t++) {
           int64_t at = b * p->value_row + k_head * p->value_head + (start + t) * p->value_token + i;
@@ -564,6 +561,17 @@ static int64_t bytes_of_inputs(int64_t count, int64_t width) { return count * wi
 
 /* --- what Python calls ------------------------------------------------------------------------------------------ */
 
+int omp_get_max_threads(void);
+
+static int most_threads = 1;
+void set_most_threads(int64_t count) { most_threads = (int)count; }
+
+/* As many threads as torch would take, but no more than there are cores for. */
+static int num_threads(void) {
+  int wanted = omp_get_max_threads();
+  return wanted < most_threads ? wanted : most_threads;
+}
+
 int64_t bytes_for_layer(const layer *l, int64_t count) {
   int64_t inner = l->heads * l->head_size;
   return bytes_of_inputs(count, l->hidden) + bytes_of_inputs(count, inner) + bytes_of_inputs(count, l->mlp)
@@ -583,7 +591,7 @@ static void mlp_of(const layer *l, int64_t count, const float *x, char *memory, 
 
 /* One token per row through a Mamba-2 layer: x and y (count, hidden), states as in mixer_step. */
 void layer_step(const layer *l, int64_t count, const void *x, void *conv_state, float *state, void *y, char *memory) {
-  #pragma omp parallel
+  #pragma omp parallel num_threads(num_threads())
   {
     char *left = memory;  /* every thread computes the same places */
     vector entering = {x, l->dtype};
@@ -606,12 +614,12 @@ int64_t bytes_for_projections(const layer *l, int64_t count) {
   return bytes_of_inputs(count, l->hidden) + count * 4 * (l->heads + 2 * l->kv_heads) * l->head_size + 512;
 }
 
-/* The first part of an attention layer, for one token per row: x (count, hidden) to q (count, H, P), k and v (count, K,
-   P), rotated by cos and sin (count, P). */
+/* The first part of an attention layer, for one token per row: x (count, hidden) to q (count, H, P), k and v (count,
+   K, P), q and k rotated by cos and sin (count, P). */
 void attention_projections(
     const layer *l, int64_t count, const void *x, const void *cos, const void *sin, void *q, void *k, void *v,
     char *memory) {
-  #pragma omp parallel
+  #pragma omp parallel num_threads(num_threads())
   {
     char *left = memory;
     vector entering = {x, l->dtype}, cosines = {cos, l->dtype}, sines = {sin, l->dtype};
@@ -637,7 +645,7 @@ int64_t bytes_for_attention(const layer *l, int64_t count, const past *p) {
 void attention_step(
     const layer *l, int64_t count, const void *x, const void *q, const past *p, void *y, char *memory) {
   int64_t segments = (p->tokens + SEGMENT - 1) / SEGMENT;
-  #pragma omp parallel
+  #pragma omp parallel num_threads(num_threads())
   {
     char *left = memory;
     vector entering = {x, l->dtype}, query = {q, l->dtype};
@@ -658,7 +666,7 @@ void decode_step(
   int64_t inner = l->heads * l->head_size, width = 2 * inner + 2 * l->kv_heads * l->head_size + l->heads;
   vector given = {projected, l->dtype};
   float *wide = memory, *out = memory + count * width;
-  #pragma omp parallel
+  #pragma omp parallel num_threads(num_threads())
   {
     #pragma omp for schedule(static)
     for (int64_t i = 0; i < count * width; i++) wide[i] = get(given, i);
@@ -670,13 +678,13 @@ void decode_step(
 
 int64_t bytes_for_product(const matrix *m, int64_t count) { return bytes_of_inputs(count, m->columns); }
 
-/* y (count, rows) = x (count, columns) times the matrix, both in `dtype`. Many inputs take turns in blocks that stay in
-   a core's cache, under four tiles that do, too. */
+/* y (count, rows) = x (count, columns) times the matrix, both in `dtype`. Of many inputs a block at a time meets four
+   tiles, which stay in a core's cache as long as there are inputs. */
 void multiply(const matrix *m, int64_t count, const void *x, void *y, int64_t dtype, char *memory) {
   const int64_t some_tiles = count > MOST_INPUTS ? 4 : 8, tiles = num_tiles(m);
   vector given = {x, dtype};
   inputs in = new_inputs(&memory, count, m->columns);
-  #pragma omp parallel
+  #pragma omp parallel num_threads(num_threads())
   {
     #pragma omp for schedule(static)
     for (int64_t i = 0; i < count * m->columns / 16; i++) store(in.values + 16 * i, get16(given, 16 * i));

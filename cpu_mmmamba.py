@@ -6,7 +6,8 @@
 
 The library is compiled for this very processor with `cc` (or what the environment variable `CC` names) and OpenMP, in
 some seconds, and kept in `~/.cache/mmmamba` (or below `XDG_CACHE_HOME`). Where that fails nothing is lost but speed.
-The kernels run on the threads that torch uses: `torch.set_num_threads`, or `OMP_NUM_THREADS`.
+The kernels run on the threads that torch uses (`torch.set_num_threads`, or `OMP_NUM_THREADS`), but on no more than the
+process has cores for.
 """
 
 import ctypes
@@ -19,6 +20,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .cpu_kernels_mmmamba import SOURCE
-from .ssm_mmmamba import ENVIRONMENT, TORCH, Backend
+from .ssm_mmmamba import ENVIRONMENT, TORCH
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -67,7 +70,10 @@ class Layer(Structure):
         *((name, c_double) for name in ("norm_eps", "mixer_eps", "mlp_eps")),
         *((name, Matrix) for name in ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")),
         *((name, Matrix) for name in ("gate_proj", "up_proj", "down_proj")),
-        *((name, Vector) for name in ("norm", "mlp_norm", "conv_weight", "conv_bias", "A_log", "dt_bias", "mixer_norm")),
+        *(
+            (name, Vector)
+            for name in ("norm", "mlp_norm", "conv_weight", "conv_bias", "A_log", "dt_bias", "mixer_norm")
+        ),
     )
 
 
@@ -87,6 +93,37 @@ class Past(Structure):
 def cache_folder() -> Path:
     """Where compiled kernels are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmmamba"
+
+
+@lru_cache
+def usable_cores() -> int:
+    """Cores that this process may keep busy: by its affinity, and by the quota of the container it runs in.
+
+    Threads beyond a quota are stopped for the rest of each period, in the middle of work that the others wait for.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for quota, period in _quotas():
+        if quota > 0 and period > 0:
+            cores = min(cores, -(-quota // period))
+    return max(cores, 1)
+
+
+def _quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[tuple[int, int]]:
+    """Quota and period of this process' control groups in microseconds, of version 2 and then 1, if there are any."""
+    with suppress(OSError, ValueError):
+        lines = own.read_text(encoding="utf-8").splitlines()
+        groups = [line.removeprefix("0::") for line in lines if line.startswith("0::")]
+        path = root / groups[0].lstrip("/") if groups else root
+        for folder in (path, *path.parents):
+            if (folder / "cpu.max").exists():
+                quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+                if quota != "max":
+                    yield int(quota), int(period)
+            if folder == root:
+                break
+    with suppress(OSError, ValueError):
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        yield tuple(int((root / "cpu" / name).read_text(encoding="utf-8")) for name in names)
 
 
 @lru_cache
@@ -140,7 +177,9 @@ def build(folder: Path | None = None) -> Path:
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
     if not compiler or shutil.which(compiler[0]) is None:
-        raise OSError(f"there is no C compiler named {' '.join(compiler) or repr('')}; install gcc or clang, or set CC")
+        raise OSError(
+            f"there is no C compiler named {' '.join(compiler) or repr('')}; install gcc or clang, or set CC"
+        )
     key = "\n".join([SOURCE, *compiler, _processor(), torch.__version__])
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     folder = cache_folder() if folder is None else folder
@@ -160,7 +199,9 @@ def _is_ours(path: Path) -> bool:
     """Whether nobody else could have written the file, which is about to be run."""
     if not hasattr(os, "getuid"):
         return True
-    return all(found.stat().st_uid in (os.getuid(), 0) and not found.stat().st_mode & 0o022 for found in (path, path.parent))
+    return all(
+        found.stat().st_uid in (os.getuid(), 0) and not found.stat().st_mode & 0o022 for found in (path, path.parent)
+    )
 
 
 def _compile(compiler: list[str], folder: Path) -> Path:
@@ -207,6 +248,7 @@ class Kernels:
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, c_int64 if name.startswith("bytes") else None
             setattr(self, f"_{name}", function)
+        library.set_most_threads(c_int64(usable_cores()))
 
     def multiply(self, x: Tensor, weight: Tensor, bits: int, out_features: int, bias: Tensor | None = None) -> Tensor:
         """`x` times a quantised weight, dequantised and transposed; `x` is rounded to 8 bits in groups of 32.
@@ -300,7 +342,9 @@ class Kernels:
         self._layer_step(byref(layer), len(x), *pointers)
         return y
 
-    def attention_projections(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def attention_projections(
+        self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What one token per row brings to an attention layer.
 
         Args:
@@ -373,9 +417,7 @@ def decode_step(
 ) -> Tensor:
     """See `ssm_mmmamba.decode_step`."""
     states = conv_state.to(projected.dtype).contiguous(), state.float().contiguous()
-    out = kernels().decode_step(
-        projected, conv_weight, conv_bias, A_log, dt_bias, norm_weight, eps, *states
-    )
+    out = kernels().decode_step(projected, conv_weight, conv_bias, A_log, dt_bias, norm_weight, eps, *states)
     for given, changed in zip((conv_state, state), states, strict=True):
         if given is not changed:
             given.copy_(changed)

@@ -39,9 +39,10 @@ class Part(NamedTuple):
     def of(cls, parent: nn.Module, name: str, parameters: tuple[str, ...] = ()) -> "Part":
         module = getattr(parent, name)
         tensors = [(key, getattr(module, key)) for key in parameters]
-        return cls(
-            parent, name, module, type(module), tuple((k, t, 0 if t is None else t.data_ptr()) for k, t in tensors)
-        )
+        # Classes of their own, as quantisation tools have them, may have no address to read from.
+        addresses = [tensor.data_ptr() if type(tensor) is nn.Parameter else 0 for _, tensor in tensors]
+        tensors = tuple((*named, address) for named, address in zip(tensors, addresses, strict=True))
+        return cls(parent, name, module, type(module), tensors)
 
     @property
     def unchanged(self) -> bool:
@@ -59,8 +60,11 @@ class Part(NamedTuple):
     def readable(self) -> bool:
         """Whether the kernels can read all parameters."""
         dtypes = [*DTYPES, torch.uint8] if self.kind is QuantizedLinear else [*DTYPES]
-        tensors = [tensor for _, tensor, _ in self.tensors if tensor is not None]
-        return all(x.device.type == "cpu" and x.is_contiguous() and x.dtype in dtypes for x in tensors)
+        return all(
+            type(x) is nn.Parameter and x.device.type == "cpu" and x.is_contiguous() and x.dtype in dtypes
+            for _, x, _ in self.tensors
+            if x is not None
+        )
 
 
 class Plan(NamedTuple):
@@ -146,7 +150,7 @@ def _plan(layer: nn.Module) -> Plan | None:
         else part.kind in (nn.Linear, QuantizedLinear)
         for part in parts
     )  # fmt: skip
-    if config.hidden_act not in SILU or not plain or not all(part.unchanged and part.readable for part in parts):
+    if config.hidden_act not in SILU or not plain or not all(part.readable and part.unchanged for part in parts):
         return None
     dtype = layer.input_layernorm.weight.dtype
     described = Layer(

@@ -289,7 +289,8 @@ class MmMambaDecoderLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> Tensor:
         """Args: hidden_states (B, L, D); attention_mask as the layer's type needs it. Returns (B, L, D)."""
-        if (stepped := layer_step(self, hidden_states, attention_mask, position_embeddings, cache, kwargs)) is not None:
+        stepped = layer_step(self, hidden_states, attention_mask, position_embeddings, cache, kwargs)
+        if stepped is not None:
             return stepped
         normed = self.input_layernorm(hidden_states)
         if self.layer_type == "full_attention":
@@ -522,9 +523,7 @@ class MmMambaModel(MmMambaPreTrainedModel):
             layer_cache.advance(inputs_embeds.shape[1], None if layout is None else layout.image_places)
         hidden_states = self.norm(hidden_states)
         if any(weights is None for weights in weights_by_layer or ()):
-            logger.warning_once(
-                "`attentions` holds None: load the model with attn_implementation='eager' to see them."
-            )
+            logger.warning_once("`attentions` holds None: load with attn_implementation='eager' to see them.")
         return MmMambaModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=(*collected, hidden_states) if output_hidden_states else None,

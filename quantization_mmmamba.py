@@ -27,7 +27,7 @@ BITS = (4, 8)
 GROUP = 32  # inputs that share a scale
 TILE = 16  # rows whose groups are stored together
 SCALES = 2 * TILE  # bytes of a tile's scales of one group
-LARGEST_SCALE = torch.finfo(torch.float16).max
+LARGEST_SCALE, SMALLEST_SCALE = torch.finfo(torch.float16).max, 2.0**-24
 # What the largest weight of a group may become before it is rounded and cut off at -8.
 CANDIDATES = tuple(-6.8 - 0.16 * step for step in range(16))
 PIECE = 2**18  # weights that are quantised at once
@@ -109,7 +109,10 @@ def _integers(groups: Tensor, scales: Tensor, least: int, most: int) -> Tensor:
 
 
 def _eight_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
-    scales = _rounded(groups.abs().amax(1, keepdim=True) / 127)
+    largest = groups.abs().amax(1, keepdim=True)
+    scales = _rounded(largest / 127)
+    # The subnormal numbers of fp16 lie so far apart that the next smaller one may cut off the largest weights.
+    scales = torch.where(scales * 127.5 < largest, scales + SMALLEST_SCALE, scales)
     return scales, _integers(groups, scales, -127, 127)
 
 
@@ -244,8 +247,10 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Args: x (..., in). Returns (..., out) in its dtype."""
         rows = x.reshape(-1, self.in_features)
+        # A tracer sees what torch computes, not what kernels do.
+        traced = type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        product = None if needs_gradient or torch.compiler.is_compiling() else self._by_kernel(rows)
+        product = None if traced or needs_gradient else self._by_kernel(rows)
         if product is None:
             product = _Product.apply(rows, self.weight, self.bits, self.out_features)
         if self.bias is not None:
@@ -264,7 +269,7 @@ class QuantizedLinear(nn.Module):
         if made is None or made[0]() is not self.weight or made[1] != _version(self.weight):
             made = weakref.ref(self.weight), _version(self.weight), _in_torch_format(self.weight, self.bits)
             self._torch_format = made
-        x = rows.to(torch.bfloat16)
+        x = rows.to(torch.bfloat16).contiguous()
         product = sum(
             torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales).to(rows.dtype)
             for packed, scales in made[2]

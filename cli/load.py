@@ -1,11 +1,13 @@
 """Loads model folders for commands, quantised ones included."""
 
+import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from mmmamba.configuration_mmmamba import MmMambaConfig
+from mmmamba.cpu_mmmamba import usable_cores
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
 from mmmamba.quantization_mmmamba import quantization_of
 
@@ -18,12 +20,15 @@ def load_model(
     Args:
         folder: Model folder.
         device: Where the model runs.
-        dtype: Of the weights that are not quantised. A model that another package has quantised is loaded in the
-            dtype that it was saved in: since 5.23 Transformers casts only some of its other weights to another, so
-            that layers do not fit each other.
+        dtype: Of the weights. A quantised model is loaded in the dtype that its other weights were saved in: its
+            memory is why it was quantised; and of one that another package has quantised, Transformers since 5.23
+            casts only some weights to another dtype, so that layers do not fit each other.
     """
+    if torch.device(device).type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # torch knows nothing of quotas
     config = MmMambaConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None) is None or quantization_of(config) is not None:
+        dtype = dtype if quantization_of(config) is None else "auto"
         return MmMambaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
     model = MmMambaForConditionalGeneration.from_pretrained(folder, device_map={"": str(device)}).eval()
     return without_packing(model) if torch.device(device).type == "cpu" else model

@@ -57,13 +57,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _wanted_engine(wanted: str, folder: Path) -> str:
-    """The engine that is asked for; Transformers' for weights that vLLM cannot read. Raises ValueError for vLLM then."""
+    """The engine to take: that of Transformers for weights that vLLM cannot read. Raises ValueError if it is not."""
     if quantization_of(MmMambaConfig.from_pretrained(folder)) is None:
         return wanted
     if wanted == "vllm":
         raise ValueError(
-            f"{folder} was quantised by this package, which vLLM cannot read; take --engine transformers, or serve the "
-            "folder that it was made from."
+            f"{folder} was quantised by this package, which vLLM cannot read; take --engine transformers, or serve "
+            "the folder that it was made from."
         )
     return "transformers"
 

@@ -27,6 +27,7 @@ TESTS = (
     "chat",
     "chat_templates",
     "loading",
+    "quantize",
     "pictures",
     "conversation",
     "video",
