@@ -208,6 +208,10 @@ OURS, PEER = Point("linear", 4, "step", 256), Point("llama", 4, "step", 256)
 MACHINE = Point("machine", 0, "bandwidth", 0)
 
 
+def count(samples, point):
+    return len(samples.of({point}))
+
+
 def test_an_interrupted_run_goes_on_and_a_finished_one_does_not(tmp_path):
     file = tmp_path / "samples.jsonl"
     samples = Samples(file, IDENTITIES)
@@ -216,37 +220,60 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_does_not(tmp_path):
     with file.open("a") as stream:
         stream.write('{"model": "llama", "bi')  # killed while it wrote
     again = Samples(file, IDENTITIES)
-    assert again.rows == samples.rows and (again.count(OURS), again.count(PEER)) == (1, 1)
-    assert again.count(PEER._replace(tokens=4096)) == 0
+    assert again.rows == samples.rows and (count(again, OURS), count(again, PEER)) == (1, 1)
+    assert count(again, PEER._replace(tokens=4096)) == 0
     again.add(OURS, {"rates": [3]})
-    assert Samples(file, IDENTITIES).count(OURS) == 2
+    assert count(Samples(file, IDENTITIES), OURS) == 2
     again.finish()
     assert Samples(file, IDENTITIES).rows == []
 
 
-def test_peers_samples_are_kept_on_demand_and_others_when_nothing_changed(tmp_path, capsys):
+def test_an_interrupted_run_of_other_code_begins_anew(tmp_path, capsys):
+    file, changed = tmp_path / "samples.jsonl", IDENTITIES | {("linear", 4): "code 2"}
+    samples = Samples(file, IDENTITIES)
+    for point in (OURS, PEER, MACHINE):
+        samples.add(point, {"rates": [1]})
+    kept = Samples(file, changed, keep_peers=True)
+    assert (count(kept, OURS), count(kept, PEER)) == (0, 1) and capsys.readouterr().out == ""
+    kept.add(OURS, {"rates": [1]})
+    assert Samples(file, IDENTITIES).rows == [] and "--keep-peers" in capsys.readouterr().out
+
+
+def test_peers_samples_of_a_finished_run_are_kept_on_demand(tmp_path):
     file = tmp_path / "samples.jsonl"
-    changed = IDENTITIES | {("linear", 4): "code 2"}
     samples = Samples(file, IDENTITIES)
     for point in (OURS, PEER, MACHINE):
         samples.add(point, {"rates": [1]})
     samples.finish()
-    kept = Samples(file, changed, keep_peers=True)
-    assert (kept.count(OURS), kept.count(PEER)) == (0, 1)
-    assert Samples(file, changed, keep_peers=True).count(PEER) == 1  # not twice
-    assert kept.count(MACHINE) == 0
-    other_file = changed | {("llama", 4): "another file"}
-    assert Samples(file, other_file, keep_peers=True).rows == []
-    # An interrupted run of other code begins anew, but for peers that are to be kept.
+    for _ in range(2):  # the second time they are in the new run already
+        kept = Samples(file, IDENTITIES, keep_peers=True)
+        assert [count(kept, point) for point in (OURS, PEER, MACHINE)] == [0, 1, 0]
+    assert Samples(file, IDENTITIES | {("llama", 4): "another file"}, keep_peers=True).rows == []
+
+
+def test_a_run_of_some_models_leaves_the_samples_of_others(tmp_path):
+    file = tmp_path / "samples.jsonl"
     samples = Samples(file, IDENTITIES)
-    for point in (OURS, PEER):
-        samples.add(point, {"rates": [1]})
-    file.with_name("finished.jsonl").unlink()
-    assert Samples(tmp_path / "samples.jsonl", changed, keep_peers=True).count(PEER) == 1
-    samples = Samples(file, IDENTITIES)
-    samples.add(OURS, {"rates": [1]})
-    assert "--keep-peers" not in capsys.readouterr().out
-    assert Samples(file, changed).rows == [] and "--keep-peers" in capsys.readouterr().out
+    samples.add(PEER, {"rates": [1]})
+    some = {key: value for key, value in IDENTITIES.items() if key != ("llama", 4)}
+    ours_alone = Samples(file, some)
+    assert ours_alone.rows == []
+    ours_alone.add(OURS, {"rates": [1]})
+    ours_alone.finish()
+    interrupted = Samples(file, IDENTITIES)
+    assert (count(interrupted, OURS), count(interrupted, PEER)) == (0, 1)
+    interrupted.finish()
+    Samples(file, some).finish()
+    kept = Samples(file, IDENTITIES, keep_peers=True)
+    assert count(kept, PEER) == 1
+    longer = PEER._replace(tokens=4096)
+    kept.add(longer, {"rates": [1]})
+    kept.finish()
+    again = Samples(file, IDENTITIES)  # which measures the one anew and the other not at all
+    again.add(PEER, {"rates": [2]})
+    again.finish()
+    kept = Samples(file, IDENTITIES, keep_peers=True)
+    assert [row["rates"] for row in kept.of({PEER})] == [[2]] and count(kept, longer) == 1
 
 
 def test_every_round_begins_with_another_candidate():
@@ -324,8 +351,8 @@ def test_a_run_from_models_to_the_table(work_dir, llama_bench, tmp_path, capsys)
     assert result["machine"]["processor"] and "features" in result["machine"] and result["settings"]["threads"] == 1
     assert result["llama.cpp"] == ["0c1e570"] and result["failed"] == {}
     calls = [json.loads(line) for line in log.read_text().splitlines()]
-    # Both ways to attend are tried once per task; a step is then measured with the faster, flash attention.
-    assert [call["-fa"] for call in calls] == ["0,1", "0", "0,1", "1", "1"]
+    # Both ways to attend are tried, at no more than 4,096 tokens; a step is then measured with flash attention.
+    assert [call["-fa"] for call in calls] == ["0,1", "0", "0,1", "1", "0,1", "1"] and calls[4]["-d"] == "4096"
     assert [(call["-p"], call["-n"], call.get("-d")) for call in calls if call["-fa"] != "0,1"] == [
         ("512", "0", None), ("0", "32", "16"), ("0", "32", "20000"),
     ]  # fmt: skip
