@@ -477,56 +477,107 @@ typedef struct {
 
 #define SEGMENT 512  /* tokens that are attended to in one piece of work */
 
+INLINE f32x16 read16(vector v, int64_t i, int64_t dtype) {
+  return dtype == F32 ? load((const float *)v.data + i) : load_bf16((const uint16_t *)v.data + i);
+}
+
+/* Scores of some tokens for some heads: keys from number `at` on, `next` apart; query (heads, size). */
+INLINE void score(
+    vector keys, int64_t at, int64_t next, const float *query, int64_t size, int tokens, int heads, int64_t dtype,
+    float *scores, int64_t per_head) {
+  f32x16 total[2][4];
+  for (int g = 0; g < heads; g++)
+    for (int t = 0; t < tokens; t++) total[g][t] = all(0);
+  int64_t i = 0;
+  for (; i + 16 <= size; i += 16)
+    for (int t = 0; t < tokens; t++) {
+      f32x16 key = read16(keys, at + t * next + i, dtype);
+      for (int g = 0; g < heads; g++) total[g][t] += key * load(query + g * size + i);
+    }
+  for (int g = 0; g < heads; g++)
+    for (int t = 0; t < tokens; t++) {
+      float rest = sum(total[g][t]);
+      for (int64_t j = i; j < size; j++) rest += get(keys, at + t * next + j) * query[g * size + j];
+      scores[g * per_head + t] = rest;
+    }
+}
+
+/* Sums of weighted values of all tokens of a segment, of some heads, for 16 * `parts` of their numbers. */
+INLINE void add_values(
+    vector values, int64_t at, int64_t next, const float *weights, int64_t per_head, int64_t tokens, int heads,
+    int parts, int64_t dtype, float *out, int64_t apart) {
+  f32x16 total[2][4];
+  for (int g = 0; g < heads; g++)
+    for (int i = 0; i < parts; i++) total[g][i] = all(0);
+  for (int64_t t = 0; t < tokens; t++)
+    for (int i = 0; i < parts; i++) {
+      f32x16 value = read16(values, at + t * next + 16 * i, dtype);
+      for (int g = 0; g < heads; g++) total[g][i] += value * weights[g * per_head + t];
+    }
+  for (int g = 0; g < heads; g++)
+    for (int i = 0; i < parts; i++) store(out + g * apart + 16 * i, total[g][i]);
+}
+
+/* Some heads of a segment: what `attend` keeps of it in `out`, `apart` apart; query (heads, size). */
+INLINE void attend_segment(
+    const past *p, int64_t key, int64_t value, int64_t tokens, const float *query, int64_t size, int heads,
+    int64_t dtype, float *out, int64_t apart) {
+  float weights[2 * (SEGMENT + 16)];
+  const int64_t per_head = SEGMENT + 16;
+  int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4)
+    score(p->keys, key + t * p->key_token, p->key_token, query, size, 4, heads, dtype, weights + t, per_head);
+  for (; t < tokens; t++)
+    score(p->keys, key + t * p->key_token, p->key_token, query, size, 1, heads, dtype, weights + t, per_head);
+  for (int g = 0; g < heads; g++) {
+    float *of_head = weights + g * per_head, most = of_head[0], total = 0;
+    for (t = 1; t < tokens; t++) most = of_head[t] > most ? of_head[t] : most;
+    for (t = tokens; t % 16; t++) of_head[t] = most;
+    for (t = 0; t < tokens; t += 16) store(of_head + t, exp16(load(of_head + t) - most));
+    for (t = 0; t < tokens; t++) total += of_head[t];
+    out[g * apart + size] = most;
+    out[g * apart + size + 1] = total;
+  }
+  int64_t i = 0;
+  for (; i + 64 <= size; i += 64)
+    add_values(p->values, value + i, p->value_token, weights, per_head, tokens, heads, 4, dtype, out + i, apart);
+  for (; i + 16 <= size; i += 16)
+    add_values(p->values, value + i, p->value_token, weights, per_head, tokens, heads, 1, dtype, out + i, apart);
+  for (; i < size; i++)
+    for (int g = 0; g < heads; g++) {
+      float total = 0;
+      for (t = 0; t < tokens; t++) total += get(p->values, value + t * p->value_token + i) * weights[g * per_head + t];
+      out[g * apart + i] = total;
+    }
+}
+
 /* Softmax attention of one token per row: q (B, H, P); `parts` holds for each head and segment P sums, the greatest
    score and the sum of weights; y (B, H, P). */
 static void attend(const layer *l, int64_t count, vector q, const past *p, float *parts, float *y) {
   const int64_t size = l->head_size, group = l->heads / l->kv_heads, segments = (p->tokens + SEGMENT - 1) / SEGMENT;
-  const int64_t part = size + 2;
+  const int64_t part = size + 2, per_head = segments * part;
   const float scaling = 1.f / sqrtf((float)size);
   #pragma omp for schedule(dynamic, 1)
   for (int64_t piece = 0; piece < count * l->kv_heads * segments; piece++) {
     int64_t segment = piece % segments, k_head = piece / segments % l->kv_heads, b = piece / segments / l->kv_heads;
     int64_t start = segment * SEGMENT, tokens = p->tokens - start < SEGMENT ? p->tokens - start : SEGMENT;
-    int64_t first_head = b * l->heads + k_head * group;
-    float query[group][size], scores[group][SEGMENT + 16];
-    for (int64_t g = 0; g < group; g++)
-      for (int64_t i = 0; i < size; i++) query[g][i] = get(q, (first_head + g) * size + i) * scaling;
-    for (int64_t t = 0; t < tokens; t++) {
-      int64_t at = b * p->key_row + k_head * p->key_head + (start + t) * p->key_token;
-      for (int64_t g = 0; g < group; g++) {
-        f32x16 total = all(0);
-        int64_t i = 0;
-        for (; i + 16 <= size; i += 16) total += get16(p->keys, at + i) * load(query[g] + i);
-        float rest = sum(total);
-        for (; i < size; i++) rest += get(p->keys, at + i) * query[g][i];
-        scores[g][t] = rest;
-      }
-    }
-    for (int64_t g = 0; g < group; g++) {
-      float *out = parts + ((first_head + g) * segments + segment) * part, most = scores[g][0], weights = 0;
-      for (int64_t t = 1; t < tokens; t++) most = scores[g][t] > most ? scores[g][t] : most;
-      for (int64_t t = 0; t < tokens; t += 16) store(scores[g] + t, exp16(load(scores[g] + t) - most));
-      for (int64_t t = 0; t < tokens; t++) weights += scores[g][t];
-      out[size] = most;
-      out[size + 1] = weights;
-    }
-    for (int64_t i = 0; i < size; i += 16) {
-      int64_t lanes = size - i < 16 ? size - i : 16;
-      for (int64_t g = 0; g < group; g++) {
-        float *out = parts + ((first_head + g) * segments + segment) * part + i;
-        f32x16 total = all(0);
-        for (int64_t t = 0; t < tokens; t++) {
-          int64_t at = b * p->value_row + k_head * p->value_head + (start + t) * p->value_token + i;
-          if (lanes == 16) total += get16(p->values, at) * scores[g][t];
-          else for (int64_t j = 0; j < lanes; j++) total[j] += get(p->values, at + j) * scores[g][t];
-        }
-        for (int64_t j = 0; j < lanes; j++) out[j] = total[j];
-      }
+    int64_t key = b * p->key_row + k_head * p->key_head + start * p->key_token;
+    int64_t value = b * p->value_row + k_head * p->value_head + start * p->value_token;
+    for (int64_t g = 0; g < group;) {  /* two heads at a time read keys and values once */
+      int64_t head = b * l->heads + k_head * group + g, heads = group - g < 2 ? 1 : 2;
+      float query[2 * size], *out = parts + head * per_head + segment * part;
+      for (int64_t i = 0; i < heads * size; i++) query[i] = get(q, head * size + i) * scaling;
+#define SEGMENT_OF(heads, dtype) attend_segment(p, key, value, tokens, query, size, heads, dtype, out, per_head)
+      if (p->keys.dtype == F32 && heads == 2) SEGMENT_OF(2, F32);
+      else if (p->keys.dtype == F32) SEGMENT_OF(1, F32);
+      else if (heads == 2) SEGMENT_OF(2, BF16);
+      else SEGMENT_OF(1, BF16);
+      g += heads;
     }
   }
   #pragma omp for schedule(static)
   for (int64_t head = 0; head < count * l->heads; head++) {
-    const float *of_head = parts + head * segments * part;
+    const float *of_head = parts + head * per_head;
     float most = of_head[size], weights = 0;
     for (int64_t s = 1; s < segments; s++) most = of_head[s * part + size] > most ? of_head[s * part + size] : most;
     for (int64_t i = 0; i < size; i++) y[head * size + i] = 0;

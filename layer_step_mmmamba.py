@@ -127,6 +127,8 @@ def _attention_step(
     cos, sin = (table[:, 0].to(x.dtype).expand(len(x), -1).contiguous() for table in position_embeddings)
     q, k, v = kernels().attention_projections(layer, x, cos, sin)
     keys, values = cache.update(k, v, mixer.layer_idx)
+    if keys.dtype != values.dtype or keys.dtype not in DTYPES or keys.stride(-1) != 1 or values.stride(-1) != 1:
+        keys, values = keys.to(x.dtype).contiguous(), values.to(x.dtype).contiguous()
     return kernels().attention_step(layer, x, q, keys, values)
 
 

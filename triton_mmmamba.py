@@ -503,8 +503,11 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def constants(v: Tensor, k: Tensor, q: Tensor) -> dict:
         heads, head_dim, state_size = q.shape[1], v.shape[2], k.shape[2]
-        # Products without tensor cores, and wide heads, leave registers for smaller blocks only.
-        small = v.dtype == torch.float32 or max(head_dim, state_size) > 128
+        # Products without tensor cores, and wide heads, leave registers for smaller blocks only. Products of 64 rows
+        # use Hopper's wgmma, and where tiles are narrower than that, ptxas 12.8 (that of Triton 3.6) makes the
+        # descriptors of shared memory from a wrong register.
+        narrow = min(block_size(head_dim), block_size(state_size)) < 64
+        small = v.dtype == torch.float32 or max(head_dim, state_size) > 128 or narrow
         return {
             "HEADS": heads, "P": head_dim, "N": state_size, "BLOCK_T": 32 if small else 64,
             "PRECISION": dot_precision(), "num_stages": 1, "num_warps": 4,

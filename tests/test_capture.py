@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import tiny_model, token_ids
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import logging as transformers_logging
 
 from mmmamba import attention_mmmamba, cache_mmmamba, capture_mmmamba, generation_mmmamba
 from mmmamba.cache_mmmamba import CACHE
@@ -110,6 +111,7 @@ def test_an_interrupted_generate_leaves_an_ordinary_cache(model, replays):
 @pytest.fixture
 def logged(caplog):
     """`caplog`, which Transformers' messages reach only where they are propagated: by default where CI is set."""
+    transformers_logging.warning_once.cache_clear()  # said once for each test, not for each process
     logger = logging.getLogger("transformers")
     before, logger.propagate = logger.propagate, True
     yield caplog

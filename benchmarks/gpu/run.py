@@ -27,6 +27,7 @@ def sections(small: bool) -> list[tuple[str, int, list[str]]]:
     size = ["--size", "small", "--layers", "4"] if small else ["--size", "released", "--dtype", "bf16"]
     rounds = ["--rounds", "3" if small else "5"]
     lengths = ["256", "512"] if small else ["1024", "8192", "32768", "103000"]
+    few_lengths = ["--lengths", *lengths[1::2]]
     million = "2048" if small else "1048576"
     batch_sizes = ["2", "4"] if small else ["64", "256"]
     scan_options = ["--length", "256" if small else "8192"]
@@ -35,7 +36,7 @@ def sections(small: bool) -> list[tuple[str, int, list[str]]]:
     pytest = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "--tb=short"]
     pytest += ["-k", "no_such_test" if small else "not compiles_for"]
     if importlib.util.find_spec("xdist"):
-        pytest += ["-n", "8"]  # compiling kernels takes most of the time
+        pytest += ["-n", str(min(16, os.cpu_count()))]  # compiling kernels takes most of the time
 
     def bench(name, *options):
         return [sys.executable, "-m", "mmmamba", "bench", name, *rounds, *options]
@@ -49,10 +50,10 @@ def sections(small: bool) -> list[tuple[str, int, list[str]]]:
         ("decode", 110, bench("decode", *size, "--models", *OURS, *PEERS, "--lengths", *lengths)),
         ("decode-million", 40, bench("decode", *size, "--models", *OURS[:2], "--lengths", million)),
         *((f"decode-{batch_size}", 40, decode_batch(batch_size)) for batch_size in batch_sizes),
-        ("prefill", 90, bench("prefill", *size, "--models", *OURS, "llama", "--lengths", *lengths[1::2])),
+        ("prefill", 130, bench("prefill", *size, "--models", *OURS, "llama", *few_lengths, "--rounds", "3")),
         ("prefill-peers", 50, bench("prefill", *size, "--models", "linear", *PEERS, "--lengths", lengths[1])),
-        ("memory", 90, bench("memory", *size, "--models", *OURS, "--lengths", *lengths[1::2], "--rounds", "1")),
-        ("million", 40, bench("memory", *size, "--models", "linear", "--lengths", million, "--rounds", "1")),
+        ("memory", 140, bench("memory", *size, "--models", *OURS, *few_lengths, "--rounds", "1")),
+        ("million", 80, bench("memory", *size, "--models", "linear", "--lengths", million, "--rounds", "1")),
         ("scan", 120, bench("scan", *scan_options)),
         ("scan-backward", 120, bench("scan", *scan_options, "--backward")),
         ("mamba_ssm's kernels", 200, [*pytest, "tests/test_cuda.py"]),  # which are autotuned, by minutes
