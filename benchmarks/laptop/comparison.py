@@ -20,6 +20,7 @@ import torch
 
 from mmmamba.benchmarks.arguments import LAPTOP_OURS
 from mmmamba.benchmarks.timing import processor_name, write_result
+from mmmamba.cpu_mmmamba import usable_cores
 
 from . import gguf_models, llama_cpp, our_models, processes, report
 from .samples import Point, Samples, order
@@ -36,7 +37,7 @@ BUILD_BYTES = 1e9  # that llama.cpp takes while it is built
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Runs `mmmamba bench laptop`. Raises ValueError, with the reason, for what cannot be measured here."""
     check(args, device)
-    threads = args.threads or len(os.sched_getaffinity(0))
+    threads = args.threads or usable_cores()
     torch.set_num_threads(threads)  # as the result says of the machine
     candidates = [(model, bits) for bits in sorted(set(args.bits)) for model in args.models]
     bench = prepare(candidates, args, threads)
