@@ -174,7 +174,7 @@ class Bench:
 
 
 def _forget(model: Path) -> None:
-    """Has the system read a model anew: where its pages come to lie moves a rate by a third, for as long as they do."""
+    """Has the system read a model anew: where its pages lie moves a rate by a third, for as long as they lie there."""
     for file in model.iterdir() if model.is_dir() else [model]:
         descriptor = os.open(file, os.O_RDONLY)
         try:
