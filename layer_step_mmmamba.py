@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .backends_mmmamba import FEW_ROWS, backend, runs_as_written
@@ -52,7 +53,7 @@ COMMON = (
     Part("", "input_layernorm", "MmMambaRMSNorm", ("weight", "eps")),
     Part("", "post_attention_layernorm", "MmMambaRMSNorm", ("weight", "eps")),
     Part("", "mlp", "MmMambaMLP"),
-    Part("mlp", "act_fn", (nn.SiLU,)),
+    Part("mlp", "act_fn", (nn.SiLU, type(ACT2FN["silu"]))),
     *_linear("mlp", "gate_proj", "up_proj", "down_proj"),
 )
 PARTS = {  # of each type of layer, parents first
