@@ -25,7 +25,6 @@ FASTEST_FIRST = ("triton", "cuda", "cpu", "torch")
 FEW_ROWS = 2  # of a product that the CPU kernels do faster than torch, see docs/performance.md
 
 
-@lru_cache
 def find(name: str) -> tuple[Backend | None, str]:
     """A backend, or None where it cannot be imported.
 
@@ -38,6 +37,11 @@ def find(name: str) -> tuple[Backend | None, str]:
     if name == "cpu":
         reason = reason_without_kernels()
         return (CPU, "has its kernels") if reason is None else (None, f"has no kernels: {reason}")
+    return _imported(name)
+
+
+@lru_cache
+def _imported(name: str) -> tuple[Backend | None, str]:
     try:
         if name == "triton":
             from .triton_mmmamba import TRITON as found
@@ -63,8 +67,9 @@ def backend(device: torch.device, dtype: torch.dtype = torch.float32, requested:
         ValueError: if the name is unknown, or that backend cannot run there.
     """
     requested = os.environ.get(ENVIRONMENT) or requested
-    if torch.compiler.is_compiling() and device.type == "cpu" and requested in ("auto", "cpu"):
-        return TORCH  # C kernels do not become part of a graph
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced and device.type == "cpu" and requested in ("auto", "cpu"):
+        return TORCH  # a graph cannot hold what is called through ctypes
     return _backend(device.type, dtype, requested)
 
 
@@ -187,6 +192,8 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
         return layer(x)
     if not all(tensor.is_contiguous() for tensor in parameters) or rows == 0:
         return layer(x)
+    if weight.shape[1] != x.shape[-1] or (bias is not None and bias.shape != weight.shape[:1]):
+        return layer(x)  # which says so
     if (compiled := kernels()) is not None:
         return compiled.multiply_dense(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
     if x.dtype != torch.float32 or rows > 1 or bias is not None or len(weight) % 4:

@@ -19,7 +19,7 @@ SOURCE = r"""
 #define INLINE static inline __attribute__((always_inline))
 #define GROUP 32     /* inputs that share a scale */
 #define TILE 16      /* rows of a matrix that are multiplied together: one vector of results */
-#define AHEAD 1024   /* bytes: how far ahead of its use a quantised weight is asked for */
+#define AHEAD 4096   /* bytes: how far ahead of its use a weight is asked for */
 #ifdef __AVX512F__
 #define MOST_INPUTS 16  /* inputs whose sums stay in registers while a tile is read once */
 #else
@@ -53,17 +53,20 @@ INLINE float sum(f32x16 v) {
 #endif
 }
 
-INLINE f32x16 larger(f32x16 a, f32x16 b) {
-  i32x16 first = a > b;
+/* Where `first`, a, else b. */
+INLINE f32x16 choose(i32x16 first, f32x16 a, f32x16 b) {
   return (f32x16)((first & (i32x16)a) | (~first & (i32x16)b));
 }
+INLINE f32x16 larger(f32x16 a, f32x16 b) { return choose(a > b, a, b); }
 
 /* Nearest integers of numbers below 2^22: the sum with 1.5 * 2^23 has them in its last bits. */
 INLINE i32x16 nearest(f32x16 v) { return (i32x16)(v + 12582912.f) - 0x4B400000; }
 
-/* exp by 2^n * 2^f with |f| <= 1/2, 2^f by its series; at most 2 units in the last place. */
+/* exp by 2^n * 2^f with |f| <= 1/2, 2^f by its series; at most 2 units in the last place, NaN of NaN. Below -87 it is
+   1e-38; from 88.4 on infinite. */
 INLINE f32x16 exp16(f32x16 x) {
-  x = -larger(-larger(x, all(-87.f)), all(-88.f));
+  x = choose(x < -87.f, all(-87.f), x);
+  x = choose(x > 89.f, all(89.f), x);
   f32x16 y = x * 1.44269504f;
   i32x16 n = nearest(y);
   f32x16 whole = __builtin_convertvector(n, f32x16);
@@ -71,7 +74,7 @@ INLINE f32x16 exp16(f32x16 x) {
   f32x16 p = all(1.f / 5040);
   p = p * f + 1.f / 720; p = p * f + 1.f / 120; p = p * f + 1.f / 24;
   p = p * f + 1.f / 6; p = p * f + 0.5f; p = p * f + 1.f; p = p * f + 1.f;
-  return p * (f32x16)((n + 127) << 23);
+  return p * (f32x16)((u32x16)(n + 127) << 23);
 }
 INLINE f32x16 silu(f32x16 x) { return x / (1.f + exp16(-x)); }
 
@@ -109,15 +112,18 @@ typedef struct { float *values; int8_t *integers; float *scales; int32_t *sums; 
 
 INLINE int64_t is_quantised(const matrix *m) { return m->kind >= INT4; }
 
-/* Work of all threads: groups of inputs, rounded to integers from -127 to 127. */
+/* Work of all threads: groups of inputs, rounded to integers from -127 to 127. A group with a number that is NaN or
+   infinite has the scale NaN, so that every product of it is. */
 static void round_inputs(const inputs *x, int64_t count) {
   #pragma omp for schedule(static)
   for (int64_t g = 0; g < count * x->width / GROUP; g++) {
     f32x16 a = load(x->values + g * GROUP), b = load(x->values + g * GROUP + 16);
+    float nothing = sum(a * 0.f + b * 0.f);  /* 0 or NaN */
+    if (nothing != 0) a = b = all(0);
     f32x16 high = larger(larger(a, -a), larger(b, -b));
     float most = 0;
     for (int i = 0; i < 16; i++) most = high[i] > most ? high[i] : most;
-    float inverse = most > 0 ? 127.f / most : 0.f;
+    float inverse = most > 1e-30f ? 127.f / most : 0.f;  /* of less it would be infinite */
     i32x16 p = nearest(a * inverse), q = nearest(b * inverse);
     i8x16 low = __builtin_convertvector(p, i8x16), up = __builtin_convertvector(q, i8x16);
     memcpy(x->integers + g * GROUP, &low, 16);
@@ -126,7 +132,7 @@ static void round_inputs(const inputs *x, int64_t count) {
     int32_t total = 0;
     for (int i = 0; i < 16; i++) total += both[i];
     x->sums[g] = total;
-    x->scales[g] = most / 127.f;
+    x->scales[g] = most / 127.f + nothing;
   }
 }
 
@@ -278,6 +284,9 @@ INLINE void dense_row(const matrix *m, const inputs *x, int64_t r, int64_t first
   for (; c + 32 <= width; c += 32) {
     f32x16 a = kind == F32 ? load(single + c) : load_bf16(half + c);
     f32x16 b = kind == F32 ? load(single + c + 16) : load_bf16(half + c + 16);
+    const char *now = kind == F32 ? (const char *)(single + c) : (const char *)(half + c);
+    __builtin_prefetch(now + AHEAD);
+    if (kind == F32) __builtin_prefetch(now + AHEAD + 64);
     for (int i = 0; i < count; i++) {
       total[i][0] += a * load(x->values + (first + i) * width + c);
       total[i][1] += b * load(x->values + (first + i) * width + c + 16);
@@ -301,6 +310,7 @@ INLINE void tile_of_kind(
     quantised_tile(m, x, t, first, count, kind, out);
     return;
   }
+  for (int i = 0; i < count; i++) out[i] = all(0);  /* the last tile may have fewer rows */
   for (int lane = 0; lane < TILE && t * TILE + lane < m->rows; lane++) {
     float of_row[MOST_INPUTS];
     dense_row(m, x, t * TILE + lane, first, count, kind, of_row);
@@ -333,11 +343,28 @@ static void tile(const matrix *m, const inputs *x, int64_t t, int64_t first, int
       for (int r = 0; r < TILE && t * TILE + r < m->rows; r++) out[i][r] += get(m->bias, t * TILE + r);
 }
 
+int omp_get_max_threads(void);
+
+static int most_threads = 1;
+void set_most_threads(int64_t count) { most_threads = (int)count; }
+
+/* As many threads as torch would take, but no more than there are cores for. */
+static int num_threads(void) {
+  int wanted = omp_get_max_threads();
+  return wanted < most_threads ? wanted : most_threads;
+}
+
 INLINE int64_t num_tiles(const matrix *m) { return (m->rows + TILE - 1) / TILE; }
+
+/* Tiles that a thread takes at once: long stretches of memory, but several for each thread. */
+static int64_t some_tiles(const matrix *m) {
+  int64_t some = num_tiles(m) / (4 * num_threads());
+  return some < 1 ? 1 : some > 32 ? 32 : some;
+}
 
 /* Work of all threads: y (count, rows) in fp32 or bf16, of few inputs; `added`, of y's shape, is added if given. */
 static void product(const matrix *m, const inputs *x, int64_t count, void *y, int64_t dtype, vector added) {
-  #pragma omp for schedule(dynamic, 8)
+  #pragma omp for schedule(dynamic, some_tiles(m))
   for (int64_t t = 0; t < num_tiles(m); t++)
     for (int64_t first = 0; first < count; first += MOST_INPUTS) {
       int64_t some = count - first < MOST_INPUTS ? count - first : MOST_INPUTS;
@@ -357,13 +384,12 @@ static void product(const matrix *m, const inputs *x, int64_t count, void *y, in
 static void rmsnorm(vector x, int64_t count, int64_t width, vector weight, float eps, float *y) {
   #pragma omp for schedule(static)
   for (int64_t b = 0; b < count; b++) {
-    double squares = 0;
     f32x16 total = all(0);
     int64_t c = 0;
     for (; c + 16 <= width; c += 16) { f32x16 v = get16(x, b * width + c); total += v * v; }
-    squares = sum(total);
+    float squares = sum(total);
     for (; c < width; c++) { float v = get(x, b * width + c); squares += v * v; }
-    float scale = 1.f / sqrtf((float)(squares / width) + eps);
+    float scale = 1.f / sqrtf(squares / width + eps);
     for (c = 0; c + 16 <= width; c += 16) store(y + b * width + c, get16(x, b * width + c) * scale * get16(weight, c));
     for (; c < width; c++) y[b * width + c] = get(x, b * width + c) * scale * get(weight, c);
   }
@@ -441,7 +467,7 @@ static void mixer_step(
 
 /* y (count, MLP width) = silu(gate x) * (up x) (arXiv 2002.05202). */
 static void gated(const layer *l, const inputs *x, int64_t count, float *y) {
-  #pragma omp for schedule(dynamic, 8)
+  #pragma omp for schedule(dynamic, some_tiles(&l->gate_proj))
   for (int64_t t = 0; t < num_tiles(&l->gate_proj); t++)
     for (int64_t first = 0; first < count; first += MOST_INPUTS) {
       int64_t some = count - first < MOST_INPUTS ? count - first : MOST_INPUTS;
@@ -612,17 +638,6 @@ static int64_t bytes_of_inputs(int64_t count, int64_t width) { return count * wi
 
 /* --- what Python calls ------------------------------------------------------------------------------------------ */
 
-int omp_get_max_threads(void);
-
-static int most_threads = 1;
-void set_most_threads(int64_t count) { most_threads = (int)count; }
-
-/* As many threads as torch would take, but no more than there are cores for. */
-static int num_threads(void) {
-  int wanted = omp_get_max_threads();
-  return wanted < most_threads ? wanted : most_threads;
-}
-
 int64_t bytes_for_layer(const layer *l, int64_t count) {
   int64_t inner = l->heads * l->head_size;
   return bytes_of_inputs(count, l->hidden) + bytes_of_inputs(count, inner) + bytes_of_inputs(count, l->mlp)
@@ -732,7 +747,7 @@ int64_t bytes_for_product(const matrix *m, int64_t count) { return bytes_of_inpu
 /* y (count, rows) = x (count, columns) times the matrix, both in `dtype`. Of many inputs a block at a time meets four
    tiles, which stay in a core's cache as long as there are inputs. */
 void multiply(const matrix *m, int64_t count, const void *x, void *y, int64_t dtype, char *memory) {
-  const int64_t some_tiles = count > MOST_INPUTS ? 4 : 8, tiles = num_tiles(m);
+  const int64_t together = count > MOST_INPUTS ? 4 : some_tiles(m), tiles = num_tiles(m);
   vector given = {x, dtype};
   inputs in = new_inputs(&memory, count, m->columns);
   #pragma omp parallel num_threads(num_threads())
@@ -743,9 +758,9 @@ void multiply(const matrix *m, int64_t count, const void *x, void *y, int64_t dt
     for (int64_t i = count * m->columns / 16 * 16; i < count * m->columns; i++) in.values[i] = get(given, i);
     if (is_quantised(m)) round_inputs(&in, count);
     #pragma omp for schedule(dynamic, 1)
-    for (int64_t start = 0; start < tiles; start += some_tiles)
+    for (int64_t start = 0; start < tiles; start += together)
       for (int64_t first = 0; first < count; first += MOST_INPUTS)
-        for (int64_t t = start; t < start + some_tiles && t < tiles; t++) {
+        for (int64_t t = start; t < start + together && t < tiles; t++) {
           int64_t some = count - first < MOST_INPUTS ? count - first : MOST_INPUTS;
           f32x16 out[MOST_INPUTS];
           tile(m, &in, t, first, some, out);

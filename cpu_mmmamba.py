@@ -5,11 +5,13 @@
 - Prompts use the torch backend.
 
 The library is compiled for this very processor with `cc` (or what the environment variable `CC` names) and OpenMP, in
-some seconds, and kept in `~/.cache/mmmamba` (or below `XDG_CACHE_HOME`). Where that fails nothing is lost but speed.
+some seconds, and kept in `~/.cache/mmmamba/kernels` (or below `XDG_CACHE_HOME`). Where that fails nothing is lost but
+speed. `CC` may have options, which count more than ours: `CC="gcc -march=x86-64"`.
 The kernels run on the threads that torch uses (`torch.set_num_threads`, or `OMP_NUM_THREADS`), but on no more than the
 process has cores for.
 """
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -91,8 +93,8 @@ class Past(Structure):
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmmamba"
+    """Where compiled kernels are kept, and nothing else: nobody but its owner may write there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmmamba" / "kernels"
 
 
 @lru_cache
@@ -137,14 +139,16 @@ def _processor() -> str:
     return "\n".join(sorted(set(lines)))
 
 
-def _openmp_of_torch() -> list[str]:
+def _openmp_of_torch() -> str | None:
     """The OpenMP library that torch has loaded: with another one two sets of threads would fight for the cores."""
+    folder = Path(torch.__file__).parent.parent
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8")
         found = re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$", maps, re.MULTILINE)
     except OSError:
-        found = [str(path) for path in Path(torch.__file__).parent.glob("lib/lib*omp*.dylib")]
-    return found[:1]
+        found = [str(path) for path in folder.glob("torch/lib/lib*omp*.dylib")]
+    # Other packages bring theirs, too: torch's lies in its own folder, where it is not the system's.
+    return min(found, key=lambda path: not path.startswith(str(folder)), default=None)
 
 
 def _commands(compiler: list[str], source: str, target: str) -> list[list[list[str]]]:
@@ -152,14 +156,20 @@ def _commands(compiler: list[str], source: str, target: str) -> list[list[list[s
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     options = ["-O3", native, "-fPIC", "-fno-math-errno", "-Wno-psabi"]
     openmp = ["-Xpreprocessor", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
+    # The user's options come last, since the last of contradicting ones counts.
+    first = next((i for i, word in enumerate(compiler) if word.startswith("-")), len(compiler))
+    compiler, given = compiler[:first], compiler[first:]
     object_file = f"{target}.o"
     ways = []
     if library := _openmp_of_torch():
         ways.append([
-            [*compiler, *options, *openmp, "-c", source, "-o", object_file],
-            [*compiler, "-shared", object_file, *library, "-lm", "-o", target],
+            [*compiler, *options, *openmp, *given, "-c", source, "-o", object_file],
+            [
+                *compiler, "-shared", *given, object_file, library, f"-Wl,-rpath,{Path(library).parent}",
+                "-lm", "-o", target,
+            ],
         ])  # fmt: skip
-    ways.append([[*compiler, *options, *openmp, "-shared", source, "-lm", "-o", target]])
+    ways.append([[*compiler, *options, *openmp, "-shared", *given, source, "-lm", "-o", target]])
     return ways
 
 
@@ -167,7 +177,8 @@ def build(folder: Path | None = None) -> Path:
     """Compiles the kernels for this processor, unless that was done before.
 
     Args:
-        folder: Where the library is kept; `cache_folder()` if not given.
+        folder: Where the library is kept; `cache_folder()` if not given. Where that cannot be written, or others may
+            write there, the library lives as long as the process.
 
     Returns:
         The library's path.
@@ -180,45 +191,66 @@ def build(folder: Path | None = None) -> Path:
         raise OSError(
             f"there is no C compiler named {' '.join(compiler) or repr('')}; install gcc or clang, or set CC"
         )
-    key = "\n".join([SOURCE, *compiler, _processor(), torch.__version__])
+    key = "\n".join([SOURCE, *compiler, _processor(), torch.__version__, _openmp_of_torch() or ""])
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    folder = cache_folder() if folder is None else folder
     try:
+        folder = cache_folder() if folder is None else folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not _is_ours(folder):
+            raise PermissionError
         if (folder / name).exists() and _is_ours(folder / name):
             return folder / name
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            compiled = _compile(compiler, Path(temporary))
-            os.replace(compiled, folder / name)  # whole or not at all: other processes may compile, too
-        return folder / name
-    except PermissionError:  # a home that cannot be written
-        return _compile(compiler, Path(tempfile.mkdtemp(prefix="mmmamba-")))
+        temporary = Path(tempfile.mkdtemp(dir=folder))
+    except (OSError, RuntimeError):  # the latter of users without a home
+        temporary = Path(tempfile.mkdtemp(prefix="mmmamba-"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return _compile(compiler, temporary)
+    try:
+        compiled = _compile(compiler, temporary)
+        compiled.chmod(0o700)  # compilers leave it to the umask who may write
+        os.replace(compiled, folder / name)  # whole or not at all: other processes may compile, too
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder / name
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether nobody else could have written the file, which is about to be run."""
+    """Whether nobody else can have written a file that is about to be run, or can write into this folder."""
     if not hasattr(os, "getuid"):
         return True
-    return all(
-        found.stat().st_uid in (os.getuid(), 0) and not found.stat().st_mode & 0o022 for found in (path, path.parent)
-    )
+    found = path.stat()
+    return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
 
 
 def _compile(compiler: list[str], folder: Path) -> Path:
     source, target = folder / "kernels.c", folder / "kernels.so"
     source.write_text(SOURCE, encoding="utf-8")
     for commands in _commands(compiler, str(source), str(target)):
-        for command in commands:
+        reason = next(filter(None, map(_run, commands)), None)
+        if reason is None:
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_COMPILE)
-            except subprocess.TimeoutExpired:
-                raise OSError(f"{compiler[0]} took more than {SECONDS_TO_COMPILE} s") from None
-            if done.returncode:
-                break
-        else:
-            return target
-    lines = [line for line in done.stderr.splitlines() if "error" in line] or ["it gave no message"]
-    raise OSError(f"{' '.join(compiler)} cannot compile them with OpenMP ({lines[0].strip()})")
+                ctypes.CDLL(str(target))  # Clang's calls are not in GCC's OpenMP, which only shows here
+                return target
+            except OSError as error:
+                reason = str(error).removeprefix(f"{target}: ")
+    raise OSError(f"{' '.join(compiler)} cannot compile them with OpenMP: {reason}")
+
+
+def _run(command: list[str]) -> str | None:
+    """Why a command of a compiler failed; None if it did not. Raises OSError if it cannot be run, or hangs."""
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            env=os.environ | {"LC_ALL": "C"}, timeout=SECONDS_TO_COMPILE,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise OSError(f"{command[0]} took more than {SECONDS_TO_COMPILE} s") from None
+    except OSError as error:
+        raise OSError(f"{command[0]} cannot be run ({error.strerror})") from None
+    if done.returncode == 0:
+        return None
+    found = re.search(r"(?:error: |cannot find ).*", done.stderr)
+    return found[0].removeprefix("error: ") if found else "it gave no reason"
 
 
 # --- calling ---------------------------------------------------------------------------------------------------------
@@ -248,7 +280,13 @@ class Kernels:
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, c_int64 if name.startswith("bytes") else None
             setattr(self, f"_{name}", function)
-        library.set_most_threads(c_int64(usable_cores()))
+        self._set_most_threads = library.set_most_threads
+        self._set_most_threads.argtypes, self._set_most_threads.restype = (c_int64,), None
+        self.set_most_threads(usable_cores())
+
+    def set_most_threads(self, count: int) -> None:
+        """Lets the kernels run on so many threads, or as many as torch does, whichever is less."""
+        self._set_most_threads(count)
 
     def multiply(self, x: Tensor, weight: Tensor, bits: int, out_features: int, bias: Tensor | None = None) -> Tensor:
         """`x` times a quantised weight, dequantised and transposed; `x` is rounded to 8 bits in groups of 32.
@@ -284,11 +322,27 @@ class Kernels:
 
         Returns:
             (rows, out) in the dtype of `x`.
+
+        Raises:
+            ValueError: if shapes, dtypes or devices do not fit each other.
         """
-        return self._product(x, weight, bias, len(weight), weight.dtype)
+        if weight.ndim != 2 or weight.shape[1:] != x.shape[1:] or weight.dtype not in DTYPES:
+            raise ValueError(
+                f"A product of {tuple(x.shape)} inputs with a {weight.dtype} weight {tuple(weight.shape)} is none; "
+                "expected inputs (rows, in) and a weight (out, in) in fp32 or bf16."
+            )
+        return self._product(x, weight.contiguous(), bias, len(weight), weight.dtype)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, kind) -> Tensor:
-        x = x.contiguous()
+        for tensor in (x, weight) if bias is None else (x, weight, bias):
+            if tensor.device.type != "cpu" or (tensor is not weight and tensor.dtype not in DTYPES):
+                raise ValueError(
+                    f"A tensor of a product is {tensor.dtype} on {tensor.device}; the CPU kernels take inputs and "
+                    "biases in fp32 or bf16, on the CPU."
+                )
+        if bias is not None and bias.shape != (rows,):
+            raise ValueError(f"A bias has shape {tuple(bias.shape)}, and {rows} results are added to it.")
+        x, bias = x.contiguous(), None if bias is None else bias.contiguous()
         matrix = Matrix.of(weight, bias, rows, x.shape[1], KINDS[kind])
         y = x.new_empty(len(x), rows)
         memory = torch.empty(self._bytes_for_product(byref(matrix), len(x)), dtype=torch.uint8)
@@ -309,9 +363,21 @@ class Kernels:
         conv_state: Tensor,
         state: Tensor,
     ) -> Tensor:
-        """See `ssm_mmmamba.decode_step`; states are contiguous."""
+        """See `ssm_mmmamba.decode_step`; states are contiguous. Raises ValueError if shapes do not fit each other."""
         (batch, heads, size, _), (channels, taps) = state.shape, conv_weight.shape
-        projected, conv_weight = projected.contiguous(), conv_weight.contiguous()
+        shapes = [x.shape for x in (projected, conv_bias, A_log, dt_bias, norm_weight, conv_state, state)]
+        expected = [(batch, channels + heads * size + heads), (channels,), (heads,), (heads,), (size,)]
+        expected += [(batch, channels, taps - 1), (batch, heads, size, size)]
+        if shapes != expected:
+            raise ValueError(
+                f"A step's projections, parameters and states have shapes {[tuple(shape) for shape in shapes]}; "
+                f"expected {expected}."
+            )
+        projected = projected.contiguous()
+        conv_weight, conv_bias, A_log, dt_bias, norm_weight = (
+            (x if x.dtype in DTYPES else x.float()).contiguous()
+            for x in (conv_weight, conv_bias, A_log, dt_bias, norm_weight)
+        )
         layer = Layer(
             heads=heads, kv_heads=(channels // size - heads) // 2, head_size=size, taps=taps,
             dtype=DTYPES[projected.dtype], mixer_eps=eps, conv_weight=Vector.of(conv_weight),
@@ -400,6 +466,8 @@ def kernels() -> Kernels | None:
 
 def reason_without_kernels() -> str | None:
     """Why there are no kernels; None if there are."""
+    if os.environ.get(ENVIRONMENT) == "torch":
+        return f"{ENVIRONMENT}=torch keeps them out"
     found = _load()
     return None if isinstance(found, Kernels) else str(found)
 

@@ -4,79 +4,83 @@ What does: gradients, other dtypes and devices, padding, many rows, hooks, adapt
 the place of a part. The layer then runs module by module, as it always does while a prompt is read.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .backends_mmmamba import FEW_ROWS, backend, runs_as_written
 from .cpu_mmmamba import DTYPES, KINDS, Layer, Matrix, Vector, kernels
-from .quantization_mmmamba import QuantizedLinear
+from .quantization_mmmamba import QuantizedLinear, packed_shape
 
 
 MOST_ROWS = 16  # of a quantised layer; with more a product is no longer bound by reading its weights
-SILU = ("silu", "swish")
-MIXERS = {  # each layer type's mixer, the linear layers and the other parts of it, with their parameters
-    "linear_attention": (
-        "mamba", ("in_proj", "out_proj"), {"conv1d": ("weight", "bias"), "norm": ("weight",)}, ("A_log", "dt_bias")
-    ),
-    "full_attention": ("self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"), {}, ()),
-}  # fmt: skip
-MLP = ("gate_proj", "up_proj", "down_proj")
+LINEAR = (nn.Linear, QuantizedLinear)
 
 
 class Part(NamedTuple):
-    """A module that the kernels stand in for, as it was when its addresses were taken."""
+    """A module that the kernels stand in for.
 
-    parent: nn.Module
+    Attributes:
+        parent: Its parent's name; "" is the layer.
+        name: Its own.
+        kinds: The classes it may have, or the name of one of the package's network.
+        uses: Parameters and numbers of it that the kernels use.
+    """
+
+    parent: str
     name: str
-    module: nn.Module
-    kind: type
-    tensors: tuple[tuple[str, Tensor | None, int], ...]  # name, parameter, address
+    kinds: tuple[type, ...] | str
+    uses: tuple[str, ...] = ()
 
-    @classmethod
-    def of(cls, parent: nn.Module, name: str, parameters: tuple[str, ...] = ()) -> "Part":
-        module = getattr(parent, name)
-        tensors = [(key, getattr(module, key, None)) for key in parameters]  # what stands in its place may have none
-        # Classes of their own, as quantisation tools have them, may have no address to read from.
-        addresses = [tensor.data_ptr() if type(tensor) is nn.Parameter else 0 for _, tensor in tensors]
-        tensors = tuple((*named, address) for named, address in zip(tensors, addresses, strict=True))
-        return cls(parent, name, module, type(module), tensors)
-
-    @property
-    def unchanged(self) -> bool:
-        module = self.module
-        if self.parent._modules.get(self.name) is not module or type(module) is not self.kind:
+    def accepts(self, kind: type) -> bool:
+        """Whether a module of this class computes what the kernels do."""
+        if kind.forward.__module__ != kind.__module__:  # somebody put another function in its place
             return False
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return False
-        for name, tensor, address in self.tensors:
-            if getattr(module, name) is not tensor or (tensor is not None and tensor.data_ptr() != address):
-                return False
-        return True
+        if isinstance(self.kinds, tuple):
+            return kind in self.kinds
+        return kind.__name__ == self.kinds and kind.__module__.rpartition(".")[2] == "modeling_mmmamba"
 
-    @property
-    def readable(self) -> bool:
-        """Whether the kernels can read all parameters."""
-        dtypes = [*DTYPES, torch.uint8] if self.kind is QuantizedLinear else [*DTYPES]
-        return all(
-            type(x) is nn.Parameter and x.device.type == "cpu" and x.is_contiguous() and x.dtype in dtypes
-            for _, x, _ in self.tensors
-            if x is not None
-        )
+
+def _linear(parent: str, *names: str) -> list[Part]:
+    return [Part(parent, name, LINEAR, ("weight", "bias")) for name in names]
+
+
+COMMON = (
+    Part("", "input_layernorm", "MmMambaRMSNorm", ("weight", "eps")),
+    Part("", "post_attention_layernorm", "MmMambaRMSNorm", ("weight", "eps")),
+    Part("", "mlp", "MmMambaMLP"),
+    Part("mlp", "act_fn", (nn.SiLU,)),
+    *_linear("mlp", "gate_proj", "up_proj", "down_proj"),
+)
+PARTS = {  # of each type of layer, parents first
+    "linear_attention": (
+        Part("", "mamba", "MmMambaMixer", ("A_log", "dt_bias")),
+        Part("mamba", "conv1d", "MmMambaConv", ("weight", "bias")),
+        Part("mamba", "norm", "MmMambaGatedRMSNorm", ("weight", "eps")),
+        *_linear("mamba", "in_proj", "out_proj"),
+        *COMMON,
+    ),
+    "full_attention": (
+        Part("", "self_attn", "MmMambaAttention", ("scaling",)),
+        *_linear("self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
+        *COMMON,
+    ),
+}
 
 
 class Plan(NamedTuple):
     """A layer as the kernels take it."""
 
-    parts: list[Part]
     layer: Layer
     dtype: torch.dtype
     most_rows: int
 
 
-_plans: WeakKeyDictionary[nn.Module, Plan | None] = WeakKeyDictionary()
+# Each layer's facts and its plan, which hold nothing that would keep a model in memory.
+_plans: WeakKeyDictionary[nn.Module, tuple[list, Plan | None]] = WeakKeyDictionary()
 
 
 def layer_step(
@@ -94,16 +98,21 @@ def layer_step(
     """
     if not runs_as_written(hidden_states):  # first: a graph that is being made may serve any length
         return None
-    if hidden_states.device.type != "cpu" or hidden_states.shape[1] != 1 or cache is None:
+    if hidden_states.device.type != "cpu" or hidden_states.dtype not in DTYPES or cache is None:
         return None
-    if attention_mask is not None or layer.training:
+    rows, length, width = hidden_states.shape
+    if length != 1 or rows > MOST_ROWS or attention_mask is not None or layer.training:
         return None
-    plan = _plans.get(layer)
-    if plan is None or not all(part.unchanged for part in plan.parts):
-        plan = _plans[layer] = _plan(layer)
-    if plan is None or plan.dtype != hidden_states.dtype or len(hidden_states) > plan.most_rows:
+    facts = _facts(layer)
+    if facts is None:
         return None
-    mixer = plan.parts[0].module
+    known = _plans.get(layer)
+    if known is None or known[0] != facts:
+        known = _plans[layer] = facts, _plan(layer)
+    plan = known[1]
+    if plan is None or plan.dtype != hidden_states.dtype or rows > plan.most_rows or width != plan.layer.hidden:
+        return None
+    mixer = layer.mamba if layer.layer_type == "linear_attention" else layer.self_attn
     if backend(hidden_states.device, plan.dtype, mixer.config.ssm_implementation).name != "cpu":
         return None
     step = _mamba_step if layer.layer_type == "linear_attention" else _attention_step
@@ -113,8 +122,11 @@ def layer_step(
 
 def _mamba_step(layer: Layer, mixer: nn.Module, x: Tensor, position_embeddings, cache, options: dict) -> Tensor | None:
     conv_state, state = cache.conv_state(mixer.layer_idx), cache.recurrent_state(mixer.layer_idx)
-    if state is None or len(state) != len(x) or conv_state.dtype != x.dtype or state.dtype != torch.float32:
+    if state is None or conv_state.dtype != x.dtype or state.dtype != torch.float32:
         return None
+    size, channels = layer.head_size, (layer.heads + 2 * layer.kv_heads) * layer.head_size
+    if state.shape != (len(x), layer.heads, size, size) or conv_state.shape != (len(x), channels, layer.taps - 1):
+        return None  # a cache of another batch or model: the modules say so
     if not (conv_state.is_contiguous() and state.is_contiguous()):
         return None
     return kernels().layer_step(layer, x, conv_state, state)
@@ -126,6 +138,8 @@ def _attention_step(
     chosen = mixer.config._attn_implementation == "sdpa" and options.get("attention_function") is None
     if not chosen or options.get("attention_weights") is not None:
         return None  # another way to attend was asked for, or what only it can give
+    if not ALL_ATTENTION_FUNCTIONS["sdpa"].__module__.startswith("transformers."):
+        return None  # somebody registered their own
     cos, sin = (table[:, 0].to(x.dtype).expand(len(x), -1).contiguous() for table in position_embeddings)
     q, k, v = kernels().attention_projections(layer, x, cos, sin)
     keys, values = cache.update(k, v, mixer.layer_idx)
@@ -134,45 +148,87 @@ def _attention_step(
     return kernels().attention_step(layer, x, q, keys, values)
 
 
+def _facts(layer: nn.Module) -> list | None:
+    """What a plan is true of: classes, numbers, and each parameter's place and form; None if something is in the way.
+
+    They are compared at every step, so that whatever is done to a model takes effect at once.
+    """
+    modules, facts = {"": layer}, []
+    for part in PARTS[layer.layer_type]:
+        module = modules[part.name] = modules[part.parent]._modules.get(part.name)
+        if module is None or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return None
+        facts += [type(module), type(module).forward]
+        for name in part.uses:
+            used = module._parameters[name] if name in module._parameters else getattr(module, name, None)
+            if type(used) is nn.Parameter:
+                facts.append((used.data_ptr(), used.dtype, used.shape, used.is_contiguous()))
+            elif isinstance(used, Tensor):
+                return None  # classes of their own, as quantisation tools have them, may have no address
+            else:
+                facts.append(used)
+    return facts
+
+
 def _plan(layer: nn.Module) -> Plan | None:
     """None where the kernels do not compute what the layer does."""
-    name, projections, others, parameters = MIXERS[layer.layer_type]
-    mixer, mlp = getattr(layer, name), layer.mlp
-    linear = [*((mixer, x) for x in projections), *((mlp, x) for x in MLP)]
-    parts = [
-        Part.of(layer, name, parameters),
-        Part.of(layer, "mlp"),
-        Part.of(layer, "input_layernorm", ("weight",)),
-        Part.of(layer, "post_attention_layernorm", ("weight",)),
-        *(Part.of(mixer, x, of_part) for x, of_part in others.items()),
-        *(Part.of(parent, x, ("weight", "bias")) for parent, x in linear),
-    ]
-    config = mixer.config
-    # Other classes than the package's own may compute something else.
-    plain = all(
-        part.kind.__module__ == type(layer).__module__ if part.parent is layer or part.name in others
-        else part.kind in (nn.Linear, QuantizedLinear)
-        for part in parts
-    )  # fmt: skip
-    if config.hidden_act not in SILU or not plain or not all(part.readable and part.unchanged for part in parts):
+    modules, parts = {"": layer}, PARTS[layer.layer_type]
+    for part in parts:
+        modules[part.name] = modules[part.parent]._modules[part.name]
+    if not all(part.accepts(type(modules[part.name])) for part in parts):
         return None
-    dtype = layer.input_layernorm.weight.dtype
-    described = Layer(
-        hidden=config.hidden_size, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
-        head_size=config.head_dim, taps=config.conv_kernel, mlp=config.intermediate_size, dtype=DTYPES[dtype],
-        norm_eps=layer.input_layernorm.eps, mlp_eps=layer.post_attention_layernorm.eps,
-        norm=Vector.of(layer.input_layernorm.weight), mlp_norm=Vector.of(layer.post_attention_layernorm.weight),
-    )  # fmt: skip
-    for parent, x in linear:
-        setattr(described, "out_proj" if x == "o_proj" else x, _matrix(getattr(parent, x)))
+    mixer = modules[parts[0].name]
+    config, first, second = mixer.config, layer.input_layernorm, layer.post_attention_layernorm
+    hidden, mlp, size = config.hidden_size, layer.mlp.gate_proj.out_features, config.head_dim
+    heads, kv_heads, taps = config.num_attention_heads, config.num_key_value_heads, config.conv_kernel
+    inner, shared = heads * size, kv_heads * size
+    linear = {
+        "in_proj": (2 * shared + 2 * inner + heads, hidden), "out_proj": (hidden, inner),
+        "q_proj": (inner, hidden), "k_proj": (shared, hidden), "v_proj": (shared, hidden), "o_proj": (hidden, inner),
+        "gate_proj": (mlp, hidden), "up_proj": (mlp, hidden), "down_proj": (hidden, mlp),
+    }  # fmt: skip
+    linear = {name: (modules[name], *shape) for name, shape in linear.items() if name in modules}
+    vectors = {"norm": (first.weight, (hidden,)), "mlp_norm": (second.weight, (hidden,))}
     if layer.layer_type == "linear_attention":
-        described.mixer_eps, described.mixer_norm = mixer.norm.eps, Vector.of(mixer.norm.weight)
-        described.conv_weight, described.conv_bias = Vector.of(mixer.conv1d.weight), Vector.of(mixer.conv1d.bias)
-        described.A_log, described.dt_bias = Vector.of(mixer.A_log), Vector.of(mixer.dt_bias)
-    quantised = all(type(getattr(*place)) is QuantizedLinear for place in linear)
-    return Plan(parts, described, dtype, MOST_ROWS if quantised else FEW_ROWS)
+        channels, conv = inner + 2 * shared, mixer.conv1d
+        vectors |= {
+            "conv_weight": (conv.weight, (channels, 1, taps)), "conv_bias": (conv.bias, (channels,)),
+            "A_log": (mixer.A_log, (heads,)), "dt_bias": (mixer.dt_bias, (heads,)),
+            "mixer_norm": (mixer.norm.weight, (size,)),
+        }  # fmt: skip
+    elif mixer.scaling != size**-0.5:
+        return None
+    if not all(_readable(x, shape, DTYPES) for x, shape in vectors.values()):
+        return None
+    if not all(_is_linear(module, *shape) for module, *shape in linear.values()):
+        return None
+    dtype = first.weight.dtype
+    described = Layer(
+        hidden=hidden, heads=heads, kv_heads=kv_heads, head_size=size, taps=taps, mlp=mlp, dtype=DTYPES[dtype],
+        norm_eps=first.eps, mlp_eps=second.eps, **{name: Vector.of(x) for name, (x, _) in vectors.items()},
+    )  # fmt: skip
+    if layer.layer_type == "linear_attention":
+        described.mixer_eps = mixer.norm.eps
+    for name, (module, rows, columns) in linear.items():
+        kind = KINDS[module.bits if type(module) is QuantizedLinear else module.weight.dtype]
+        matrix = Matrix.of(module.weight, module.bias, rows, columns, kind)
+        setattr(described, "out_proj" if name == "o_proj" else name, matrix)
+    quantised = all(type(module) is QuantizedLinear for module, *_ in linear.values())
+    return Plan(described, dtype, MOST_ROWS if quantised else FEW_ROWS)
 
 
-def _matrix(layer: nn.Module) -> Matrix:
-    kind = layer.bits if type(layer) is QuantizedLinear else layer.weight.dtype
-    return Matrix.of(layer.weight, layer.bias, layer.out_features, layer.in_features, KINDS[kind])
+def _readable(x: Any, shape: tuple[int, ...], dtypes) -> bool:
+    """Whether `x` is a parameter of this shape that the kernels can read."""
+    if type(x) is not nn.Parameter or x.shape != shape or x.dtype not in dtypes:
+        return False
+    return x.device.type == "cpu" and x.is_contiguous() and x.data_ptr() != 0
+
+
+def _is_linear(layer: nn.Module, rows: int, columns: int) -> bool:
+    if layer.bias is not None and not _readable(layer.bias, (rows,), DTYPES):
+        return False
+    if type(layer) is nn.Linear:
+        return _readable(layer.weight, (rows, columns), DTYPES)
+    if (layer.out_features, layer.in_features) != (rows, columns):
+        return False
+    return _readable(layer.weight, packed_shape(rows, columns, layer.bits), (torch.uint8,))

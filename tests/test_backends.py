@@ -29,7 +29,11 @@ def clear_caches(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT, raising=False)
 
     def clear():
-        for cached in (find, backends_mmmamba._backend, type(backends_mmmamba.logger).warning_once):
+        for cached in (
+            backends_mmmamba._imported,
+            backends_mmmamba._backend,
+            type(backends_mmmamba.logger).warning_once,
+        ):
             cached.cache_clear()
 
     clear()
