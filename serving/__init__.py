@@ -6,7 +6,7 @@ def register() -> None:
     from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
     from vllm import ModelRegistry
 
-    from . import vllm_video
+    from . import vllm_quantization, vllm_video  # noqa: F401  # the former registers itself
 
     # By name, so that vLLM imports the model (and CUDA with it) only in the processes that need it.
     ModelRegistry.register_model(

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
+from mmmamba.conversion.quantize import quantize_folder
 from mmmamba.examples.shapes.clip import write_clip
 from mmmamba.examples.shapes.world import example
 
@@ -276,6 +277,12 @@ def test_quantised_weights(tmp_path):
         list(o.outputs[0].token_ids) == reference.answer(one)[1] for o, one in zip(outputs, questions, strict=True)
     ]
     assert sum(same) >= 36  # of 40: eight bits are not all
+
+
+def test_weights_of_mmmamba_quantize_are_refused(tmp_path):
+    quantize_folder(SHAPES / "linear", tmp_path / "small", 4)
+    with pytest.raises(ValueError, match=r"serve the folder that it was made from, or this one by `mmmamba serve"):
+        start(tmp_path / "small")
 
 
 def test_a_teacher_needs_no_states():
