@@ -22,7 +22,8 @@ from .ssm_mmmamba import ENVIRONMENT, TORCH, Backend
 logger = logging.get_logger(__name__)
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 FASTEST_FIRST = ("triton", "cuda", "cpu", "torch")
-FEW_ROWS = 2  # of a product that the CPU kernels do faster than torch, see docs/performance.md
+# Rows up to which the CPU kernels multiply faster than torch: `python -m mmmamba.benchmarks.products`.
+FEW_ROWS = {torch.float32: 8, torch.bfloat16: 4}
 
 
 def find(name: str) -> tuple[Backend | None, str]:
@@ -182,7 +183,7 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
     if not runs_as_written(x):  # first: a graph that is being made may serve other numbers of rows
         return layer(x)
     rows = x.numel() // max(x.shape[-1], 1)
-    if x.device.type != "cpu" or rows > FEW_ROWS or x.dtype not in DTYPES:
+    if x.device.type != "cpu" or rows > FEW_ROWS.get(x.dtype, 0):
         return layer(x)
     if not are_plain({layer: nn.Linear}, x.device):
         return layer(x)

@@ -19,7 +19,7 @@ SOURCE = r"""
 #define INLINE static inline __attribute__((always_inline))
 #define GROUP 32     /* inputs that share a scale */
 #define TILE 16      /* rows of a matrix that are multiplied together: one vector of results */
-#define AHEAD 1024   /* bytes: how far ahead of its use a quantised weight is asked for */
+#define AHEAD 4096   /* bytes: how far ahead of its use a weight is asked for */
 #ifdef __AVX512F__
 #define MOST_INPUTS 16  /* inputs whose sums stay in registers while a tile is read once */
 #else
@@ -284,6 +284,9 @@ INLINE void dense_row(const matrix *m, const inputs *x, int64_t r, int64_t first
   for (; c + 32 <= width; c += 32) {
     f32x16 a = kind == F32 ? load(single + c) : load_bf16(half + c);
     f32x16 b = kind == F32 ? load(single + c + 16) : load_bf16(half + c + 16);
+    const char *now = kind == F32 ? (const char *)(single + c) : (const char *)(half + c);
+    __builtin_prefetch(now + AHEAD);
+    if (kind == F32) __builtin_prefetch(now + AHEAD + 64);
     for (int i = 0; i < count; i++) {
       total[i][0] += a * load(x->values + (first + i) * width + c);
       total[i][1] += b * load(x->values + (first + i) * width + c + 16);
@@ -340,11 +343,28 @@ static void tile(const matrix *m, const inputs *x, int64_t t, int64_t first, int
       for (int r = 0; r < TILE && t * TILE + r < m->rows; r++) out[i][r] += get(m->bias, t * TILE + r);
 }
 
+int omp_get_max_threads(void);
+
+static int most_threads = 1;
+void set_most_threads(int64_t count) { most_threads = (int)count; }
+
+/* As many threads as torch would take, but no more than there are cores for. */
+static int num_threads(void) {
+  int wanted = omp_get_max_threads();
+  return wanted < most_threads ? wanted : most_threads;
+}
+
 INLINE int64_t num_tiles(const matrix *m) { return (m->rows + TILE - 1) / TILE; }
+
+/* Tiles that a thread takes at once: long stretches of memory, but several for each thread. */
+static int64_t some_tiles(const matrix *m) {
+  int64_t some = num_tiles(m) / (4 * num_threads());
+  return some < 1 ? 1 : some > 32 ? 32 : some;
+}
 
 /* Work of all threads: y (count, rows) in fp32 or bf16, of few inputs; `added`, of y's shape, is added if given. */
 static void product(const matrix *m, const inputs *x, int64_t count, void *y, int64_t dtype, vector added) {
-  #pragma omp for schedule(dynamic, 8)
+  #pragma omp for schedule(dynamic, some_tiles(m))
   for (int64_t t = 0; t < num_tiles(m); t++)
     for (int64_t first = 0; first < count; first += MOST_INPUTS) {
       int64_t some = count - first < MOST_INPUTS ? count - first : MOST_INPUTS;
@@ -447,7 +467,7 @@ static void mixer_step(
 
 /* y (count, MLP width) = silu(gate x) * (up x) (arXiv 2002.05202). */
 static void gated(const layer *l, const inputs *x, int64_t count, float *y) {
-  #pragma omp for schedule(dynamic, 8)
+  #pragma omp for schedule(dynamic, some_tiles(&l->gate_proj))
   for (int64_t t = 0; t < num_tiles(&l->gate_proj); t++)
     for (int64_t first = 0; first < count; first += MOST_INPUTS) {
       int64_t some = count - first < MOST_INPUTS ? count - first : MOST_INPUTS;
@@ -618,17 +638,6 @@ static int64_t bytes_of_inputs(int64_t count, int64_t width) { return count * wi
 
 /* --- what Python calls ------------------------------------------------------------------------------------------ */
 
-int omp_get_max_threads(void);
-
-static int most_threads = 1;
-void set_most_threads(int64_t count) { most_threads = (int)count; }
-
-/* As many threads as torch would take, but no more than there are cores for. */
-static int num_threads(void) {
-  int wanted = omp_get_max_threads();
-  return wanted < most_threads ? wanted : most_threads;
-}
-
 int64_t bytes_for_layer(const layer *l, int64_t count) {
   int64_t inner = l->heads * l->head_size;
   return bytes_of_inputs(count, l->hidden) + bytes_of_inputs(count, inner) + bytes_of_inputs(count, l->mlp)
@@ -738,7 +747,7 @@ int64_t bytes_for_product(const matrix *m, int64_t count) { return bytes_of_inpu
 /* y (count, rows) = x (count, columns) times the matrix, both in `dtype`. Of many inputs a block at a time meets four
    tiles, which stay in a core's cache as long as there are inputs. */
 void multiply(const matrix *m, int64_t count, const void *x, void *y, int64_t dtype, char *memory) {
-  const int64_t some_tiles = count > MOST_INPUTS ? 4 : 8, tiles = num_tiles(m);
+  const int64_t together = count > MOST_INPUTS ? 4 : some_tiles(m), tiles = num_tiles(m);
   vector given = {x, dtype};
   inputs in = new_inputs(&memory, count, m->columns);
   #pragma omp parallel num_threads(num_threads())
@@ -749,9 +758,9 @@ void multiply(const matrix *m, int64_t count, const void *x, void *y, int64_t dt
     for (int64_t i = count * m->columns / 16 * 16; i < count * m->columns; i++) in.values[i] = get(given, i);
     if (is_quantised(m)) round_inputs(&in, count);
     #pragma omp for schedule(dynamic, 1)
-    for (int64_t start = 0; start < tiles; start += some_tiles)
+    for (int64_t start = 0; start < tiles; start += together)
       for (int64_t first = 0; first < count; first += MOST_INPUTS)
-        for (int64_t t = start; t < start + some_tiles && t < tiles; t++) {
+        for (int64_t t = start; t < start + together && t < tiles; t++) {
           int64_t some = count - first < MOST_INPUTS ? count - first : MOST_INPUTS;
           f32x16 out[MOST_INPUTS];
           tile(m, &in, t, first, some, out);

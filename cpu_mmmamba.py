@@ -140,15 +140,22 @@ def _processor() -> str:
 
 
 def _openmp_of_torch() -> str | None:
-    """The OpenMP library that torch has loaded: with another one two sets of threads would fight for the cores."""
-    folder = Path(torch.__file__).parent.parent
+    """The OpenMP library that torch itself calls; None if that cannot be told.
+
+    Other packages bring theirs, sentencepiece for one: on its threads the kernels would fight with torch's for the
+    cores, and a process that has not loaded it could not load the kernels.
+    """
+    folder = Path(torch.__file__).parent / "lib"
     try:
+        library = ctypes.CDLL(str(folder / "libtorch_cpu.so"))
+        address = ctypes.cast(library.omp_get_max_threads, c_void_p).value
         maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-        found = re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$", maps, re.MULTILINE)
-    except OSError:
-        found = [str(path) for path in folder.glob("torch/lib/lib*omp*.dylib")]
-    # Other packages bring theirs, too: torch's lies in its own folder, where it is not the system's.
-    return min(found, key=lambda path: not path.startswith(str(folder)), default=None)
+    except (OSError, AttributeError):  # not Linux, or a torch without OpenMP
+        return next((str(path) for path in folder.glob("lib*omp*.dylib")), None)
+    for first, end, path in re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .* (/\S*)$", maps, re.MULTILINE):
+        if int(first, 16) <= address < int(end, 16):
+            return path
+    return None
 
 
 def _commands(compiler: list[str], source: str, target: str) -> list[list[list[str]]]:
@@ -191,7 +198,7 @@ def build(folder: Path | None = None) -> Path:
         raise OSError(
             f"there is no C compiler named {' '.join(compiler) or repr('')}; install gcc or clang, or set CC"
         )
-    key = "\n".join([SOURCE, *compiler, _processor(), torch.__version__, _openmp_of_torch() or ""])
+    key = "\n".join([SOURCE, *compiler, _processor(), torch.__version__, Path(_openmp_of_torch() or "").name])
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
         folder = cache_folder() if folder is None else folder

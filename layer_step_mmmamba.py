@@ -215,7 +215,7 @@ def _plan(layer: nn.Module) -> Plan | None:
         matrix = Matrix.of(module.weight, module.bias, rows, columns, kind)
         setattr(described, "out_proj" if name == "o_proj" else name, matrix)
     quantised = all(type(module) is QuantizedLinear for module, *_ in linear.values())
-    return Plan(described, dtype, MOST_ROWS if quantised else FEW_ROWS)
+    return Plan(described, dtype, MOST_ROWS if quantised else FEW_ROWS[dtype])
 
 
 def _readable(x: Any, shape: tuple[int, ...], dtypes) -> bool:

@@ -402,12 +402,29 @@ class QuantizationMixin:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in Transformers. Raises ValueError for another number of tokens if the head is quantised."""
+        head = self.get_output_embeddings()
+        if not isinstance(head, QuantizedLinear):
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        wanted = head.out_features if new_num_tokens is None else new_num_tokens
+        wanted += -wanted % (pad_to_multiple_of or 1)
+        if wanted != head.out_features:
+            raise ValueError(
+                f"A quantised head keeps its {head.out_features} rows, so there cannot be {wanted} tokens; resize the "
+                "model first and quantise it then."
+            )
+        return self.get_input_embeddings()
+
     def _layers_to_quantize(self, config: MmMambaQuantizationConfig) -> list[tuple[str, nn.Linear]]:
         found = [(name, layer) for name, layer in self.named_modules() if config.converts(name, layer)]
         if not found:
+            kept = f", without {', '.join(config.modules_to_not_convert)}" if config.modules_to_not_convert else ""
             raise ValueError(
-                f"No layer of this model can be quantised: inputs must be a multiple of {GROUP}, and its hidden_size "
-                f"is {self.config.text_config.hidden_size}; use it as it is."
+                f"No layer of this model can be quantised{kept}: inputs must be a multiple of {GROUP}, and its "
+                f"hidden_size is {self.config.text_config.hidden_size}; use it as it is."
             )
         return found
 

@@ -21,6 +21,8 @@ SIZES = {  # layers, hidden, MLP, heads, key/value heads, vocabulary
 
 TOOLS = (  # of quantisation
     "none",
+    "mmmamba, 8 bits",
+    "mmmamba, 4 bits",
     "bitsandbytes int8",
     "bitsandbytes nf4",
     "bitsandbytes nf4, double",

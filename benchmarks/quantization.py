@@ -15,21 +15,28 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from mmmamba.cli.load import without_packing
 from mmmamba.configuration_mmmamba import MmMambaConfig
+from mmmamba.conversion.distillation.data import pad
+from mmmamba.examples.shapes.data import Conversations
 from mmmamba.examples.shapes.evaluate import answers, check_is_shapes_model
+from mmmamba.examples.shapes.folder import make_processor
 from mmmamba.examples.shapes.world import example
 from mmmamba.modeling_mmmamba import MmMambaForConditionalGeneration
+from mmmamba.quantization_mmmamba import MmMambaQuantizationConfig
 
 from .timing import format_table, write_result
 
 
 HYBRID = Path(__file__).parents[1] / "examples" / "shapes" / "hybrid"
-COLUMNS = ["tool", "exact", "reloaded", "MB, fp32", "MB, bf16", "seconds", "cannot"]
+COLUMNS = ["tool", "exact", "reloaded", "KL", "MB, fp32", "MB, bf16", "seconds", "cannot"]
+KL_ROWS = 100  # held-out conversations whose answers' logits are compared, five at once
 DTYPES = {"MB, fp32": torch.float32, "MB, bf16": torch.bfloat16}
 
 
@@ -90,6 +97,8 @@ def _torchao_int4_on_any_device() -> TorchAoConfig:
 
 TOOLS = {
     "none": Tool("torch", lambda: None),
+    "mmmamba, 8 bits": Tool("torch", lambda: MmMambaQuantizationConfig(bits=8)),
+    "mmmamba, 4 bits": Tool("torch", lambda: MmMambaQuantizationConfig(bits=4)),
     "bitsandbytes int8": Tool("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True)),
     "bitsandbytes nf4": Tool("bitsandbytes", lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
     "bitsandbytes nf4, double": Tool(
@@ -107,6 +116,8 @@ TOOLS = {
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Runs `mmmamba bench quantization`. Raises ValueError for a folder that is not a model of the picture world."""
     check_is_shapes_model(args.model)
+    batches = answers_to_predict()
+    expected = predictions(load(args.model, device, dtype=torch.float32), batches)
     rows, packages = [], {}
     for name in args.tools:
         try:
@@ -114,14 +125,54 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         except PackageNotFoundError:
             print(f"{name} is left out: {TOOLS[name].package} is not installed.")
             continue
-        rows.append({"tool": name} | measure(args.model, TOOLS[name], args.questions, device))
+        rows.append({"tool": name} | measure(args.model, TOOLS[name], args.questions, device, batches, expected))
         settings = {"model": args.model.name, "questions": args.questions, "packages": packages}
         write_result("quantization", device, {"settings": settings, "rows": rows}, args.results)
     print(format_table(rows, COLUMNS))
 
 
-def measure(folder: Path, tool: Tool, num_questions: int, device: torch.device) -> dict[str, object]:
-    """Percent of answers that are right in memory and after saving and loading, sizes, and what the tool refused."""
+def answers_to_predict() -> list[dict[str, Tensor]]:
+    """Batches of held-out conversations; labels are -100 but on the answers."""
+    processor = make_processor()
+    conversations = Conversations(processor, "test")
+    rows = [conversations.row(index) for index in range(KL_ROWS)]
+    return [pad(rows[i : i + 5], processor.tokenizer.pad_token_id) for i in range(0, len(rows), 5)]
+
+
+@torch.no_grad()
+def predictions(model: MmMambaForConditionalGeneration, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Log-probabilities of every token of every answer, (tokens, vocabulary) in fp32, the right answer read so far."""
+    found = []
+    for batch in batches:
+        inputs = {name: x.to(model.device) for name, x in batch.items() if name != "labels"}
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        logits = model(**inputs, use_cache=False).logits[:, :-1].cpu()
+        found.append(logits[batch["labels"][:, 1:] != -100])
+    return torch.cat(found).float().log_softmax(-1)
+
+
+def measure(
+    folder: Path,
+    tool: Tool,
+    num_questions: int,
+    device: torch.device,
+    batches: list[dict[str, Tensor]],
+    expected: Tensor,
+) -> dict[str, object]:
+    """What a tool does to a model.
+
+    Args:
+        folder: Model folder of the picture world.
+        tool: The tool.
+        num_questions: Questions to answer.
+        device: Where the model runs.
+        batches: See `answers_to_predict`.
+        expected: `predictions` of the unquantised model in fp32.
+
+    Returns:
+        `exact` and `reloaded`, percent of answers that are right in memory and after saving and loading; `KL` from
+        the unquantised model's predictions, nats per token of the right answers; sizes; and what the tool refused.
+    """
     examples = [example("test", 0, index) for index in range(num_questions)]
     # bitsandbytes multiplies in fp16 or bf16 on a GPU whatever the dtype, and bf16 is slow on many CPUs.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -136,6 +187,8 @@ def measure(folder: Path, tool: Tool, num_questions: int, device: torch.device) 
         step, start = "answer", time.perf_counter()
         row["exact"] = percent_right(model)
         row["seconds"] = time.perf_counter() - start
+        found = predictions(model, batches)
+        row["KL"] = F.kl_div(found, expected, reduction="batchmean", log_target=True).item()
         step = "save"
         with tempfile.TemporaryDirectory() as temporary:
             for column, stored in DTYPES.items():

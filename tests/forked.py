@@ -42,6 +42,7 @@ def run_killed(function, *args) -> None:
 
 
 def _without_rank(_: int, function, args: tuple) -> None:
+    torch.set_num_threads(1)  # torch makes its threads anew after a fork, and threads that load weights race to do so
     function(*args)
 
 

@@ -1,5 +1,6 @@
 """The CPU kernels against slow Python and fp64, compiled for each instruction set that this machine runs; building."""
 
+import ctypes
 import os
 import platform
 import struct
@@ -299,6 +300,19 @@ def forget(monkeypatch):
     clear()
     yield clear
     clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="says where libraries are")
+def test_the_kernels_run_on_torchs_threads_whatever_else_brings_openmp():
+    import sentencepiece  # noqa: F401  # which has a library of its own, mapped before that of torch here
+
+    library, before = ctypes.CDLL(cpu_mmmamba._openmp_of_torch()), torch.get_num_threads()
+    try:
+        for count in (3, 5):
+            torch.set_num_threads(count)
+            assert library.omp_get_max_threads() == count
+    finally:
+        torch.set_num_threads(before)
 
 
 def write_compiler(path, monkeypatch, does):

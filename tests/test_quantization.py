@@ -27,7 +27,8 @@ from mmmamba.tokenization_mmmamba import load_tokenizer
 
 
 MODULES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "optimum-quanto": "optimum.quanto"}
-NAMES = [name for name in TOOLS if name not in ("none", "torchao int4")]  # the latter needs another package
+# Those of others; "torchao int4" needs another package.
+NAMES = [name for name, tool in TOOLS.items() if tool.package in MODULES and name != "torchao int4"]
 EXAMPLES = [example("test", 0, index) for index in range(2 * len(KINDS))]
 OPTIONS = {"max_new_tokens": 8, "do_sample": False}
 QUESTION = "<image>\nHow many objects are there?"
@@ -161,17 +162,20 @@ def test_4_bit_layers_run_where_bitsandbytes_would_pack_them(tmp_path, monkeypat
 
 @needs("bitsandbytes")
 def test_the_benchmark_counts_answers_before_and_after_loading_and_bytes(tmp_path, monkeypatch, capsys):
-    names, plain = ["none", "bitsandbytes nf4", "absent"], SHAPES / "hybrid" / "model.safetensors"
+    names = ["none", "bitsandbytes nf4", "mmmamba, 4 bits", "absent"]
+    plain = SHAPES / "hybrid" / "model.safetensors"
     monkeypatch.setitem(TOOLS, "absent", Tool("no-such-package", None))
     monkeypatch.setattr(arguments, "TOOLS", names)
     command = ["bench", "quantization", "--device=cpu", "--questions=4", f"--results={tmp_path}", "--tools", *names]
     assert main(command) == 0
     assert "absent is left out: no-such-package is not installed" in capsys.readouterr().out
     rows = json.loads((tmp_path / "quantization-cpu.json").read_text(encoding="utf-8"))["rows"]
-    assert [(row["tool"], row["exact"], row["reloaded"]) for row in rows] == [(name, 100, 100) for name in names[:2]]
+    assert [(row["tool"], row["exact"], row["reloaded"]) for row in rows] == [(name, 100, 100) for name in names[:3]]
     assert rows[0]["MB, bf16"] == pytest.approx(plain.stat().st_size / 1e6, rel=0.01)  # but for its metadata
     assert rows[1]["MB, bf16"] < 0.45 * rows[0]["MB, bf16"]
     assert rows[0]["embeddings and head, MB, bf16"] == 2 * 655 * 128 * 2 / 1e6
+    assert rows[2]["MB, bf16"] < rows[1]["MB, bf16"]  # the head is quantised, too
+    assert rows[0]["KL"] == 0 and all(1e-6 < row["KL"] < 0.05 for row in rows[1:])
 
 
 @saved_by_transformers

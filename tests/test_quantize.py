@@ -414,6 +414,27 @@ def test_a_model_is_dequantised_again(folders):
     assert getattr(plain.config, "quantization_config", None) is None
 
 
+def test_a_quantised_head_is_not_resized(folders):
+    model = loaded(folders[4])
+    with pytest.raises(ValueError, match="keeps its 655 rows, so there cannot be 700 tokens"):
+        model.resize_token_embeddings(700)
+    assert model.get_input_embeddings().num_embeddings == 655
+    assert model.resize_token_embeddings(655) is model.get_input_embeddings()
+    assert loaded(SHAPES / "hybrid").resize_token_embeddings(700).num_embeddings == 700
+
+
+@every_width
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_products_on_a_gpu_are_those_of_the_dequantised_weight(bits):
+    one, x = layer(bits), torch.randn(3, 128)
+    expected = expected_product(one, x).float()
+    torch.testing.assert_close(one.cuda()(x.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(
+        quantize_weight(random_weight(40, 64).cuda(), bits).cpu(), quantize_weight(random_weight(40, 64), bits)
+    )
+
+
 @pytest.mark.parametrize("kind", ["teacher", "linear", "hybrid"])
 @torch.no_grad()
 def test_logits_are_those_of_the_dequantised_weights_in_fp64(kind):

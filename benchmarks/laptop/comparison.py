@@ -20,12 +20,14 @@ import torch
 
 from mmmamba.benchmarks.arguments import LAPTOP_OURS
 from mmmamba.benchmarks.timing import processor_name, write_result
+from mmmamba.cpu_mmmamba import usable_cores
 
 from . import gguf_models, llama_cpp, our_models, processes, report
 from .samples import Point, Samples, order
 
 
 PROMPT = 512  # tokens; llama-bench's own choice
+LONGEST_TRIAL = 4096  # tokens after which llama.cpp's two ways to attend are compared
 LONG = 16384  # tokens: longer contexts are measured less often
 STEPS, REPETITIONS = 32, {"prompt": 1, "step": 3}
 MACHINE = ("machine", 0)  # the candidate that reads memory and does nothing with it
@@ -35,21 +37,23 @@ BUILD_BYTES = 1e9  # that llama.cpp takes while it is built
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Runs `mmmamba bench laptop`. Raises ValueError, with the reason, for what cannot be measured here."""
     check(args, device)
-    threads = args.threads or len(os.sched_getaffinity(0))
+    threads = args.threads or usable_cores()
     torch.set_num_threads(threads)  # as the result says of the machine
     candidates = [(model, bits) for bits in sorted(set(args.bits)) for model in args.models]
     bench = prepare(candidates, args, threads)
     samples = Samples(bench.folder / "samples.jsonl", bench.identities(), args.keep_peers)
-    if samples.rows:
-        print(f"{len(samples.rows)} measurements are there already.")
+    rounds = rounds_of(args, candidates)
+    points = {point for measurements in rounds for point in measurements}
+    if there := samples.of(points):
+        print(f"{len(there)} measurements are there already.")
     names = ("size", "bits", "contexts", "rounds", "long_bits", "long_rounds", "keep_peers")
     settings = {name: getattr(args, name) for name in names} | {"threads": threads, "prompt": PROMPT}
     settings["real time"] = bool(bench.preempting and processes.real_time())
     seen, failed = Counter(), {}
-    for measurements in rounds_of(args, candidates):
+    for measurements in rounds:
         for point in measurements:
             seen[point] += 1
-            if samples.count(point) >= seen[point] or point[:2] in failed:
+            if len(samples.of({point})) >= seen[point] or point[:2] in failed:
                 continue
             try:
                 samples.add(point, bench.measure(point))
@@ -58,7 +62,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
                 failed[point[:2]] = str(error)
                 print(f"{report.name_of(*point[:2])} is left out: {error}", flush=True)
         failures = {report.name_of(*candidate): error for candidate, error in failed.items()}
-        result = {"settings": settings, "failed": failures} | report.results(samples.rows, bench.file_bytes())
+        result = {"settings": settings, "failed": failures} | report.results(samples.of(points), bench.file_bytes())
         if args.results is not None:
             file = write_result("laptop", device, result, args.results)
             file.with_suffix(".md").write_text(report.markdown(result), encoding="utf-8")
@@ -82,9 +86,10 @@ def rounds_of(args: argparse.Namespace, candidates: list[tuple[str, int]]) -> li
     short = [("step", context) for context in sorted(set(args.contexts)) if context <= LONG]
     long = [("step", context) for context in sorted(set(args.contexts)) if context > LONG]
     rounds = order([("prompt", PROMPT), *short], candidates, args.rounds)
+    rounds = [[Point(*MACHINE, "bandwidth", 0), *measurements] for measurements in rounds]
     if at_length := [candidate for candidate in candidates if candidate[1] in args.long_bits]:
         rounds += order(long, at_length, args.long_rounds) if long else []
-    return [[Point(*MACHINE, "bandwidth", 0), *measurements] for measurements in rounds]
+    return rounds
 
 
 @dataclass
@@ -97,7 +102,7 @@ class Bench:
         llama_bench: The program; None if no peer is measured.
         threads: Of the CPU.
         preempting: Whether measurements go before all other processes, see `processes.real_time`.
-        attention: By peer and task, whether llama.cpp's flash attention is faster here.
+        attention: By peer, task and length, whether llama.cpp's flash attention is faster here.
     """
 
     folder: Path
@@ -131,6 +136,8 @@ class Bench:
 
     def measure(self, point: Point) -> dict:
         """Takes one sample. Raises ChildProcessError if the process fails."""
+        if point[:2] != MACHINE:
+            _forget(self.files[point[:2]])
         if point[:2] == MACHINE:
             return {"bytes/s": self._python("roofline", ["--bytes=67108864"] if self.folder.name == "small" else [])}
         if point.model in LAPTOP_OURS:
@@ -155,15 +162,25 @@ class Bench:
     def _flash(self, point: Point) -> int:
         """Whether the peer is faster with llama.cpp's flash attention, tried once, on its smallest file."""
         bits = min(bits for model, bits in self.files if model == point.model)
-        file = self.files[point.model, bits]
-        key = f"{point.model}, {point.what}, {self.identities()[point.model, bits]}"
+        tokens = min(point.tokens, LONGEST_TRIAL)
+        key = f"{point.model}, {point.what}, {tokens} tokens, {self.identities()[point.model, bits]}"
         if key not in self.attention:
             self.attention[key] = llama_cpp.faster_attention(
-                self.llama_bench, file, point.what, PROMPT if point.what == "prompt" else LONG, self.threads,
-                self.preempting, STEPS,
+                self.llama_bench, self.files[point.model, bits], point.what, tokens, self.threads, self.preempting,
+                STEPS, REPETITIONS[point.what],
             )  # fmt: skip
             self._attention_file.write_text(json.dumps(self.attention, indent=2) + "\n", encoding="utf-8")
         return self.attention[key]
+
+
+def _forget(model: Path) -> None:
+    """Has the system read a model anew: where its pages lie moves a rate by a third, for as long as they lie there."""
+    for file in model.iterdir() if model.is_dir() else [model]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def _header_digest(file: Path) -> str:

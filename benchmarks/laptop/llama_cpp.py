@@ -19,7 +19,6 @@ OPTIONS = (
     "-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
 )  # fmt: skip
-FLASH_CONTEXT = 2048  # tokens after which the two ways to attend are compared
 
 
 def find_or_build(folder: Path, jobs: int) -> Path:
@@ -136,13 +135,14 @@ def measure(
 
 
 def faster_attention(
-    llama_bench: Path, model: Path, what: str, tokens: int, threads: int, preempting: bool, steps: int
-) -> int:
+    llama_bench: Path, model: Path, what: str, tokens: int, threads: int, preempting: bool, steps: int,
+    repetitions: int,
+) -> int:  # fmt: skip
     """1 if llama.cpp's flash attention is faster on this machine, else 0; a peer is measured at its best.
 
     Args: as `measure`.
     """
-    command = _command(llama_bench, model, what, min(tokens, FLASH_CONTEXT), threads, steps, 1)
+    command = _command(llama_bench, model, what, tokens, threads, steps, repetitions)
     done = processes.run([*command, "-fa", "0,1"], preempting, OMP_NUM_THREADS=str(threads))
     rates = {found["flash_attn"]: max(found["samples_ts"]) for found in json.loads(done.output)}
     return int(rates[1] > rates[0])
