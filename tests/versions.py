@@ -28,6 +28,7 @@ TESTS = (
     "chat_templates",
     "loading",
     "quantize",
+    "layer_step",
     "pictures",
     "conversation",
     "video",
