@@ -224,7 +224,10 @@ def test_products_are_those_of_the_dequantised_weight(kernels, bits, rows, width
         assert y.shape == (*x.shape[:-1], rows) and y.dtype == dtype
         # Kernels round their input, to 8 bits in groups of 32 or to bf16; torch alone computes in the input's dtype.
         tolerance = 1e-12 if dtype == torch.float64 else 0.02
-        assert (y.double() - expected).norm() <= tolerance * expected.norm()
+        # Of the length that a product of independent numbers has; one of few rows may be short by chance.
+        weight = dequantize_weight(one.weight, bits, rows, torch.float64)
+        usual = weight.norm() * x.double().norm() / width**0.5
+        assert (y.double() - expected).norm() <= tolerance * torch.maximum(usual, expected.norm())
 
 
 @every_width
