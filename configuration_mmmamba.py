@@ -17,7 +17,7 @@ from .quantization_mmmamba import MmMambaQuantizationConfig
 
 
 LAYER_TYPES = ("full_attention", "linear_attention")
-SSM_IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
+SSM_IMPLEMENTATIONS = ("auto", "torch", "cpu", "triton", "cuda")
 
 
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
@@ -154,8 +154,8 @@ class MmMambaTextConfig(PreTrainedConfig):
         conv_kernel: Taps of the mixer's causal convolution.
         ssm_chunk_size: Steps of a chunk of the chunked scan.
         ssm_norm_eps: Epsilon of the mixer's gated norm.
-        ssm_implementation: Backend of the mixer: "torch", "triton", "cuda" (mamba_ssm), or "auto" for the fastest that
-            runs on the device of the tensors.
+        ssm_implementation: Backend of the mixer: "torch", "cpu", "triton", "cuda" (mamba_ssm), or "auto" for the
+            fastest that runs on the device of the tensors.
         prefill_chunk_size: Tokens of a prompt that are read at once; chosen by device, batch and length if not given.
             Peak memory grows with it, not with the prompt.
     """

@@ -290,6 +290,8 @@ class Kernels:
         self._set_most_threads = library.set_most_threads
         self._set_most_threads.argtypes, self._set_most_threads.restype = (c_int64,), None
         self.set_most_threads(usable_cores())
+        if hasattr(os, "register_at_fork"):  # OpenMP's threads do not come along, and it waits for them for ever
+            os.register_at_fork(after_in_child=lambda: self.set_most_threads(1))
 
     def set_most_threads(self, count: int) -> None:
         """Lets the kernels run on so many threads, or as many as torch does, whichever is less."""

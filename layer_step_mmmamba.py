@@ -38,7 +38,8 @@ class Part(NamedTuple):
 
     def accepts(self, kind: type) -> bool:
         """Whether a module of this class computes what the kernels do."""
-        if kind.forward.__module__ != kind.__module__:  # somebody put another function in its place
+        # Somebody put another function in its place, or around it.
+        if kind.forward.__module__ != kind.__module__ or hasattr(kind.forward, "__wrapped__"):
             return False
         if isinstance(self.kinds, tuple):
             return kind in self.kinds

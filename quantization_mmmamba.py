@@ -277,8 +277,9 @@ class QuantizedLinear(nn.Module):
         return product[:, : self.out_features]
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> tuple[int, int | None]:
+    """What changes with a tensor's contents: where they are, since `.data = …` counts no version, and the version."""
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
 @lru_cache

@@ -20,6 +20,7 @@ from mmmamba.backends_mmmamba import (
     unavailable_reason,
     without_cudnn_attention,
 )
+from mmmamba.configuration_mmmamba import MmMambaTextConfig
 from mmmamba.ssm_mmmamba import TORCH
 
 
@@ -193,3 +194,8 @@ def test_attention_layers_leave_cudnn_out(monkeypatch):
     with torch.no_grad():
         tiny_model("hybrid")(token_ids(5, seed=0)[None])
     assert devices == ["cpu"] * tiny_model("hybrid").config.text_config.layer_types.count("full_attention")
+
+
+def test_a_config_may_name_every_backend():
+    for name in ("auto", *BACKENDS):
+        assert MmMambaTextConfig(ssm_implementation=name).ssm_implementation == name

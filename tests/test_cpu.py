@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import struct
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -495,3 +496,16 @@ def test_a_containers_quota_limits_the_threads(tmp_path):
     (root / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     assert [*cpu_mmmamba._quotas(root, own)] == [(150000, 100000), (-1, 100000)]
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_process_multiplies():
+    """OpenMP in a child waits for threads that only its parent has."""
+    script = (
+        "import os, signal, torch\nfrom mmmamba.cpu_mmmamba import kernels\n"
+        "torch.set_num_threads(2)\nx, weight = torch.randn(1, 64), torch.randn(96, 64)\n"
+        "found = kernels()\nfound.set_most_threads(2)\nfound.multiply_dense(x, weight)\nchild = os.fork()\n"
+        "if not child:\n    signal.alarm(60)\n    found.multiply_dense(x, weight)\n    os._exit(0)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
