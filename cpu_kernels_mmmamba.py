@@ -118,8 +118,8 @@ static void round_inputs(const inputs *x, int64_t count) {
   #pragma omp for schedule(static)
   for (int64_t g = 0; g < count * x->width / GROUP; g++) {
     f32x16 a = load(x->values + g * GROUP), b = load(x->values + g * GROUP + 16);
-    float nothing = sum(a * 0.f + b * 0.f);  /* 0 or NaN */
-    if (nothing != 0) a = b = all(0);
+    float zero_or_nan = sum(a * 0.f + b * 0.f);  /* 0 or NaN */
+    if (zero_or_nan != 0) a = b = all(0);
     f32x16 high = larger(larger(a, -a), larger(b, -b));
     float most = 0;
     for (int i = 0; i < 16; i++) most = high[i] > most ? high[i] : most;
@@ -132,7 +132,7 @@ static void round_inputs(const inputs *x, int64_t count) {
     int32_t total = 0;
     for (int i = 0; i < 16; i++) total += both[i];
     x->sums[g] = total;
-    x->scales[g] = most / 127.f + nothing;
+    x->scales[g] = most / 127.f + zero_or_nan;
   }
 }
 
@@ -531,7 +531,7 @@ INLINE void score(
 /* Sums of weighted values of all tokens of a segment, of some heads, for 16 * `parts` of their numbers. */
 INLINE void add_values(
     vector values, int64_t at, int64_t next, const float *weights, int64_t per_head, int64_t tokens, int heads,
-    int parts, int64_t dtype, float *out, int64_t apart) {
+    int parts, int64_t dtype, float *out, int64_t head_stride) {
   f32x16 total[2][4];
   for (int g = 0; g < heads; g++)
     for (int i = 0; i < parts; i++) total[g][i] = all(0);
@@ -541,13 +541,13 @@ INLINE void add_values(
       for (int g = 0; g < heads; g++) total[g][i] += value * weights[g * per_head + t];
     }
   for (int g = 0; g < heads; g++)
-    for (int i = 0; i < parts; i++) store(out + g * apart + 16 * i, total[g][i]);
+    for (int i = 0; i < parts; i++) store(out + g * head_stride + 16 * i, total[g][i]);
 }
 
-/* Some heads of a segment: what `attend` keeps of it in `out`, `apart` apart; query (heads, size). */
+/* Some heads of a segment: what `attend` keeps of it in `out`, `head_stride` apart; query (heads, size). */
 INLINE void attend_segment(
     const past *p, int64_t key, int64_t value, int64_t tokens, const float *query, int64_t size, int heads,
-    int64_t dtype, float *out, int64_t apart) {
+    int64_t dtype, float *out, int64_t head_stride) {
   float weights[2 * (SEGMENT + 16)];
   const int64_t per_head = SEGMENT + 16;
   int64_t t = 0;
@@ -561,19 +561,19 @@ INLINE void attend_segment(
     for (t = tokens; t % 16; t++) of_head[t] = most;
     for (t = 0; t < tokens; t += 16) store(of_head + t, exp16(load(of_head + t) - most));
     for (t = 0; t < tokens; t++) total += of_head[t];
-    out[g * apart + size] = most;
-    out[g * apart + size + 1] = total;
+    out[g * head_stride + size] = most;
+    out[g * head_stride + size + 1] = total;
   }
   int64_t i = 0;
   for (; i + 64 <= size; i += 64)
-    add_values(p->values, value + i, p->value_token, weights, per_head, tokens, heads, 4, dtype, out + i, apart);
+    add_values(p->values, value + i, p->value_token, weights, per_head, tokens, heads, 4, dtype, out + i, head_stride);
   for (; i + 16 <= size; i += 16)
-    add_values(p->values, value + i, p->value_token, weights, per_head, tokens, heads, 1, dtype, out + i, apart);
+    add_values(p->values, value + i, p->value_token, weights, per_head, tokens, heads, 1, dtype, out + i, head_stride);
   for (; i < size; i++)
     for (int g = 0; g < heads; g++) {
       float total = 0;
       for (t = 0; t < tokens; t++) total += get(p->values, value + t * p->value_token + i) * weights[g * per_head + t];
-      out[g * apart + i] = total;
+      out[g * head_stride + i] = total;
     }
 }
 
@@ -659,13 +659,13 @@ static void mlp_of(const layer *l, int64_t count, const float *x, char *memory, 
 void layer_step(const layer *l, int64_t count, const void *x, void *conv_state, float *state, void *y, char *memory) {
   #pragma omp parallel num_threads(num_threads())
   {
-    char *left = memory;  /* every thread computes the same places */
+    char *unused = memory;  /* every thread computes the same places */
     vector entering = {x, l->dtype};
-    float *projected = (float *)take(&left, count * 4 * l->in_proj.rows);
-    float *mixed = (float *)take(&left, count * 4 * l->hidden);
-    char *rest = left;
-    inputs normed = new_inputs(&left, count, l->hidden);
-    inputs heads = new_inputs(&left, count, l->heads * l->head_size);
+    float *projected = (float *)take(&unused, count * 4 * l->in_proj.rows);
+    float *mixed = (float *)take(&unused, count * 4 * l->hidden);
+    char *rest = unused;
+    inputs normed = new_inputs(&unused, count, l->hidden);
+    inputs heads = new_inputs(&unused, count, l->heads * l->head_size);
     rmsnorm(entering, count, l->hidden, l->norm, (float)l->norm_eps, normed.values);
     if (is_quantised(&l->in_proj)) round_inputs(&normed, count);
     product(&l->in_proj, &normed, count, projected, F32, (vector){0});
@@ -687,10 +687,10 @@ void attention_projections(
     char *memory) {
   #pragma omp parallel num_threads(num_threads())
   {
-    char *left = memory;
+    char *unused = memory;
     vector entering = {x, l->dtype}, cosines = {cos, l->dtype}, sines = {sin, l->dtype};
-    inputs normed = new_inputs(&left, count, l->hidden);
-    float *wide_q = (float *)take(&left, count * 4 * l->q_proj.rows), *wide_k = (float *)left;
+    inputs normed = new_inputs(&unused, count, l->hidden);
+    float *wide_q = (float *)take(&unused, count * 4 * l->q_proj.rows), *wide_k = (float *)unused;
     rmsnorm(entering, count, l->hidden, l->norm, (float)l->norm_eps, normed.values);
     if (is_quantised(&l->q_proj) || is_quantised(&l->k_proj) || is_quantised(&l->v_proj)) round_inputs(&normed, count);
     product(&l->q_proj, &normed, count, wide_q, F32, (vector){0});
@@ -713,12 +713,12 @@ void attention_step(
   int64_t segments = (p->tokens + SEGMENT - 1) / SEGMENT;
   #pragma omp parallel num_threads(num_threads())
   {
-    char *left = memory;
+    char *unused = memory;
     vector entering = {x, l->dtype}, query = {q, l->dtype};
-    float *parts = (float *)take(&left, count * l->heads * segments * (l->head_size + 2) * 4);
-    float *mixed = (float *)take(&left, count * 4 * l->hidden);
-    char *rest = left;
-    inputs heads = new_inputs(&left, count, l->heads * l->head_size);
+    float *parts = (float *)take(&unused, count * l->heads * segments * (l->head_size + 2) * 4);
+    float *mixed = (float *)take(&unused, count * 4 * l->hidden);
+    char *rest = unused;
+    inputs heads = new_inputs(&unused, count, l->heads * l->head_size);
     attend(l, count, query, p, parts, heads.values);
     if (is_quantised(&l->out_proj)) round_inputs(&heads, count);
     product(&l->out_proj, &heads, count, mixed, F32, entering);
@@ -747,7 +747,7 @@ int64_t bytes_for_product(const matrix *m, int64_t count) { return bytes_of_inpu
 /* y (count, rows) = x (count, columns) times the matrix, both in `dtype`. Of many inputs a block at a time meets four
    tiles, which stay in a core's cache as long as there are inputs. */
 void multiply(const matrix *m, int64_t count, const void *x, void *y, int64_t dtype, char *memory) {
-  const int64_t together = count > MOST_INPUTS ? 4 : some_tiles(m), tiles = num_tiles(m);
+  const int64_t tiles_at_once = count > MOST_INPUTS ? 4 : some_tiles(m), tiles = num_tiles(m);
   vector given = {x, dtype};
   inputs in = new_inputs(&memory, count, m->columns);
   #pragma omp parallel num_threads(num_threads())
@@ -758,9 +758,9 @@ void multiply(const matrix *m, int64_t count, const void *x, void *y, int64_t dt
     for (int64_t i = count * m->columns / 16 * 16; i < count * m->columns; i++) in.values[i] = get(given, i);
     if (is_quantised(m)) round_inputs(&in, count);
     #pragma omp for schedule(dynamic, 1)
-    for (int64_t start = 0; start < tiles; start += together)
+    for (int64_t start = 0; start < tiles; start += tiles_at_once)
       for (int64_t first = 0; first < count; first += MOST_INPUTS)
-        for (int64_t t = start; t < start + together && t < tiles; t++) {
+        for (int64_t t = start; t < start + tiles_at_once && t < tiles; t++) {
           int64_t some = count - first < MOST_INPUTS ? count - first : MOST_INPUTS;
           f32x16 out[MOST_INPUTS];
           tile(m, &in, t, first, some, out);

@@ -38,7 +38,18 @@ from .ssm_mmmamba import ENVIRONMENT, TORCH
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 KINDS = DTYPES | {4: 2, 8: 3}  # of a matrix: a dtype, or the bits of a quantised one
 TILE, GROUP = 16, 32  # rows and columns of a block of a quantised matrix
+SCALES = 2 * TILE  # bytes of a block's scales
 SECONDS_TO_COMPILE = 120
+
+
+def bytes_per_block(bits: int) -> int:
+    """Bytes of a tile's group, 16 rows times 32 inputs: their scales and integers."""
+    return SCALES + TILE * GROUP * bits // 8
+
+
+def packed_shape(out_features: int, in_features: int, bits: int) -> tuple[int, int, int]:
+    """The shape of a quantised weight, (tiles, groups, bytes)."""
+    return -(-out_features // TILE), in_features // GROUP, bytes_per_block(bits)
 
 
 # --- the C structures ------------------------------------------------------------------------------------------------
@@ -313,7 +324,7 @@ class Kernels:
         Raises:
             ValueError: if shapes, dtypes or devices do not fit each other.
         """
-        blocks = ((out_features + TILE - 1) // TILE, x.shape[-1] // GROUP, 2 * TILE + bits * 64)
+        blocks = packed_shape(out_features, x.shape[-1], bits)
         if x.ndim != 2 or x.shape[1] % GROUP or tuple(weight.shape) != blocks or weight.dtype != torch.uint8:
             raise ValueError(
                 f"A product of {tuple(x.shape)} inputs with {bits}-bit blocks {tuple(weight.shape)} of "
@@ -372,7 +383,7 @@ class Kernels:
         conv_state: Tensor,
         state: Tensor,
     ) -> Tensor:
-        """See `ssm_mmmamba.decode_step`; states are contiguous. Raises ValueError if shapes do not fit each other."""
+        """See `ssm_mmmamba.decode_step`. Raises ValueError if shapes do not fit each other."""
         (batch, heads, size, _), (channels, taps) = state.shape, conv_weight.shape
         shapes = [x.shape for x in (projected, conv_bias, A_log, dt_bias, norm_weight, conv_state, state)]
         expected = [(batch, channels + heads * size + heads), (channels,), (heads,), (heads,), (size,)]
@@ -395,8 +406,12 @@ class Kernels:
         )  # fmt: skip
         out = projected.new_empty(batch, heads, size)
         memory = torch.empty(batch * (projected.shape[1] + heads * size))  # fp32 copies of what goes in and comes out
-        tensors = (projected, conv_state, state, out, memory)
+        states = conv_state.to(projected.dtype).contiguous(), state.float().contiguous()
+        tensors = (projected, *states, out, memory)
         self._decode_step(byref(layer), batch, *(x.data_ptr() for x in tensors))
+        for given, changed in zip((conv_state, state), states, strict=True):
+            if given is not changed:
+                given.copy_(changed)
         return out
 
     def layer_step(self, layer: Layer, x: Tensor, conv_state: Tensor, state: Tensor) -> Tensor:
@@ -481,24 +496,9 @@ def reason_without_kernels() -> str | None:
     return None if isinstance(found, Kernels) else str(found)
 
 
-def decode_step(
-    projected: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    conv_state: Tensor,
-    state: Tensor,
-) -> Tensor:
+def decode_step(*arguments) -> Tensor:
     """See `ssm_mmmamba.decode_step`."""
-    states = conv_state.to(projected.dtype).contiguous(), state.float().contiguous()
-    out = kernels().decode_step(projected, conv_weight, conv_bias, A_log, dt_bias, norm_weight, eps, *states)
-    for given, changed in zip((conv_state, state), states, strict=True):
-        if given is not changed:
-            given.copy_(changed)
-    return out
+    return kernels().decode_step(*arguments)
 
 
 CPU = TORCH._replace(name="cpu", decode_step=decode_step)

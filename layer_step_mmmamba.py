@@ -1,7 +1,7 @@
 """A decoding step of a whole layer as one or two calls of the CPU kernels, where nothing stands in the way.
 
-What does: gradients, other dtypes and devices, padding, many rows, hooks, adapters and whatever else somebody put in
-the place of a part. The layer then runs module by module, as it always does while a prompt is read.
+A layer runs module by module while a prompt is read, and where there are gradients, other dtypes or devices, padding,
+many rows, hooks, adapters, or whatever else somebody put in the place of a part.
 """
 
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .backends_mmmamba import FEW_ROWS, backend, runs_as_written
-from .cpu_mmmamba import DTYPES, KINDS, Layer, Matrix, Vector, kernels
-from .quantization_mmmamba import QuantizedLinear, packed_shape
+from .cpu_mmmamba import DTYPES, KINDS, Layer, Matrix, Vector, kernels, packed_shape
+from .quantization_mmmamba import QuantizedLinear
 
 
 MOST_ROWS = 16  # of a quantised layer; with more a product is no longer bound by reading its weights

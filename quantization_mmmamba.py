@@ -18,21 +18,18 @@ from torch.autograd.function import once_differentiable
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .cpu_mmmamba import kernels
+from .cpu_mmmamba import GROUP, SCALES, TILE, kernels, packed_shape
 
 
 METHOD = "mmmamba"  # `quant_method` in config.json
 FORMAT_VERSION = 1
 BITS = (4, 8)
-GROUP = 32  # inputs that share a scale
-TILE = 16  # rows whose groups are stored together
-SCALES = 2 * TILE  # bytes of a tile's scales of one group
 LARGEST_SCALE, SMALLEST_SCALE = torch.finfo(torch.float16).max, 2.0**-24
 # What the largest weight of a group may become before it is rounded and cut off at -8.
 CANDIDATES = tuple(-6.8 - 0.16 * step for step in range(16))
 PIECE = 2**18  # weights that are quantised at once
 DEQUANTIZED_PIECE = 2**20  # weights that are dequantised at once
-FEW_ROWS = 32  # as many rows are multiplied by torch's 4-bit kernel; more are faster by dequantised weights
+MOST_ROWS_OF_TORCH = 32  # by torch's 4-bit kernel; more are faster by dequantised weights
 LAYERS = re.compile(r"(^|\.)(layers\.\d+\..*|lm_head)$")  # names of modules: of the decoder's layers, and the head
 
 
@@ -40,16 +37,6 @@ def check_bits(bits: int) -> None:
     """Raises ValueError for another number of bits than there is a format for."""
     if bits not in BITS or isinstance(bits, bool):
         raise ValueError(f"bits={bits!r} is no number of bits that weights can have; give 4 or 8.")
-
-
-def bytes_per_block(bits: int) -> int:
-    """Bytes of a tile's group, 16 rows times 32 inputs: their scales and integers."""
-    return SCALES + TILE * GROUP * bits // 8
-
-
-def packed_shape(out_features: int, in_features: int, bits: int) -> tuple[int, int, int]:
-    """The shape of a quantised weight, (tiles, groups, bytes)."""
-    return -(-out_features // TILE), in_features // GROUP, bytes_per_block(bits)
 
 
 @torch.no_grad()
@@ -263,7 +250,7 @@ class QuantizedLinear(nn.Module):
             return None
         if (found := kernels()) is not None:
             return found.multiply(rows, self.weight, self.bits, self.out_features)
-        if len(rows) > FEW_ROWS or not _torch_multiplies():
+        if len(rows) > MOST_ROWS_OF_TORCH or not _torch_multiplies():
             return None
         made = self._torch_format
         if made is None or made[0]() is not self.weight or made[1] != _version(self.weight):

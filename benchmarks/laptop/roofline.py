@@ -11,7 +11,8 @@ import time
 import torch
 from torch import Tensor, nn
 
-from mmmamba.quantization_mmmamba import GROUP, TILE, QuantizedLinear, bytes_per_block
+from mmmamba.cpu_mmmamba import GROUP, TILE, bytes_per_block
+from mmmamba.quantization_mmmamba import QuantizedLinear
 
 
 REPEATED = 5
