@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .cpu_mmmamba import CPU, DTYPES, kernels, reason_without_kernels
+from .cpu_mmmamba import CPU, DTYPES, is_ordinary, kernels, reason_without_kernels
 from .ssm_mmmamba import ENVIRONMENT, TORCH, Backend
 
 
@@ -160,14 +160,8 @@ def _cudnn_attention_off() -> Iterator[None]:
 
 
 def runs_as_written(x: Tensor) -> bool:
-    """Whether operations on `x` are run at once and as they stand: without gradients, a tracer, or autocast."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or torch.jit.is_tracing()
-        or torch.is_autocast_enabled(x.device.type)
-        or type(x) is not Tensor
-    )
+    """Whether operations on `x` are run at once and as they stand: without gradients, transforms, or autocast."""
+    return is_ordinary(x) and not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type))
 
 
 def project(layer: nn.Linear, x: Tensor) -> Tensor:

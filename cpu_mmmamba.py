@@ -5,8 +5,8 @@
 - Prompts use the torch backend.
 
 The library is compiled for this very processor with `cc` (or what the environment variable `CC` names) and OpenMP, in
-some seconds, and kept in `~/.cache/mmmamba/kernels` (or below `XDG_CACHE_HOME`). Where that fails nothing is lost but
-speed. `CC` may have options, which count more than ours: `CC="gcc -march=x86-64"`.
+some seconds, and kept in `~/.cache/mmmamba/kernels` (or below `XDG_CACHE_HOME`). Where that fails a warning says why,
+and nothing is lost but speed. `CC` may have options, which count more than ours: `CC="gcc -march=x86-64"`.
 The kernels run on the threads that torch uses (`torch.set_num_threads`, or `OMP_NUM_THREADS`), but on no more than the
 process has cores for.
 """
@@ -30,11 +30,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.func import debug_unwrap
+from transformers.utils import logging
 
 from .cpu_kernels_mmmamba import SOURCE
 from .ssm_mmmamba import ENVIRONMENT, TORCH
 
 
+logger = logging.get_logger(__name__)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 KINDS = DTYPES | {4: 2, 8: 3}  # of a matrix: a dtype, or the bits of a quantised one
 TILE, GROUP = 16, 32  # rows and columns of a block of a quantised matrix
@@ -113,6 +117,7 @@ def usable_cores() -> int:
     """Cores that this process may keep busy: by its affinity, and by the quota of the container it runs in.
 
     Threads beyond a quota are stopped for the rest of each period, in the middle of work that the others wait for.
+    Half a core counts as one, as in Go and Java.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for quota, period in _quotas():
@@ -144,8 +149,8 @@ def _processor() -> str:
     """What compiled code must fit: one cache may serve machines of several kinds."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
+    except OSError:  # not Linux: a cache of one machine
+        return f"{platform.machine()} {platform.processor()} {platform.node()}"
     lines = re.findall(r"^(?:model|model name|cpu family|flags|Features|CPU part)\s*:.*$", text, re.MULTILINE)
     return "\n".join(sorted(set(lines)))
 
@@ -163,7 +168,8 @@ def _openmp_of_torch() -> str | None:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     except (OSError, AttributeError):  # not Linux, or a torch without OpenMP
         return next((str(path) for path in folder.glob("lib*omp*.dylib")), None)
-    for first, end, path in re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .* (/\S*)$", maps, re.MULTILINE):
+    # address range, permissions, offset, device, inode, path
+    for first, end, path in re.findall(r"^([0-9a-f]+)-([0-9a-f]+)(?: +[^ ]+){4} +(/.*)$", maps, re.MULTILINE):
         if int(first, 16) <= address < int(end, 16):
             return path
     return None
@@ -183,8 +189,8 @@ def _commands(compiler: list[str], source: str, target: str) -> list[list[list[s
         ways.append([
             [*compiler, *options, *openmp, *given, "-c", source, "-o", object_file],
             [
-                *compiler, "-shared", *given, object_file, library, f"-Wl,-rpath,{Path(library).parent}",
-                "-lm", "-o", target,
+                *compiler, "-shared", *given, object_file, library, "-Xlinker", "-rpath", "-Xlinker",
+                str(Path(library).parent), "-lm", "-o", target,
             ],
         ])  # fmt: skip
     ways.append([[*compiler, *options, *openmp, "-shared", *given, source, "-lm", "-o", target]])
@@ -211,25 +217,42 @@ def build(folder: Path | None = None) -> Path:
         )
     key = "\n".join([SOURCE, *compiler, _processor(), torch.__version__, Path(_openmp_of_torch() or "").name])
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    with suppress(FolderError, RuntimeError):  # the latter of users without a home
+        return _kept(compiler, cache_folder() if folder is None else folder, name)
+    temporary = Path(tempfile.mkdtemp(prefix="mmmamba-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return _compile(compiler, temporary)
+
+
+class FolderError(OSError):
+    """A folder is not for compiled kernels."""
+
+
+def _kept(compiler: list[str], folder: Path, name: str) -> Path:
+    """The library of this name in the cache. Raises FolderError where it cannot be kept there, OSError otherwise."""
     try:
-        folder = cache_folder() if folder is None else folder
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for part in (folder.parent, folder):
+            part.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not _is_ours(folder):
-            raise PermissionError
-        if (folder / name).exists() and _is_ours(folder / name):
-            return folder / name
+            raise FolderError(f"others may write into {folder}")
+        path = folder / name
+        # One that was left by a disk that was full, or by another system's libraries, is replaced.
+        if path.exists() and _is_ours(path) and _reason_not_to_load(path) is None:
+            return path
         temporary = Path(tempfile.mkdtemp(dir=folder))
-    except (OSError, RuntimeError):  # the latter of users without a home
-        temporary = Path(tempfile.mkdtemp(prefix="mmmamba-"))
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        return _compile(compiler, temporary)
+    except OSError as error:
+        raise FolderError(str(error)) from None
     try:
         compiled = _compile(compiler, temporary)
         compiled.chmod(0o700)  # compilers leave it to the umask who may write
-        os.replace(compiled, folder / name)  # whole or not at all: other processes may compile, too
+        os.replace(compiled, path)  # whole or not at all: other processes may compile, too
+    except TimeoutError:
+        raise
+    except OSError as error:  # perhaps the folder is full, or programs in it may not be run
+        raise FolderError(str(error)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder / name
+    return path
 
 
 def _is_ours(path: Path) -> bool:
@@ -240,17 +263,24 @@ def _is_ours(path: Path) -> bool:
     return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
 
 
+def _reason_not_to_load(library: Path) -> str | None:
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return str(error).removeprefix(f"{library}: ")
+    return None
+
+
 def _compile(compiler: list[str], folder: Path) -> Path:
+    """The library, compiled in this folder. Raises OSError with the reason, TimeoutError if it took too long."""
     source, target = folder / "kernels.c", folder / "kernels.so"
     source.write_text(SOURCE, encoding="utf-8")
     for commands in _commands(compiler, str(source), str(target)):
         reason = next(filter(None, map(_run, commands)), None)
         if reason is None:
-            try:
-                ctypes.CDLL(str(target))  # Clang's calls are not in GCC's OpenMP, which only shows here
-                return target
-            except OSError as error:
-                reason = str(error).removeprefix(f"{target}: ")
+            reason = _reason_not_to_load(target)  # Clang's calls are not in GCC's OpenMP, which only shows here
+        if reason is None:
+            return target
     raise OSError(f"{' '.join(compiler)} cannot compile them with OpenMP: {reason}")
 
 
@@ -262,7 +292,7 @@ def _run(command: list[str]) -> str | None:
             env=os.environ | {"LC_ALL": "C"}, timeout=SECONDS_TO_COMPILE,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise OSError(f"{command[0]} took more than {SECONDS_TO_COMPILE} s") from None
+        raise TimeoutError(f"{command[0]} took more than {SECONDS_TO_COMPILE} s") from None
     except OSError as error:
         raise OSError(f"{command[0]} cannot be run ({error.strerror})") from None
     if done.returncode == 0:
@@ -272,6 +302,15 @@ def _run(command: list[str]) -> str | None:
 
 
 # --- calling ---------------------------------------------------------------------------------------------------------
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Whether `x` is what its memory holds, and nothing else has to know what is done to it.
+
+    That is not so of a tensor that is traced, of a subclass, inside of a `torch.func` transform, or with a tangent.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and type(x) is Tensor and unpack_dual(x).tangent is None and debug_unwrap(x) is x
 
 
 class Kernels:
@@ -308,7 +347,7 @@ class Kernels:
         """Lets the kernels run on so many threads, or as many as torch does, whichever is less."""
         self._set_most_threads(count)
 
-    def multiply(self, x: Tensor, weight: Tensor, bits: int, out_features: int, bias: Tensor | None = None) -> Tensor:
+    def multiply(self, x: Tensor, weight: Tensor, bits: int, out_features: int) -> Tensor:
         """`x` times a quantised weight, dequantised and transposed; `x` is rounded to 8 bits in groups of 32.
 
         Args:
@@ -316,7 +355,6 @@ class Kernels:
             weight: (tiles, in / 32, bytes), uint8, in the format of `quantization_mmmamba`.
             bits: 4 or 8.
             out_features: Rows of the weight that count, out.
-            bias: (out,), fp32 or bf16.
 
         Returns:
             (rows, out) in the dtype of `x`.
@@ -330,7 +368,7 @@ class Kernels:
                 f"A product of {tuple(x.shape)} inputs with {bits}-bit blocks {tuple(weight.shape)} of "
                 f"{weight.dtype} is none; expected uint8 blocks {blocks} and inputs in groups of {GROUP}."
             )
-        return self._product(x, weight.contiguous(), bias, out_features, bits)
+        return self._product(x, weight.contiguous(), None, out_features, bits)
 
     def multiply_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`F.linear` for few rows.
@@ -477,6 +515,10 @@ def _load() -> Kernels | OSError:
     try:
         return Kernels(build())
     except OSError as error:
+        logger.warning(
+            f"mmMamba answers more slowly on this CPU than it could: its kernels are missing, since {error}. Setting "
+            f"{ENVIRONMENT}=torch hides this warning."
+        )
         return error
 
 

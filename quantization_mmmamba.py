@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .cpu_mmmamba import GROUP, SCALES, TILE, kernels, packed_shape
+from .cpu_mmmamba import GROUP, SCALES, TILE, is_ordinary, kernels, packed_shape
 
 
 METHOD = "mmmamba"  # `quant_method` in config.json
@@ -159,14 +159,22 @@ def _dequantized(packed: Tensor, bits: int, out_features: int, dtype: torch.dtyp
         yield rows, weight[: rows.stop - rows.start]
 
 
+def _multiply(x: Tensor, packed: Tensor, bits: int, out_features: int) -> Tensor:
+    """x (rows, in) times a dequantised weight, (rows, out)."""
+    return torch.cat([F.linear(x, piece) for _, piece in _dequantized(packed, bits, out_features, x.dtype)], dim=1)
+
+
 class _Product(torch.autograd.Function):
-    """x (rows, in) times a quantised weight, (rows, out); only x has a gradient, which dequantises once more."""
+    """`_multiply` whose backward pass dequantises once more, instead of keeping the weight; only x has a gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, packed: Tensor, bits: int, out_features: int) -> Tensor:
+    def forward(x: Tensor, packed: Tensor, bits: int, out_features: int) -> Tensor:
+        return _multiply(x, packed, bits, out_features)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, packed, ctx.bits, ctx.out_features = inputs
         ctx.save_for_backward(packed)
-        ctx.bits, ctx.out_features = bits, out_features
-        return torch.cat([F.linear(x, piece) for _, piece in _dequantized(packed, bits, out_features, x.dtype)], dim=1)
 
     @staticmethod
     @once_differentiable
@@ -234,19 +242,23 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Args: x (..., in). Returns (..., out) in its dtype."""
         rows = x.reshape(-1, self.in_features)
-        # A tracer sees what torch computes, not what kernels do.
-        traced = type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        product = None if traced or needs_gradient else self._by_kernel(rows)
+        product = self._by_kernel(rows) if is_ordinary(rows) and not needs_gradient else None
         if product is None:
-            product = _Product.apply(rows, self.weight, self.bits, self.out_features)
+            multiply = _Product.apply if needs_gradient else _multiply
+            product = multiply(rows, self.weight, self.bits, self.out_features)
         if self.bias is not None:
             product = product + self.bias
         return product.view(*x.shape[:-1], self.out_features)
 
     def _by_kernel(self, rows: Tensor) -> Tensor | None:
         """The product without the bias; None where no kernel is for it."""
-        if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.bfloat16) or not len(rows):
+        if rows.device.type != "cpu" or not len(rows):
+            return None
+        if rows.dtype == torch.float16:
+            product = self._by_kernel(rows.float())
+            return None if product is None else product.half()
+        if rows.dtype not in (torch.float32, torch.bfloat16):
             return None
         if (found := kernels()) is not None:
             return found.multiply(rows, self.weight, self.bits, self.out_features)
@@ -380,9 +392,17 @@ class QuantizationMixin:
         """Quantises the linear layers in place, one after the other. A tied head gets weights of its own.
 
         Raises:
-            ValueError: if no layer can be quantised, or a weight is NaN, infinite or too large.
+            ValueError: if no layer can be quantised, a weight is NaN, infinite or too large, or weights are offloaded
+                or on several devices.
         """
         found = self._layers_to_quantize(config)
+        # Those who bring weights or inputs from elsewhere have hooked the layers that would be replaced.
+        places = sorted({"memory or disk, offloaded" if x.weight.is_meta else str(x.weight.device) for _, x in found})
+        if len(places) > 1 or "offloaded" in places[0]:
+            raise ValueError(
+                f"The weights to quantise are in {' and '.join(places)}; load the model on one device, such as "
+                f"device_map={{'': 'cpu'}}, or a folder that `mmmamba quantize DIR DST --bits {config.bits}` has made."
+            )
         while found:
             name, layer = found.pop()
             try:
@@ -429,18 +449,6 @@ class QuantizationMixin:
             name, layer = found.pop()
             self.set_submodule(name, layer.to_linear(dtype))
 
-    def check_quantized_weights(self) -> None:
-        """Raises ValueError if loaded weights do not fit the layers."""
-        for name, layer in self.named_modules():
-            if isinstance(layer, QuantizedLinear):
-                expected = packed_shape(layer.out_features, layer.in_features, layer.bits)
-                if layer.weight.dtype != torch.uint8 or tuple(layer.weight.shape) != expected:
-                    raise ValueError(
-                        f"{name}.weight is {layer.weight.dtype} {tuple(layer.weight.shape)} where uint8 {expected} is "
-                        f"expected, {layer.bits} bits of {layer.out_features} x {layer.in_features}; the weights do "
-                        "not belong to config.json."
-                    )
-
 
 class MmMambaHfQuantizer(HfQuantizer):
     """Loads quantised models, and quantises models that were loaded, for Transformers' `from_pretrained`."""
@@ -456,9 +464,7 @@ class MmMambaHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        if self.pre_quantized:
-            model.check_quantized_weights()
-        else:
+        if not self.pre_quantized:
             model.quantize_weights(self.quantization_config)
         return model
 

@@ -87,14 +87,15 @@ def quantize_folder(
                 progress_bar.update()
         layers = sum(spec.dtype == torch.uint8 for spec in planned.values())
         before, after = (sum(x.nbytes for x in specs.values()) for specs in (reader.specs, planned))
+        names = source.resolve().name, destination.resolve().name
         provenance = Provenance(
             base_model_relation=None,
-            origin=f"Quantised from {source.name}: linear layers take {bits} bits.",
+            origin=f"Quantised from {names[0]}: linear layers take {bits} bits.",
             license=license_of(source),
-            training=_description(bits, layers, before, after, config.dtype),
-            command=f"mmmamba quantize {shlex.quote(source.name)} {shlex.quote(destination.name)} --bits {bits}",
+            training=_description(bits, layers, before, after, planned[EMBEDDING].dtype),
+            command=f"mmmamba quantize {shlex.join(names)} --bits {bits}",
         )
-        write_model_folder(folder, config, name=destination.name, companions=source, provenance=provenance)
+        write_model_folder(folder, config, name=names[1], companions=source, provenance=provenance)
     return Report(layers, before, after)
 
 

@@ -152,6 +152,7 @@ def test_a_projection_is_what_the_layer_gives_whatever_was_done_to_it(change, sh
     layer, x = torch.nn.Linear(24, 36, bias=False), torch.randn(shape)
     change(layer)
     torch.testing.assert_close(project(layer, x), layer(x))
+    torch.testing.assert_close(torch.func.vmap(lambda x: project(layer, x))(x[None]), layer(x)[None])
 
 
 @torch.no_grad()

@@ -91,18 +91,16 @@ def test_a_quantised_product_is_the_sum_of_integers_that_it_says(compiled, bits,
     for out_features, width in ((37, 96), (64, 32)):
         blocks = random_blocks(out_features, width, bits, generator)
         weight = unpacked(blocks, bits)[:out_features]
-        bias = torch.randn(out_features, generator=generator).to(dtype)
         for rows in ROWS:
             x, integers, scales = inputs_of_known_rounding(rows, width, dtype, generator)
             rounded = (integers * scales).flatten(1)
-            product = rounded @ weight.T
-            for given, truth in ((bias, product + bias.double()), (None, product)):
-                # fp32 sums, and the rounding of the result.
-                tolerance = 1e-6 * (rounded.abs() @ weight.T.abs() + 1) + truth.abs() * torch.finfo(dtype).eps
-                y = compiled.multiply(x, blocks, bits, out_features, given)
-                assert y.dtype == dtype
-                assert y.shape == (rows, out_features)
-                assert ((y.double() - truth).abs() <= tolerance).all(), (rows, out_features)
+            truth = rounded @ weight.T
+            # fp32 sums, and the rounding of the result.
+            tolerance = 1e-6 * (rounded.abs() @ weight.T.abs() + 1) + truth.abs() * torch.finfo(dtype).eps
+            y = compiled.multiply(x, blocks, bits, out_features)
+            assert y.dtype == dtype
+            assert y.shape == (rows, out_features)
+            assert ((y.double() - truth).abs() <= tolerance).all(), (rows, out_features)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -143,7 +141,7 @@ def test_products_that_are_none_are_refused(compiled):
         with pytest.raises(ValueError, match="the CPU kernels take inputs and biases in fp32 or bf16"):
             compiled.multiply(*given)
     with pytest.raises(ValueError, match=r"A bias has shape \(16,\), and 20 results are added to it"):
-        compiled.multiply(x, blocks, 4, 20, torch.zeros(16))
+        compiled.multiply_dense(x, torch.zeros(20, 64), torch.zeros(16))
     with pytest.raises(
         ValueError, match=r"A product of \(2, 64\) inputs with a torch.float32 weight \(20, 32\) is none"
     ):
@@ -175,8 +173,7 @@ def test_operands_need_not_be_contiguous(compiled, generator):
     blocks = random_blocks(20, 64, 4, generator)
     strided = torch.stack([blocks, blocks], dim=-1)[..., 0]
     x = torch.randn(64, 3, generator=generator).T
-    expected = compiled.multiply(x.contiguous(), blocks, 4, 20, bias.contiguous())
-    assert torch.equal(compiled.multiply(x, strided, 4, 20, bias), expected)
+    assert torch.equal(compiled.multiply(x, strided, 4, 20), compiled.multiply(x.contiguous(), blocks, 4, 20))
 
 
 # --- a step of the mixer ---------------------------------------------------------------------------------------------
@@ -377,7 +374,8 @@ REASONS = {
 def test_without_a_compiler_that_works_models_run_and_the_reason_is_said(
     compiler, reason, forget, monkeypatch, tmp_path
 ):
-    model, ids = tiny_model("hybrid").float(), token_ids(5, seed=0)[None]
+    model, ids, warnings = tiny_model("hybrid").float(), token_ids(5, seed=0)[None], []
+    monkeypatch.setattr(cpu_mmmamba.logger, "warning", warnings.append)
     with torch.no_grad():
         expected = model(ids).logits[:, -1]
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -390,6 +388,10 @@ def test_without_a_compiler_that_works_models_run_and_the_reason_is_said(
         said = reason_without_kernels()
         assert reason in said
         assert "\n" not in said
+        assert warnings == [
+            f"mmMamba answers more slowly on this CPU than it could: its kernels are missing, since "
+            f"{said}. Setting MMMAMBA_SSM=torch hides this warning."
+        ]
         cache = model.new_cache()
         model(ids[:, :4], **{CACHE: cache})
         torch.testing.assert_close(model(ids[:, 4:], **{CACHE: cache}).logits[:, -1], expected, rtol=1e-4, atol=1e-4)
@@ -456,6 +458,56 @@ def test_a_cache_that_cannot_be_written_is_done_without(cause, quick_compiler, f
         )
     assert reason_without_kernels() is None
     assert quick_compiler() == 1
+
+
+@pytest.mark.parametrize("left", [b"", b"of another system"])
+def test_a_cached_library_that_cannot_be_loaded_is_made_anew(left, quick_compiler, tmp_path):
+    path = build(tmp_path / "cache")
+    path.unlink()  # it is loaded
+    path.write_bytes(left)
+    path.chmod(0o700)
+    assert build(tmp_path / "cache") == path
+    Kernels(path)
+    assert quick_compiler() == 2
+
+
+def test_where_nothing_may_be_run_from_the_cache_another_folder_serves(quick_compiler, monkeypatch, tmp_path):
+    load = ctypes.CDLL
+
+    def mounted_noexec(name, *arguments, **options):
+        if str(tmp_path) in str(name):
+            raise OSError(f"{name}: failed to map segment from shared object")
+        return load(name, *arguments, **options)
+
+    monkeypatch.setattr(ctypes, "CDLL", mounted_noexec)
+    path = build(tmp_path / "cache")
+    assert tmp_path not in path.parents
+    Kernels(path)
+    assert not [*(tmp_path / "cache").iterdir()]
+
+
+def test_a_full_cache_is_done_without(quick_compiler, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    path = build(tmp_path / "cache")
+    assert tmp_path not in path.parents
+    Kernels(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="says where libraries are")
+def test_torchs_openmp_is_found_and_linked_in_a_folder_of_any_name(forget, monkeypatch, tmp_path):
+    openmp = Path(cpu_mmmamba._openmp_of_torch())
+    assert openmp.is_file()
+    maps = Path("/proc/self/maps").read_text().replace(str(openmp), f"/opt/my env, 2/{openmp.name}")
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **o: maps if path.name == "maps" else read(path, **o))
+    assert cpu_mmmamba._openmp_of_torch() == f"/opt/my env, 2/{openmp.name}"
+    monkeypatch.undo()
+    (tmp_path / "my env, 2").mkdir()
+    (tmp_path / "my env, 2" / openmp.name).symlink_to(openmp)
+    monkeypatch.setattr(cpu_mmmamba, "_openmp_of_torch", lambda: str(tmp_path / "my env, 2" / openmp.name))
+    (way, _) = cpu_mmmamba._commands(["cc"], "kernels.c", "kernels.so")
+    assert way[1][way[1].index("-rpath") + 2] == str(tmp_path / "my env, 2")
+    Kernels(build(tmp_path / "cache"))
 
 
 def test_two_that_compile_at_once_both_get_whole_kernels(quick_compiler, tmp_path):

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmmamba import cpu_mmmamba, layer_step_mmmamba, modeling_mmmamba
+from mmmamba.backends_mmmamba import FEW_ROWS
 from mmmamba.cache_mmmamba import CACHE, MmMambaCache
 from mmmamba.configuration_mmmamba import MmMambaConfig
 from mmmamba.cpu_mmmamba import Kernels, kernels, usable_cores
@@ -110,6 +111,16 @@ def test_steps_equal_the_modules(kind, shape, calls):
     for rows in (1, 2):
         compare(new_model(kind, shape), calls, rows)
     compare(new_model(kind, shape), calls, 17, expected_calls=0)  # more than the kernels are faster with
+
+
+@pytest.mark.parametrize("dtype", FEW_ROWS, ids=str)
+def test_steps_are_taken_up_to_the_rows_with_which_they_are_faster(dtype, calls):
+    model, most = new_model().to(dtype), FEW_ROWS[dtype]
+    layers = len(model.model.layers)
+    for rows, expected_calls in ((most, layers * STEPS), (most + 1, 0)):
+        read(model, prompts(rows))
+        assert len(calls) == expected_calls
+        calls.clear()
 
 
 @pytest.mark.parametrize("kind", LAYER_TYPES)
