@@ -36,6 +36,7 @@ from transformers.utils import logging
 
 from .cpu_kernels_mmmamba import SOURCE
 from .ssm_mmmamba import ENVIRONMENT, TORCH
+from .ssm_mmmamba import decode_step as torch_decode_step
 
 
 logger = logging.get_logger(__name__)
@@ -117,7 +118,7 @@ def usable_cores() -> int:
     """Cores that this process may keep busy: by its affinity, and by the quota of the container it runs in.
 
     Threads beyond a quota are stopped for the rest of each period, in the middle of work that the others wait for.
-    Half a core counts as one, as in Go and Java.
+    A quota is rounded up to whole cores, else a part of it would lie idle.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for quota, period in _quotas():
@@ -149,7 +150,7 @@ def _processor() -> str:
     """What compiled code must fit: one cache may serve machines of several kinds."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:  # not Linux: a cache of one machine
+    except OSError:  # not Linux: each machine has libraries of its own
         return f"{platform.machine()} {platform.processor()} {platform.node()}"
     lines = re.findall(r"^(?:model|model name|cpu family|flags|Features|CPU part)\s*:.*$", text, re.MULTILINE)
     return "\n".join(sorted(set(lines)))
@@ -217,39 +218,46 @@ def build(folder: Path | None = None) -> Path:
         )
     key = "\n".join([SOURCE, *compiler, _processor(), torch.__version__, Path(_openmp_of_torch() or "").name])
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    with suppress(FolderError, RuntimeError):  # the latter of users without a home
-        return _kept(compiler, cache_folder() if folder is None else folder, name)
-    temporary = Path(tempfile.mkdtemp(prefix="mmmamba-"))
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    return _compile(compiler, temporary)
-
-
-class FolderError(OSError):
-    """A folder is not for compiled kernels."""
-
-
-def _kept(compiler: list[str], folder: Path, name: str) -> Path:
-    """The library of this name in the cache. Raises FolderError where it cannot be kept there, OSError otherwise."""
     try:
-        for part in (folder.parent, folder):
-            part.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not _is_ours(folder):
-            raise FolderError(f"others may write into {folder}")
-        path = folder / name
-        # One that was left by a disk that was full, or by another system's libraries, is replaced.
-        if path.exists() and _is_ours(path) and _reason_not_to_load(path) is None:
-            return path
-        temporary = Path(tempfile.mkdtemp(dir=folder))
-    except OSError as error:
-        raise FolderError(str(error)) from None
+        folder = cache_folder() if folder is None else folder
+    except RuntimeError:  # a user without a home
+        folder = None
+    if folder is not None:
+        try:
+            return _cached(compiler, folder, name)
+        except CompilerTimeout:
+            raise
+        except OSError:  # it cannot be written, is full, or nothing in it may be run
+            pass
+    temporary = Path(tempfile.mkdtemp(prefix="mmmamba-"))
+    try:
+        library = _compile(compiler, temporary)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return library
+
+
+class CompilerTimeout(OSError):
+    """A compiler took too long; it would in another folder, too."""
+
+
+def _cached(compiler: list[str], folder: Path, name: str) -> Path:
+    """The library of this name in a folder, compiled unless it is there. Raises OSError where it cannot be kept."""
+    for part in (folder.parent, folder):  # `parents=True` gives parents the umask's permissions
+        part.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not _is_ours(folder):
+        raise PermissionError
+    path = folder / name
+    # A library that was cut off by a full disk, or needs other system libraries, is compiled anew.
+    if path.exists() and _is_ours(path) and _reason_not_to_load(path) is None:
+        return path
+    temporary = Path(tempfile.mkdtemp(dir=folder))
     try:
         compiled = _compile(compiler, temporary)
         compiled.chmod(0o700)  # compilers leave it to the umask who may write
         os.replace(compiled, path)  # whole or not at all: other processes may compile, too
-    except TimeoutError:
-        raise
-    except OSError as error:  # perhaps the folder is full, or programs in it may not be run
-        raise FolderError(str(error)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
@@ -272,7 +280,7 @@ def _reason_not_to_load(library: Path) -> str | None:
 
 
 def _compile(compiler: list[str], folder: Path) -> Path:
-    """The library, compiled in this folder. Raises OSError with the reason, TimeoutError if it took too long."""
+    """The library, compiled in this folder. Raises OSError with the reason."""
     source, target = folder / "kernels.c", folder / "kernels.so"
     source.write_text(SOURCE, encoding="utf-8")
     for commands in _commands(compiler, str(source), str(target)):
@@ -292,7 +300,7 @@ def _run(command: list[str]) -> str | None:
             env=os.environ | {"LC_ALL": "C"}, timeout=SECONDS_TO_COMPILE,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise TimeoutError(f"{command[0]} took more than {SECONDS_TO_COMPILE} s") from None
+        raise CompilerTimeout(f"{command[0]} took more than {SECONDS_TO_COMPILE} s") from None
     except OSError as error:
         raise OSError(f"{command[0]} cannot be run ({error.strerror})") from None
     if done.returncode == 0:
@@ -305,9 +313,10 @@ def _run(command: list[str]) -> str | None:
 
 
 def is_ordinary(x: Tensor) -> bool:
-    """Whether `x` is what its memory holds, and nothing else has to know what is done to it.
+    """Whether a kernel may read `x` by its address.
 
-    That is not so of a tensor that is traced, of a subclass, inside of a `torch.func` transform, or with a tangent.
+    Not what is traced, of a subclass, in a `torch.func` transform, or has a tangent of forward-mode differentiation:
+    only torch's own operations know what to do with these.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return not traced and type(x) is Tensor and unpack_dual(x).tangent is None and debug_unwrap(x) is x
@@ -515,10 +524,6 @@ def _load() -> Kernels | OSError:
     try:
         return Kernels(build())
     except OSError as error:
-        logger.warning(
-            f"mmMamba answers more slowly on this CPU than it could: its kernels are missing, since {error}. Setting "
-            f"{ENVIRONMENT}=torch hides this warning."
-        )
         return error
 
 
@@ -527,7 +532,13 @@ def kernels() -> Kernels | None:
     if os.environ.get(ENVIRONMENT) == "torch":
         return None
     found = _load()
-    return found if isinstance(found, Kernels) else None
+    if isinstance(found, Kernels):
+        return found
+    logger.warning_once(
+        f"mmMamba is slower on this CPU than it could be: its kernels are missing, since {found}. Setting "
+        f"{ENVIRONMENT}=torch hides this warning."
+    )
+    return None
 
 
 def reason_without_kernels() -> str | None:
@@ -540,6 +551,8 @@ def reason_without_kernels() -> str | None:
 
 def decode_step(*arguments) -> Tensor:
     """See `ssm_mmmamba.decode_step`."""
+    if not is_ordinary(arguments[0]):
+        return torch_decode_step(*arguments)
     return kernels().decode_step(*arguments)
 
 

@@ -168,13 +168,10 @@ class _Product(torch.autograd.Function):
     """`_multiply` whose backward pass dequantises once more, instead of keeping the weight; only x has a gradient."""
 
     @staticmethod
-    def forward(x: Tensor, packed: Tensor, bits: int, out_features: int) -> Tensor:
-        return _multiply(x, packed, bits, out_features)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        _, packed, ctx.bits, ctx.out_features = inputs
+    def forward(ctx, x: Tensor, packed: Tensor, bits: int, out_features: int) -> Tensor:
         ctx.save_for_backward(packed)
+        ctx.bits, ctx.out_features = bits, out_features
+        return _multiply(x, packed, bits, out_features)
 
     @staticmethod
     @once_differentiable
@@ -189,8 +186,8 @@ class _Product(torch.autograd.Function):
 class QuantizedLinear(nn.Module):
     """A linear layer that keeps its weight in 4 or 8 bits; for inference, and for gradients that pass through.
 
-    On a CPU compiled kernels multiply, where there are any (`cpu_mmmamba`); a few rows otherwise those of torch, in
-    bf16. Everything else multiplies by dequantised weights, a piece at a time, in the dtype of the input.
+    On a CPU compiled kernels multiply, where there are any (`cpu_mmmamba`), fp16 as fp32; a few rows otherwise those
+    of torch, in bf16. Everything else multiplies by dequantised weights, a piece at a time, in the dtype of the input.
 
     Args:
         in_features: A multiple of 32.
@@ -242,10 +239,12 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Args: x (..., in). Returns (..., out) in its dtype."""
         rows = x.reshape(-1, self.in_features)
-        needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        product = self._by_kernel(rows) if is_ordinary(rows) and not needs_gradient else None
+        needs_gradient, ordinary = torch.is_grad_enabled() and x.requires_grad, is_ordinary(rows)
+        product = self._by_kernel(rows) if ordinary and not needs_gradient else None
         if product is None:
-            multiply = _Product.apply if needs_gradient else _multiply
+            traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+            # Transforms of functions see operations of torch; no `autograd.Function` serves all of them.
+            multiply = _Product.apply if needs_gradient and (ordinary or traced) else _multiply
             product = multiply(rows, self.weight, self.bits, self.out_features)
         if self.bias is not None:
             product = product + self.bias
@@ -396,11 +395,12 @@ class QuantizationMixin:
                 or on several devices.
         """
         found = self._layers_to_quantize(config)
-        # Those who bring weights or inputs from elsewhere have hooked the layers that would be replaced.
-        places = sorted({"memory or disk, offloaded" if x.weight.is_meta else str(x.weight.device) for _, x in found})
-        if len(places) > 1 or "offloaded" in places[0]:
+        # Accelerate's hooks, which bring weights and inputs, would be lost with the layers that are replaced.
+        devices = sorted({str(layer.weight.device) for _, layer in found})
+        if len(devices) > 1 or devices == ["meta"]:
+            places = " and ".join(device.replace("meta", "offloaded by Accelerate") for device in devices)
             raise ValueError(
-                f"The weights to quantise are in {' and '.join(places)}; load the model on one device, such as "
+                f"Weights to quantise are on one device, and these are {places}; load the model with "
                 f"device_map={{'': 'cpu'}}, or a folder that `mmmamba quantize DIR DST --bits {config.bits}` has made."
             )
         while found:

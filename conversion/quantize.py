@@ -1,6 +1,7 @@
 """A model folder whose linear layers take 4 or 8 bits, from one in floating point, a tensor at a time."""
 
 import copy
+import os
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -87,12 +88,12 @@ def quantize_folder(
                 progress_bar.update()
         layers = sum(spec.dtype == torch.uint8 for spec in planned.values())
         before, after = (sum(x.nbytes for x in specs.values()) for specs in (reader.specs, planned))
-        names = source.resolve().name, destination.resolve().name
+        names = [os.path.basename(os.path.abspath(path)) for path in (source, destination)]  # of ".", too
         provenance = Provenance(
             base_model_relation=None,
             origin=f"Quantised from {names[0]}: linear layers take {bits} bits.",
             license=license_of(source),
-            training=_description(bits, layers, before, after, planned[EMBEDDING].dtype),
+            training=_description(bits, layers, before, after),
             command=f"mmmamba quantize {shlex.join(names)} --bits {bits}",
         )
         write_model_folder(folder, config, name=names[1], companions=source, provenance=provenance)
@@ -127,9 +128,9 @@ def _written(name: str, tensor: Tensor, bits: int | None) -> Tensor:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _description(bits: int, layers: int, before: int, after: int, dtype: torch.dtype) -> str:
+def _description(bits: int, layers: int, before: int, after: int) -> str:
     return (
         f"{layers} linear layers, those of the decoder and its output head, were rounded to {bits} bits in groups of "
-        f"32 inputs with one fp16 scale each. Embeddings, norms, convolutions and all other parameters stay in "
-        f"{str(dtype).removeprefix('torch.')}. The weights take {after / 1e9:.3g} GB instead of {before / 1e9:.3g} GB"
+        f"32 inputs with one fp16 scale each. Embeddings, norms, convolutions and all other parameters keep "
+        f"their dtype. The weights take {after / 1e9:.3g} GB instead of {before / 1e9:.3g} GB"
     )
