@@ -449,6 +449,18 @@ class QuantizationMixin:
             name, layer = found.pop()
             self.set_submodule(name, layer.to_linear(dtype))
 
+    def check_quantized_weights(self) -> None:
+        """Raises ValueError if loaded weights do not fit the layers; older releases of Transformers load them."""
+        for name, layer in self.named_modules():
+            if isinstance(layer, QuantizedLinear):
+                expected = packed_shape(layer.out_features, layer.in_features, layer.bits)
+                if layer.weight.dtype != torch.uint8 or tuple(layer.weight.shape) != expected:
+                    raise ValueError(
+                        f"{name}.weight is {layer.weight.dtype} {tuple(layer.weight.shape)} where uint8 {expected} is "
+                        f"expected, {layer.bits} bits of {layer.out_features} x {layer.in_features}; the weights do "
+                        "not belong to config.json."
+                    )
+
 
 class MmMambaHfQuantizer(HfQuantizer):
     """Loads quantised models, and quantises models that were loaded, for Transformers' `from_pretrained`."""
@@ -464,7 +476,9 @@ class MmMambaHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            model.check_quantized_weights()
+        else:
             model.quantize_weights(self.quantization_config)
         return model
 
