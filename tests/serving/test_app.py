@@ -233,7 +233,10 @@ def test_a_document_is_read_with_a_progress_bar(tab, page, tmp_path, monkeypatch
     text = "The ship sailed on. " * 100
     (tmp_path / "book.txt").write_text(text)
     tab.evaluate(WATCH)
-    ask(tab, QUESTION, tmp_path / "book.txt")
+    extend = ConversationState.extend
+    with monkeypatch.context() as patch:  # pieces as slow as a large model's, each of which the browser shows
+        patch.setattr(ConversationState, "extend", lambda *given: (time.sleep(0.2), extend(*given))[1])
+        ask(tab, QUESTION, tmp_path / "book.txt")
     shares = tab.evaluate("window.shares")
     assert len(shares) > 3 and shares == sorted(shares) and shares[-1] < 1
     state = page.model.conversation(page.tokenizer)
