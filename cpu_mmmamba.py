@@ -535,8 +535,10 @@ def kernels() -> Kernels | None:
     if isinstance(found, Kernels):
         return found
     logger.warning_once(
-        f"mmMamba is slower on this CPU than it could be: its kernels are missing, since {found}. Setting "
-        f"{ENVIRONMENT}=torch hides this warning."
+        "mmMamba is slower on this CPU than it could be: its kernels are missing, since %s. Setting %s=torch hides "
+        "this warning.",
+        found,
+        ENVIRONMENT,
     )
     return None
 

@@ -21,6 +21,7 @@ from conversations import processor_with
 from tiny_models import LAYER_TYPES, tiny_model
 from transformers.utils import logging as transformers_logging
 
+from mmmamba import quantization_mmmamba as quantization
 from mmmamba.conversion.convert import chat_template
 from mmmamba.conversion.distillation.data import ConversationEncoder
 
@@ -64,3 +65,13 @@ def no_deprecation_messages(request):
     yield
     if request.node.get_closest_marker("deprecations") is None:
         assert not _deprecations.messages
+
+
+@pytest.fixture(params=["C", "torch"])
+def kernels(request, monkeypatch):
+    """Products by this package's kernels, and by those of torch where these cannot be compiled."""
+    if request.param == "torch":
+        monkeypatch.setattr(quantization, "kernels", lambda: None)
+    elif quantization.kernels() is None:
+        pytest.skip("there is no C compiler")
+    return request.param

@@ -28,6 +28,7 @@ TESTS = (
     "chat_templates",
     "loading",
     "quantize",
+    "quantized_linear",
     "layer_step",
     "pictures",
     "conversation",
