@@ -578,6 +578,8 @@ def test_a_containers_quota_limits_the_threads(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_process_multiplies():
     """OpenMP in a child waits for threads that only its parent has."""
+    if kernels() is None:
+        pytest.skip(reason_without_kernels())
     script = (
         "import os, signal, torch\nfrom mmmamba.cpu_mmmamba import kernels\n"
         "torch.set_num_threads(2)\nx, weight = torch.randn(1, 64), torch.randn(96, 64)\n"
